@@ -1,0 +1,142 @@
+"""Small, seeded stand-ins for what users bring: an InstructPix2Pix folder, AlexNet weights, captured scenes."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+WORDS = "a the make turn paint give it bear ball block hat red blue green panda polar snow night into".split()
+
+
+def build_editor_folder(folder: Path, *, prediction_type: str = "epsilon", in_channels: int = 8, seed: int = 0) -> Path:
+    """Writes an untrained InstructPix2Pix with the file layout and class names of timbrooks/instruct-pix2pix."""
+    from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(seed)
+    UNet2DConditionModel(
+        sample_size=8,
+        in_channels=in_channels,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    ).save_pretrained(folder / "unet")
+    AutoencoderKL(
+        block_out_channels=(16, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+        scaling_factor=0.18215,
+    ).save_pretrained(folder / "vae")
+    vocabulary = ["<|startoftext|>", "<|endoftext|>", *(f"{w}</w>" for w in WORDS), "!</w>"]
+    vocabulary += [c for c in "abcdefghijklmnopqrstuvwxyz'.,"] + [f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz'.,"]
+    tokenizer_folder = folder / "raw_tokenizer"
+    tokenizer_folder.mkdir(parents=True)
+    (tokenizer_folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(dict.fromkeys(vocabulary))}))
+    (tokenizer_folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(
+        str(tokenizer_folder / "vocab.json"), str(tokenizer_folder / "merges.txt"), model_max_length=40
+    )
+    tokenizer.save_pretrained(folder / "tokenizer")
+    CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=40,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    ).save_pretrained(folder / "text_encoder")
+    EulerAncestralDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type, steps_offset=1
+    ).save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionInstructPix2PixPipeline",
+        "feature_extractor": [None, None],
+        "safety_checker": [None, None],
+        "requires_safety_checker": False,
+        "scheduler": ["diffusers", "EulerAncestralDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def editor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained editor, once per session."""
+    return build_editor_folder(tmp_path_factory.mktemp("editors") / "untrained")
+
+
+@pytest.fixture(scope="session")
+def alexnet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """AlexNet's state dict with random weights: of the right shapes, which is all that the loss's wiring needs."""
+    from torchvision.models import alexnet
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("alexnet") / "alexnet.pth"
+    torch.save({k: v for k, v in alexnet(weights=None).state_dict().items() if k.startswith("features")}, path)
+    return path
+
+
+def write_ring_scene(
+    folder: Path, *, width: int = 40, height: int = 32, views: int = 14, alpha: bool = False, distorted: bool = False
+) -> Path:
+    """A nerfstudio scene: noise-free views of a coloured ball from a ring of cameras; each view has its own tint."""
+    (folder / "images").mkdir(parents=True)
+    focal = 1.2 * width
+    frames = []
+    for i in range(views):
+        angle = 2 * math.pi * i / views
+        eye = np.array([3 * math.cos(angle), 3 * math.sin(angle), 1.0])
+        back = eye / np.linalg.norm(eye)
+        right = np.cross([0, 0, 1], back)
+        right /= np.linalg.norm(right)
+        up = np.cross(back, right)
+        matrix = np.eye(4)
+        matrix[:3] = np.stack([right, up, back, eye], axis=1)
+        xs, ys = np.meshgrid(np.arange(width) + 0.5 - width / 2, np.arange(height) + 0.5 - height / 2)
+        directions = (xs / focal)[..., None] * right - (ys / focal)[..., None] * up - back
+        directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
+        along = -(directions @ eye)
+        hit = along**2 - (eye @ eye - 1.0) > 0
+        tint = np.array([0.5 + 0.5 * math.cos(angle), 0.5 + 0.5 * math.sin(angle), 0.5])
+        image = np.where(hit[..., None], tint, 0.5 + 0.3 * directions)
+        pixels = (image.clip(0, 1) * 255).astype(np.uint8)
+        if alpha:
+            pixels = np.concatenate([pixels, (hit * 255).astype(np.uint8)[..., None]], axis=-1)
+        Image.fromarray(pixels).save(folder / "images" / f"frame_{i:03d}.png")
+        frames.append({"file_path": f"images/frame_{i:03d}.png", "transform_matrix": matrix.tolist()})
+    meta = {"fl_x": focal, "fl_y": focal, "cx": width / 2, "cy": height / 2, "w": width, "h": height, "frames": frames}
+    meta["camera_model"] = "OPENCV"
+    if distorted:
+        meta |= {"k1": -0.05, "k2": 0.01, "p1": 0.001, "p2": 0.0}
+    (folder / "transforms.json").write_text(json.dumps(meta))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ring_scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A landscape scene of 14 views."""
+    return write_ring_scene(tmp_path_factory.mktemp("scenes") / "ring")

@@ -1,0 +1,275 @@
+"""Base runs, resuming, and what is kept in a run's folder beside nerfstudio's own files.
+
+Checkpoints are read by torch's weights-only loader. A base run's config.yml, which is a pickle in YAML clothes, is only
+ever read as plain data: its tags are ignored, nothing in it is executed.
+"""
+
+import json
+import os
+import pickle
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+
+from wys_nerfstudio.errors import WysError
+from wys_nerfstudio.schedule import Plan
+
+RELEVANCE_PREFIX = "field.mlp_relevance."
+MODEL_PREFIX = "_model."
+NOT_COMPARED = ("lpips.", "psnr.", "device_indicator_param", "camera_optimizer.")
+"""State that carries nothing of the scene, or (poses) is taken where it is there."""
+
+
+def register_safe_globals() -> None:
+    """Lets torch's weights-only loader read nerfstudio's checkpoints.
+
+    nerfstudio's schedulers compute learning rates with numpy, so its checkpoints hold numpy scalars, which torch from
+    2.6 on refuses unless they are registered; they are plain numbers.
+    """
+    scalar = np.float64(0).__reduce__()[0]  # wherever this numpy keeps it
+    names = [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
+    torch.serialization.add_safe_globals([*names, np.dtype, type(np.dtype(np.float64))])
+
+
+def find_checkpoint(path: Path, option: str) -> Path:
+    """The newest checkpoint of a run.
+
+    Args:
+        path: A run's folder, its config.yml, its folder of checkpoints, or one checkpoint.
+        option: The option that the path came from, for the error's sentence.
+
+    Raises:
+        WysError: If there is none.
+    """
+    if path.suffix == ".ckpt" and path.is_file():
+        return path
+    folder = path.parent if path.is_file() else path
+    for place in (folder, folder / "nerfstudio_models"):
+        checkpoints = sorted(place.glob("step-*.ckpt"))
+        if checkpoints:
+            return checkpoints[-1]
+    raise WysError(
+        f'There is no checkpoint in "{path}": {option} takes the folder or the config.yml of a finished nerfacto or wys '
+        "run, such as outputs/scene/nerfacto/2025-01-01_120000."
+    )
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """The run's folder that a checkpoint lies in."""
+    return checkpoint.parent.parent
+
+
+def read_checkpoint(path: Path) -> Dict[str, Any]:
+    """A checkpoint as nerfstudio wrote it, read without unpickling anything but tensors and numbers.
+
+    Raises:
+        WysError: If the file is damaged, or needs more than that.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        first_line = (str(error).strip().splitlines() or ["it is empty"])[0]
+        raise WysError(f'The checkpoint "{path}" could not be read: {first_line}') from error
+    if not isinstance(state, dict) or "pipeline" not in state or "step" not in state:
+        raise WysError(f'"{path}" is no nerfstudio checkpoint: it has no "pipeline" in it.')
+    return state
+
+
+def model_state(checkpoint: Dict[str, Any]) -> Dict[str, Tensor]:
+    """The model's part of a checkpoint, without the prefixes of pipeline and DDP."""
+    state = {}
+    for key, value in checkpoint["pipeline"].items():
+        if key.startswith(MODEL_PREFIX):
+            state[key.removeprefix(MODEL_PREFIX).removeprefix("module.")] = value
+    return state
+
+
+def is_wys(checkpoint: Dict[str, Any]) -> bool:
+    """Whether a checkpoint comes from this method."""
+    return any(key.startswith(RELEVANCE_PREFIX) for key in model_state(checkpoint))
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads a config.yml as nested dicts and lists, whatever Python objects it names."""
+
+
+def _plain(loader: yaml.SafeLoader, _suffix: str, node: yaml.Node) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return loader.construct_mapping(node, deep=True)
+    if isinstance(node, yaml.SequenceNode):
+        return loader.construct_sequence(node, deep=True)
+    return loader.construct_scalar(node)  # type: ignore
+
+
+_PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/", _plain)
+
+
+def read_run_config(folder: Path) -> Dict[str, Any]:
+    """A run's config.yml as plain data; empty if there is none or it is no mapping."""
+    path = folder / "config.yml"
+    if not path.is_file():
+        return {}
+    try:
+        config = yaml.load(path.read_text("utf8"), Loader=_PlainLoader)
+    except yaml.YAMLError:
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+# Model options that decide the shapes of a nerfacto checkpoint, as they are typed.
+_SHAPE_OPTIONS = (
+    "num_levels",
+    "base_res",
+    "max_res",
+    "log2_hashmap_size",
+    "features_per_level",
+    "hidden_dim",
+    "hidden_dim_color",
+    "appearance_embed_dim",
+    "use_appearance_embedding",
+    "num_proposal_iterations",
+    "use_same_proposal_network",
+    "implementation",
+)
+
+
+def load_base(model: nn.Module, path: Path, transform: Optional[Dict[str, Any]] = None) -> None:
+    """Puts a base run's scene into the model: every key and shape is checked first, nothing is loaded half.
+
+    Args:
+        model: A `WysModel`. Its relevance head stays as it is: the base knows nothing of this instruction.
+        path: As for `find_checkpoint`.
+        transform: This run's `dataparser_transforms.json` as data, to be compared with the base's.
+
+    Raises:
+        WysError: If the checkpoint is not a scene of this model's shape, backend and number of views.
+    """
+    checkpoint = find_checkpoint(path, "--base-run")
+    state = model_state(read_checkpoint(checkpoint))
+    ours = model.state_dict()
+    wanted = {k for k in ours if not k.startswith((RELEVANCE_PREFIX, "field.relevance_encoding", *NOT_COMPARED))}
+    offered = {k for k in state if not k.startswith((RELEVANCE_PREFIX, "field.relevance_encoding", *NOT_COMPARED))}
+    config = read_run_config(run_folder(checkpoint))
+    method = config.get("method_name", "this")
+
+    tcnn = {k for k in offered if k.endswith(("tcnn_encoding.params", "mlp_base.model.params"))}
+    if tcnn and wanted != offered:
+        raise WysError(
+            f'The base run "{path}" was trained with tiny-cuda-nn, whose weights only tiny-cuda-nn can read. Install it, '
+            "or train the base again with --pipeline.model.implementation torch."
+        )
+    if wanted != offered:
+        different = sorted(wanted ^ offered)
+        raise WysError(
+            f'The base run "{path}" is not a scene of this shape: {different[0]} is only in '
+            f"{'this model' if different[0] in wanted else 'the base'}. {_advice(config, model, method)}"
+        )
+    views = {k for k in wanted if "embedding_appearance" in k}
+    for key in sorted(wanted, key=lambda k: (k not in views, k)):
+        if state[key].shape == ours[key].shape:
+            continue
+        if key in views and state[key].shape[1:] == ours[key].shape[1:]:
+            raise WysError(
+                f'The base run "{path}" was trained on {len(state[key])} views and this data has {len(ours[key])}: use the '
+                "same --data and the same dataparser options as the base run."
+            )
+        raise WysError(
+            f'The base run "{path}" is not a scene of this shape: {key} is {tuple(state[key].shape)} there and '
+            f"{tuple(ours[key].shape)} here. {_advice(config, model, method)}"
+        )
+    # Buffers such as max_res are numbers that shapes do not show.
+    for key in ("field.max_res", "field.num_levels", "field.log2_hashmap_size"):
+        if key in wanted and int(state[key]) != int(ours[key]):
+            option = key.removeprefix("field.").replace("_", "-")
+            raise WysError(
+                f'The base run "{path}" has {option} {int(state[key])} and this model {int(ours[key])}: add '
+                f"--pipeline.model.{option} {int(state[key])}."
+            )
+    _check_transform(path, run_folder(checkpoint) / "dataparser_transforms.json", transform)
+    poses = {k: v for k, v in state.items() if k.startswith("camera_optimizer.") and k in ours}
+    for key, value in poses.items():
+        if value.shape != ours[key].shape:
+            raise WysError(
+                f'The base run "{path}" was trained on {len(value)} views and this data has {len(ours[key])}: use the same '
+                "--data and the same dataparser options as the base run."
+            )
+    model.load_state_dict({**ours, **{k: state[k] for k in wanted}, **poses}, strict=True)
+
+
+def _advice(config: Dict[str, Any], model: nn.Module, method: str) -> str:
+    theirs = config.get("pipeline", {}).get("model", {}) if config else {}
+    ours = vars(model.config)  # type: ignore
+    flags = [
+        f"--pipeline.model.{name.replace('_', '-')} {theirs[name]}"
+        for name in _SHAPE_OPTIONS
+        if name in theirs and theirs[name] != ours[name]
+    ]
+    if flags:
+        return f"Give this run the base's settings: {' '.join(flags)}."
+    return f"--base-run takes a nerfacto or wys run of the same settings, and this is a {method} run."
+
+
+def _check_transform(path: Path, file: Path, transform: Optional[Dict[str, Any]]) -> None:
+    if transform is None or not file.is_file():
+        return
+    theirs = json.loads(file.read_text("utf8"))
+    same_scale = np.isclose(theirs["scale"], transform["scale"], rtol=1e-4)
+    if not same_scale or not np.allclose(theirs["transform"], transform["transform"], atol=1e-4):
+        raise WysError(
+            f'The base run "{path}" saw the cameras in another place or scale: use the same --data and the same dataparser '
+            "options as the base run."
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- run folders
+
+
+@dataclass
+class RunState:
+    """What a resumed run must know and no weight tells it; `wys/state.json`, written with every checkpoint."""
+
+    step: int
+    """The checkpoint's step."""
+    plan: Plan
+    """Phases of the run."""
+    instruction: str
+    """What to change."""
+    edits: int
+    """Edits begun so far, skipped ones included; the next edit's number."""
+
+    def write(self, folder: Path) -> None:
+        """Writes the state into a run's `wys` folder, whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / "state.partial"
+        partial.write_text(json.dumps(asdict(self), indent=1), "utf8")
+        os.replace(partial, folder / "state.json")
+
+    @staticmethod
+    def read(folder: Path) -> "RunState":
+        """Reads the state from a run's `wys` folder.
+
+        Raises:
+            WysError: If it is missing or damaged.
+        """
+        try:
+            data = json.loads((folder / "state.json").read_text("utf8"))
+            return RunState(**{**data, "plan": Plan(**data["plan"])})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise WysError(
+                f'The run at "{folder.parent}" cannot be resumed: its wys/state.json is missing or damaged. Give its folder '
+                "to --base-run instead, to start a new edit from its scene."
+            ) from error
+
+
+def edit_records(folder: Path, before_step: Optional[int] = None) -> List[str]:
+    """Lines of a run's edits.jsonl, up to a step if one is given."""
+    path = folder / "edits.jsonl"
+    if not path.is_file():
+        return []
+    lines = [line for line in path.read_text("utf8").splitlines() if line.strip()]
+    return [line for line in lines if before_step is None or json.loads(line)["step"] < before_step]

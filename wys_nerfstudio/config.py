@@ -1,0 +1,104 @@
+"""The registered methods. nerfstudio imports this module whenever any ns-* command starts, so it must be light and must
+not fail: no diffusers, no transformers."""
+
+from typing import Any, Dict
+
+from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
+from nerfstudio.configs.base_config import LoggingConfig, ViewerConfig
+from nerfstudio.engine.optimizers import AdamOptimizerConfig
+from nerfstudio.engine.schedulers import ExponentialDecaySchedulerConfig
+from nerfstudio.plugins.types import MethodSpecification
+
+from wys_nerfstudio.checkpoint import register_safe_globals
+from wys_nerfstudio.datamanager import WysDataManagerConfig
+from wys_nerfstudio.editing.loading import EMBEDDED
+from wys_nerfstudio.model import WysModelConfig
+from wys_nerfstudio.pipeline import WysPipelineConfig
+from wys_nerfstudio.trainer import WysTrainerConfig
+
+# Every ns-* command imports this module, so all of them can read checkpoints again.
+register_safe_globals()
+
+
+def _optimizers(final_lr: float, decay_steps: int) -> Dict[str, Any]:
+    def decayed(lr: float = 1e-2, lr_final: float = final_lr) -> Dict[str, Any]:
+        return {
+            "optimizer": AdamOptimizerConfig(lr=lr, eps=1e-15),
+            "scheduler": ExponentialDecaySchedulerConfig(lr_final=lr_final, max_steps=decay_steps),
+        }
+
+    return {
+        "proposal_networks": decayed(),
+        "fields": decayed(),
+        "camera_opt": decayed(1e-3, 1e-4),
+        # No schedule: it would have run down before the relevance head takes its first step.
+        "relevance": {"optimizer": AdamOptimizerConfig(lr=1e-2, eps=1e-15), "scheduler": None},
+    }
+
+
+wys = MethodSpecification(
+    config=WysTrainerConfig(
+        method_name="wys",
+        steps_per_eval_batch=500,
+        steps_per_save=2000,
+        mixed_precision=True,
+        pipeline=WysPipelineConfig(
+            datamanager=WysDataManagerConfig(),
+            model=WysModelConfig(eval_num_rays_per_chunk=1 << 15),
+        ),
+        optimizers=_optimizers(final_lr=1e-4, decay_steps=200000),
+        viewer=ViewerConfig(num_rays_per_chunk=1 << 15, websocket_host="127.0.0.1"),
+        vis="viewer",
+    ),
+    description="Watch Your Steps: edit a scene by text, only where the text is about.",
+)
+
+wys_tiny = MethodSpecification(
+    config=WysTrainerConfig(
+        method_name="wys-tiny",
+        steps_per_eval_batch=500,
+        steps_per_eval_image=500,
+        steps_per_save=500,
+        mixed_precision=False,
+        logging=LoggingConfig(steps_per_log=50),
+        pipeline=WysPipelineConfig(
+            datamanager=WysDataManagerConfig(
+                train_num_rays_per_batch=1024,
+                eval_num_rays_per_batch=1024,
+                edit_num_rays_per_batch=1024,
+            ),
+            model=WysModelConfig(
+                eval_num_rays_per_chunk=1 << 13,
+                implementation="torch",
+                num_levels=8,
+                max_res=512,
+                log2_hashmap_size=15,
+                hidden_dim=32,
+                hidden_dim_color=32,
+                appearance_embed_dim=8,
+                num_proposal_iterations=1,
+                num_proposal_samples_per_ray=(64,),
+                num_nerf_samples_per_ray=24,
+                proposal_net_args_list=[
+                    {"hidden_dim": 16, "log2_hashmap_size": 14, "num_levels": 5, "max_res": 128, "use_linear": False}
+                ],
+                proposal_weights_anneal_max_num_iters=300,
+                proposal_warmup=1000,
+                far_plane=100.0,
+                camera_optimizer=CameraOptimizerConfig(mode="off"),
+                lpips_loss_mult=0.0,
+            ),
+            editor=EMBEDDED,
+            guidance_scale=3.0,
+            image_guidance_scale=1.0,
+            relevance_draws=4,
+            reconstruct_steps=1500,
+            localize_steps=200,
+            edit_steps=1000,
+        ),
+        optimizers=_optimizers(final_lr=1e-3, decay_steps=2700),
+        viewer=ViewerConfig(num_rays_per_chunk=1 << 13, websocket_host="127.0.0.1"),
+        vis="viewer",
+    ),
+    description="Watch Your Steps, small: toy-sized scenes and the embedded demo editor, minutes on a laptop's CPU.",
+)

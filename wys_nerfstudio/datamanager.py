@@ -1,0 +1,318 @@
+"""The training views: as captured, their relevance maps, and as edited so far. Edits them with an editor under masks.
+
+Which view is edited when, and what the scene looks like at that time, is the pipeline's business. Ray batches are drawn
+from one cached stack of images, so an edit is a write into that stack.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Literal, Optional, Sequence, Set, Tuple, Type
+
+import numpy as np
+import torch
+import tyro
+from jaxtyping import Bool, Float
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.configs.dataparser_configs import AnnotatedDataParserUnion
+from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.data.pixel_samplers import PatchPixelSamplerConfig, PixelSampler
+from nerfstudio.utils.rich_utils import CONSOLE
+from PIL import Image
+from rich.progress import track
+from torch import Tensor
+
+from wys_nerfstudio import relevance
+from wys_nerfstudio.editing import Editor, EditSettings, edit_images, relevance_maps
+from wys_nerfstudio.errors import WysError
+from wys_nerfstudio.pictures import heat, read_png, to_uint8, write_png
+from wys_nerfstudio.schedule import edit_seed
+
+
+@dataclass
+class WysDataManagerConfig(VanillaDataManagerConfig):
+    """Options of the training views."""
+
+    _target: Type = field(default_factory=lambda: WysDataManager)
+    dataparser: AnnotatedDataParserUnion = field(default_factory=NerfstudioDataParserConfig)
+    """Format of the captured data."""
+    train_num_rays_per_batch: int = 4096
+    """Rays per step while the scene is reconstructed and localised."""
+    eval_num_rays_per_batch: int = 4096
+    """Rays per evaluation step."""
+    edit_num_rays_per_batch: int = 16384
+    """Rays per step while the scene is edited."""
+    edit_patch_size: int = 32
+    """Side of the patches that the perceptual loss sees while the scene is edited."""
+    images_on_gpu: bool = True
+    """Keep the stack of training views on the training device."""
+    white_background: tyro.conf.Suppress[bool] = False
+    """Where transparent pixels are put on white instead of black; follows the model's background."""
+
+
+@dataclass(frozen=True)
+class RelevanceRequest:
+    """What a set of relevance maps depends on, beside the captured views. Maps of an equal request are not made twice."""
+
+    editor: str
+    """Name of the editor."""
+    instruction: str
+    """What to change."""
+    noise_level: float
+    """t_rel as a share of the diffusion."""
+    draws: int
+    """Noise draws averaged."""
+    seed: int
+    """The run's seed."""
+    long_side: Optional[int]
+    """Editing resolution; None is the editor's own."""
+
+
+class WysDataManager(VanillaDataManager[InputDataset]):
+    """Captured views, relevance maps and edited views of one scene; views are numbered as in the training dataset."""
+
+    config: WysDataManagerConfig
+
+    def setup_train(self) -> None:
+        """Caches the captured views as one stack, in their own order."""
+        self._refuse_unequal_sizes()
+        if self.config.train_num_images_to_sample_from != -1:
+            raise WysError(
+                "All views are edited, so all must be in memory: leave out "
+                "--pipeline.datamanager.train-num-images-to-sample-from."
+            )
+        super().setup_train()
+        batch = self.cached_batch
+        order = batch["image_idx"].argsort()
+        for key, value in batch.items():
+            batch[key] = value[order.to(value.device)]
+        images = batch["image"]
+        if images.shape[-1] == 4:
+            background = 1.0 if self.config.white_background else 0.0
+            images = images[..., :3] * images[..., 3:] + background * (1 - images[..., 3:])
+        self._captured = (images * 255).round().to(torch.uint8)
+        batch["image"] = self._captured.float() / 255
+        self.edited_views: Set[int] = set()
+        """Views that are no longer as captured."""
+
+    def _refuse_unequal_sizes(self) -> None:
+        cameras = self.train_dataset.cameras
+        sizes = {(int(w), int(h)): i for i, (w, h) in enumerate(zip(cameras.width, cameras.height))}
+        if len(sizes) > 1:
+            (first, i), (second, j) = list(sizes.items())[:2]
+            names = self.train_dataset.image_filenames
+            raise WysError(
+                f"All views must have one size, and {names[i].name} is {first[0]}x{first[1]} while {names[j].name} is "
+                f"{second[0]}x{second[1]}: crop or resize them, for instance with ns-process-data."
+            )
+
+    @property
+    def cached_batch(self) -> Dict[str, Any]:
+        """The stack that ray batches are drawn from."""
+        return self.train_image_dataloader.cached_collated_batch  # type: ignore
+
+    @property
+    def num_views(self) -> int:
+        """Number of training views."""
+        return len(self.train_dataset)
+
+    @property
+    def view_size(self) -> Tuple[int, int]:
+        """Height and width of the views."""
+        return self._captured.shape[1], self._captured.shape[2]
+
+    @property
+    def view_names(self) -> List[str]:
+        """One file name stem per view; numbered ones if the captured files' stems repeat."""
+        stems = [path.stem for path in self.train_dataset.image_filenames]
+        return stems if len(set(stems)) == len(stems) else [f"{i:05d}_{stem}" for i, stem in enumerate(stems)]
+
+    def captured_views(self, views: Sequence[int]) -> Float[Tensor, "b h w 3"]:
+        """Views as captured, in [0, 1]."""
+        return self._captured[list(views)].float() / 255
+
+    def current_views(self, views: Sequence[int]) -> Float[Tensor, "b h w 3"]:
+        """Views as training sees them now, in [0, 1]."""
+        return self.cached_batch["image"][list(views)]
+
+    # -------------------------------------------------------------------------------------------------- ray batches
+
+    def start_editing(self, in_patches: bool) -> None:
+        """From now on ray batches have the edit phase's size.
+
+        Args:
+            in_patches: Whether rays come in square patches, as the perceptual loss needs them.
+        """
+        rays = self.config.edit_num_rays_per_batch
+        if not in_patches:
+            self.train_pixel_sampler = self._get_pixel_sampler(self.train_dataset, rays)
+            return
+        side = self.config.edit_patch_size
+        if side > min(self.view_size) or side**2 > rays:
+            raise WysError(
+                f"Patches of {side} pixels do not fit views of {self.view_size[1]}x{self.view_size[0]} and {rays} rays: "
+                "lower --pipeline.datamanager.edit-patch-size or raise --pipeline.datamanager.edit-num-rays-per-batch."
+            )
+        sampler: PixelSampler = PatchPixelSamplerConfig().setup(
+            patch_size=side, num_rays_per_batch=rays // side**2 * side**2
+        )
+        self.train_pixel_sampler = sampler
+
+    def next_train(self, step: int) -> Tuple[RayBundle, Dict]:
+        """The next ray batch; `patch_size` says how its rays are laid out while the scene is edited."""
+        ray_bundle, batch = super().next_train(step)
+        batch["patch_size"] = self.config.edit_patch_size
+        return ray_bundle, batch
+
+    # ----------------------------------------------------------------------------------------------- relevance maps
+
+    def make_relevance_maps(
+        self,
+        editor: Editor,
+        request: RelevanceRequest,
+        normalization: Literal["view", "scene"],
+        folder: Path,
+        batch_size: int,
+    ) -> None:
+        """Makes the relevance map of every captured view and keeps it beside the run, or finds it there.
+
+        Args:
+            editor: The editor that is asked.
+            request: What the maps depend on.
+            normalization: As in `relevance.normalize`.
+            folder: Where `maps.safetensors` (raw) and a picture per view are kept.
+            batch_size: Views per pass of the UNet.
+        """
+        raw = self._find_maps(folder, request)
+        if raw is None:
+            seeds = [edit_seed(request.seed, -1 - view) for view in range(self.num_views)]
+            parts = relevance_maps(
+                editor,
+                self._captured.float() / 255,
+                request.instruction,
+                noise_level=request.noise_level,
+                draws=request.draws,
+                seeds=seeds,
+                long_side=request.long_side,
+                batch_size=batch_size,
+            )
+            batches = -(-self.num_views // batch_size)
+            bar = track(parts, description="Relevance maps of the views", total=batches, console=CONSOLE)
+            raw = torch.cat([part.cpu() for part in bar])
+            self._keep_maps(folder, request, raw)
+        maps = relevance.resize(relevance.normalize(raw, normalization), *self.view_size).clamp(0, 1)
+        for name, view_map in zip(self.view_names, maps):
+            write_png(folder / f"{name}.png", heat(view_map))
+        self.set_relevance(maps)
+
+    def _find_maps(self, folder: Path, request: RelevanceRequest) -> Optional[Float[Tensor, "n lh lw"]]:
+        from safetensors import safe_open
+
+        path = folder / "maps.safetensors"
+        if not path.is_file():
+            return None
+        with safe_open(path, "pt") as file:
+            known = (file.metadata() or {}).get("request") == _as_json(request, self.view_names)
+            return file.get_tensor("raw") if known else None
+
+    def _keep_maps(self, folder: Path, request: RelevanceRequest, raw: Float[Tensor, "n lh lw"]) -> None:
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        metadata = {"request": _as_json(request, self.view_names)}
+        save_file({"raw": raw.contiguous()}, folder / "maps.partial", metadata=metadata)
+        (folder / "maps.partial").replace(folder / "maps.safetensors")
+
+    def set_relevance(self, maps: Float[Tensor, "n h w"]) -> None:
+        """Gives every view its relevance map in [0, 1], at the views' size; ray batches carry it as `relevance`."""
+        self.cached_batch["relevance"] = maps[..., None].to(self.cached_batch["image"])
+
+    def relevance_of(self, view: int) -> Float[Tensor, "h w"]:
+        """The relevance map of a view."""
+        return self.cached_batch["relevance"][view, ..., 0]
+
+    def read_masks(self, folder: Path) -> Bool[Tensor, "n h w"]:
+        """One mask per view from a folder; a mask's file has its view's name. Bright is inside.
+
+        Raises:
+            WysError: If a view has no mask.
+        """
+        height, width = self.view_size
+        masks = []
+        for path in self.train_dataset.image_filenames:
+            found = sorted(folder.glob(f"{path.stem}.*")) if folder.is_dir() else []
+            if not found:
+                raise WysError(
+                    f'There is no mask for the view {path.name} in "{folder}": --masks-dir needs one image per view, '
+                    f"named as the view, for instance {path.stem}.png."
+                )
+            with Image.open(found[0]) as image:
+                resized = image.convert("L").resize((width, height), Image.Resampling.NEAREST)
+            masks.append(torch.from_numpy(np.array(resized)) > 127)
+        return torch.stack(masks)
+
+    # --------------------------------------------------------------------------------------------------------- edits
+
+    def edit_views(
+        self,
+        editor: Editor,
+        views: Sequence[int],
+        renders: Float[Tensor, "b h w 3"],
+        masks: Bool[Tensor, "b h w"],
+        instruction: str,
+        settings: EditSettings,
+        *,
+        start_timestep: int,
+        seeds: Sequence[int],
+    ) -> None:
+        """Edits views: from the current renders, on condition of the captured views, which also hold outside the masks.
+
+        Args:
+            editor: The editor.
+            views: Which views.
+            renders: What the scene looks like from there now, in [0, 1].
+            masks: Where they may change.
+            instruction: What to change.
+            settings: Guidance, steps, resolution.
+            start_timestep: Timestep that the renders are noised to.
+            seeds: One per view.
+        """
+        captured = self.captured_views(views)
+        edited = edit_images(
+            editor,
+            renders.to(captured),
+            captured,
+            masks.to(captured.device),
+            instruction,
+            settings,
+            start_timestep=start_timestep,
+            seeds=seeds,
+        )
+        for view, image in zip(views, edited):
+            self.set_view(view, image)
+
+    def set_view(self, view: int, image: Float[Tensor, "h w 3"]) -> None:
+        """Puts an image in a view's place, in 8 bits as it is written to disk; the next ray batch sees it."""
+        pixels = torch.from_numpy(to_uint8(image)).to(self._captured.device)
+        self.cached_batch["image"][view] = pixels.float() / 255
+        self.edited_views.add(view)
+
+    def save_edits(self, folder: Path) -> None:
+        """Writes every edited view as it is now."""
+        for view in self.edited_views:
+            write_png(folder / f"{self.view_names[view]}.png", self.current_views([view])[0])
+
+    def load_edits(self, folder: Path) -> int:
+        """Puts edited views from a folder in place; returns how many there were."""
+        count = 0
+        for view, name in enumerate(self.view_names):
+            if (folder / f"{name}.png").is_file():
+                self.set_view(view, read_png(folder / f"{name}.png"))
+                count += 1
+        return count
+
+
+def _as_json(request: RelevanceRequest, names: Sequence[str]) -> str:
+    return json.dumps({**vars(request), "views": list(names)}, sort_keys=True)

@@ -1,0 +1,11 @@
+"""The diffusion side: relevance maps and local edits of images with an InstructPix2Pix-type editor.
+
+The only place that knows diffusers, and it knows nothing of nerfstudio. Importing it is cheap; diffusers and
+transformers are loaded by `load_editor`.
+"""
+
+from wys_nerfstudio.editing.editor import Editor
+from wys_nerfstudio.editing.images import EditSettings, edit_images, relevance_maps
+from wys_nerfstudio.editing.loading import EMBEDDED, load_editor
+
+__all__ = ["EMBEDDED", "EditSettings", "Editor", "edit_images", "load_editor", "relevance_maps"]

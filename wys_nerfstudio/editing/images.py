@@ -1,0 +1,149 @@
+"""Relevance maps and local edits of image batches: the paper's section on images, for any `Editor`.
+
+One image of a batch never influences another, so a batch gives what its images would give one by one.
+"""
+
+from dataclasses import dataclass
+from typing import Iterator, List, Optional, Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from wys_nerfstudio import relevance, schedule
+from wys_nerfstudio.editing.denoise import add_noise, guide, masked_denoise
+from wys_nerfstudio.editing.editor import Editor, resize_images
+
+
+@dataclass
+class EditSettings:
+    """How an image is edited, apart from the instruction and the mask."""
+
+    guidance_scale: float = 7.5
+    """How strongly the text is followed (S_T)."""
+    image_guidance_scale: float = 1.5
+    """How strongly the captured image is kept (S_I)."""
+    diffusion_steps: int = 20
+    """DDIM steps of an edit that starts from pure noise; others take their share."""
+    long_side: Optional[int] = None
+    """Longer side in pixels at which images are edited; by default the one that the editor was made for."""
+
+    def size_for(self, editor: Editor, height: int, width: int) -> "tuple[int, int]":
+        """Height and width at which an image of the given size is edited."""
+        return editor.editing_size(height, width, self.long_side or editor.native_long_side)
+
+
+def seeded_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> Float[Tensor, "b ..."]:
+    """Standard normal noise, one seed per image, the same on every device."""
+    draws = [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(draws).to(device)
+
+
+def relevance_maps(
+    editor: Editor,
+    images: Float[Tensor, "b h w 3"],
+    instruction: str,
+    *,
+    noise_level: float = 0.8,
+    draws: int = 1,
+    seeds: Sequence[int],
+    long_side: Optional[int] = None,
+    batch_size: int = 8,
+) -> Iterator[Float[Tensor, "n lh lw"]]:
+    """Raw relevance |eps(z_t, I, T) - eps(z_t, I, "")| of images, batch by batch so that progress can be shown.
+
+    Args:
+        editor: The editor whose opinion is asked.
+        images: Pictures in [0, 1], of any size.
+        instruction: What to change.
+        noise_level: t_rel, the timestep's share of the diffusion, in (0, 1).
+        draws: Noise draws that are averaged (1 in the paper).
+        seeds: One per image.
+        long_side: As in `EditSettings`.
+        batch_size: Images that go through the UNet together (each in two branches).
+
+    Yields:
+        Raw maps of the next `n <= batch_size` images, at the latents' size; see `relevance.normalize`.
+    """
+    height, width = EditSettings(long_side=long_side).size_for(editor, *images.shape[1:3])
+    text = torch.cat([editor.encode_text(instruction), editor.encode_text("")])
+    t = round(noise_level * editor.num_train_timesteps)
+    for first in range(0, len(images), batch_size):
+        part = resize_images(images[first : first + batch_size].to(editor.device), height, width)
+        condition = editor.encode_images(part)
+        clean = condition * editor.vae.config.scaling_factor
+        noise = seeded_noise(seeds[first : first + batch_size], (draws, *clean.shape[1:]), editor.device)
+        states = text.repeat_interleave(len(part), dim=0)
+        total = torch.zeros_like(clean[:, 0])
+        for draw in range(draws):
+            latents = add_noise(clean, noise[:, draw], editor.alphas[t])
+            both = editor.predict_noise(latents.repeat(2, 1, 1, 1), t, condition.repeat(2, 1, 1, 1), states)
+            total += relevance.noise_difference(*both.chunk(2))
+        yield total / draws
+
+
+def edit_images(
+    editor: Editor,
+    images: Float[Tensor, "b h w 3"],
+    captured: Float[Tensor, "b h w 3"],
+    mask: Bool[Tensor, "b h w"],
+    instruction: str,
+    settings: EditSettings,
+    *,
+    start_timestep: int,
+    seeds: Sequence[int],
+) -> Float[Tensor, "b h w 3"]:
+    """Edits images inside a mask.
+
+    Args:
+        editor: The editor.
+        images: What the edit starts from (a scene's current renders; for a single picture, the picture).
+        captured: The editor's condition, and what holds outside the mask.
+        mask: Where the images may change. All True is plain InstructPix2Pix.
+        instruction: What to change.
+        settings: Guidance, steps, resolution.
+        start_timestep: Timestep that `images` are noised to, in [1, num_train_timesteps).
+        seeds: One per image.
+
+    Returns:
+        Edited images in [0, 1] on the device of `images`; outside the mask equal to `captured`, bit for bit.
+    """
+    height, width = images.shape[1:3]
+    edit_height, edit_width = settings.size_for(editor, height, width)
+    scale = editor.vae.config.scaling_factor
+    start, condition = (
+        editor.encode_images(resize_images(x.to(editor.device), edit_height, edit_width)) for x in (images, captured)
+    )
+    latent_mask = None
+    if not bool(mask.all()):
+        latent_mask = relevance.latent_mask(mask.to(editor.device), *start.shape[-2:])
+    edited = masked_denoise(
+        start=start * scale,
+        reference=condition * scale,
+        mask=latent_mask,
+        noise=seeded_noise(seeds, start.shape[1:], editor.device),
+        timesteps=schedule.timesteps(start_timestep, settings.diffusion_steps, editor.num_train_timesteps),
+        alphas=editor.alphas,
+        final_alpha=editor.final_alpha,
+        predict_noise=_Guided(editor, condition, instruction, settings),
+    )
+    pixels = resize_images(editor.decode(edited / scale), height, width).to(images.device)
+    return relevance.composite(pixels, captured, mask)
+
+
+class _Guided:
+    """The three guidance branches of a batch as one UNet call; conditions are stacked once, not at every step."""
+
+    def __init__(self, editor: Editor, condition: Tensor, instruction: str, settings: EditSettings) -> None:
+        batch = len(condition)
+        texts: List[Tensor] = [editor.encode_text(instruction)] + [editor.encode_text("")] * 2
+        self.text = torch.cat(texts).repeat_interleave(batch, dim=0)
+        self.condition = torch.cat([condition, condition, torch.zeros_like(condition)])
+        self.editor, self.settings = editor, settings
+
+    def __call__(self, latents: Tensor, t: int) -> Tensor:
+        predictions = self.editor.predict_noise(latents.repeat(3, 1, 1, 1), t, self.condition, self.text)
+        with_both, with_image, with_neither = predictions.chunk(3)
+        return guide(
+            with_both, with_image, with_neither, self.settings.guidance_scale, self.settings.image_guidance_scale
+        )

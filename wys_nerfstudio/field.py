@@ -1,0 +1,112 @@
+"""The dual-head field: one hash-grid density backbone, a radiance head and a relevance head.
+
+The backbone and the radiance head are nerfacto's, parameter for parameter, so that nerfacto checkpoints fit. The
+relevance head sees the backbone's features detached and no view direction: relevance is a property of the place.
+"""
+
+from typing import Dict, List, Literal, Optional
+
+import torch
+from jaxtyping import Float, Shaped
+from nerfstudio.cameras.rays import RaySamples
+from nerfstudio.field_components.encodings import NeRFEncoding
+from nerfstudio.field_components.field_heads import FieldHeadNames
+from nerfstudio.field_components.mlp import MLP
+from nerfstudio.fields.base_field import get_normalized_directions
+from nerfstudio.fields.nerfacto_field import NerfactoField
+from torch import Tensor, nn
+
+RelevanceInput = Literal["geometry", "geometry+position", "hashgrid"]
+
+
+class WysField(NerfactoField):
+    """Nerfacto's field with a relevance head.
+
+    Args:
+        aabb: Scene bounds, (2, 3).
+        num_images: Number of training views.
+        relevance_input: What the relevance head sees: the backbone's geometry features, these and a frequency encoding
+            of the position, or the hash grid's own features (torch backend only).
+        implementation: Backend of encodings and networks.
+        **kwargs: As for `NerfactoField`.
+    """
+
+    def __init__(
+        self,
+        aabb: Shaped[Tensor, "2 3"],
+        num_images: int,
+        relevance_input: RelevanceInput = "geometry+position",
+        implementation: Literal["tcnn", "torch"] = "tcnn",
+        **kwargs,
+    ) -> None:
+        super().__init__(aabb, num_images, implementation=implementation, **kwargs)
+        self.relevance_input = relevance_input
+        width = self.geo_feat_dim
+        if relevance_input == "geometry+position":
+            # Torch backend on purpose: tiny, and its checkpoints then do not depend on tiny-cuda-nn.
+            self.relevance_encoding = NeRFEncoding(
+                in_dim=3, num_frequencies=6, min_freq_exp=0, max_freq_exp=5, include_input=True, implementation="torch"
+            )
+            width += self.relevance_encoding.get_out_dim()
+        elif relevance_input == "hashgrid":
+            width = self.mlp_base.model[0].get_out_dim()
+        self.mlp_relevance = MLP(
+            in_dim=width,
+            num_layers=3,
+            layer_width=64,
+            out_dim=1,
+            activation=nn.ReLU(),
+            out_activation=nn.Sigmoid(),
+            implementation="torch",
+        )
+        self.shown_view: Optional[int] = None
+        """Training view whose appearance is rendered in eval mode; None is the average appearance."""
+
+    def relevance_parameters(self) -> List[nn.Parameter]:
+        """Parameters of the relevance head; all others belong to the scene."""
+        return list(self.mlp_relevance.parameters())
+
+    def scene_parameters(self) -> List[nn.Parameter]:
+        """Parameters of backbone and radiance head, in nerfacto's order."""
+        relevance = {id(p) for p in self.relevance_parameters()}
+        return [p for p in self.parameters() if id(p) not in relevance]
+
+    def get_relevance(self, density_embedding: Float[Tensor, "*bs features"]) -> Float[Tensor, "*bs 1"]:
+        """Relevance in [0, 1] at the samples that `get_density` was called with last. No gradient reaches its inputs.
+
+        Args:
+            density_embedding: Geometry features of those samples.
+        """
+        shape = density_embedding.shape[:-1]
+        geometry = density_embedding.detach().reshape(-1, self.geo_feat_dim).float()
+        positions = self._sample_locations.detach().reshape(-1, 3)
+        if self.relevance_input == "geometry":
+            inputs = geometry
+        elif self.relevance_input == "geometry+position":
+            inputs = torch.cat([geometry, self.relevance_encoding(positions * 2 - 1)], dim=-1)
+        else:
+            inputs = self.mlp_base.model[0](positions).detach()
+        return self.mlp_relevance(inputs).view(*shape, 1)
+
+    def get_outputs(
+        self, ray_samples: RaySamples, density_embedding: Optional[Tensor] = None
+    ) -> Dict[FieldHeadNames, Tensor]:
+        """Radiance of samples whose density has just been computed; relevance comes from `get_relevance`."""
+        assert density_embedding is not None and ray_samples.camera_indices is not None
+        shape = ray_samples.frustums.directions.shape[:-1]
+        directions = get_normalized_directions(ray_samples.frustums.directions)
+        inputs = [self.direction_encoding(directions.view(-1, 3)), density_embedding.view(-1, self.geo_feat_dim)]
+        if self.embedding_appearance is not None:
+            appearance = self._appearance(ray_samples.camera_indices.squeeze(-1), self.embedding_appearance)
+            inputs.append(appearance.expand(*shape, -1).reshape(-1, self.appearance_embedding_dim))
+        rgb = self.mlp_head(torch.cat(inputs, dim=-1)).view(*shape, -1).to(directions)
+        return {FieldHeadNames.RGB: rgb}
+
+    def _appearance(self, camera_indices: Tensor, embedding: nn.Module) -> Tensor:
+        if self.training:
+            return embedding(camera_indices)
+        if self.shown_view is not None:
+            return embedding(torch.full((1,), self.shown_view, device=camera_indices.device))
+        if self.use_average_appearance_embedding:
+            return embedding.mean(dim=0)
+        return torch.zeros(self.appearance_embedding_dim, device=camera_indices.device)

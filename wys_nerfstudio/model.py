@@ -1,0 +1,311 @@
+"""Nerfacto with a relevance head: rendering, losses of the three phases, extra outputs. Knows nothing of diffusion."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Type
+
+import torch
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
+from nerfstudio.field_components.field_heads import FieldHeadNames
+from nerfstudio.field_components.spatial_distortions import SceneContraction
+from nerfstudio.fields.density_fields import HashMLPDensityField
+from nerfstudio.model_components.losses import MSELoss, interlevel_loss, scale_gradients_by_distance_squared
+from nerfstudio.model_components.ray_samplers import ProposalNetworkSampler, UniformSampler
+from nerfstudio.model_components.renderers import AccumulationRenderer, DepthRenderer, RGBRenderer, SemanticRenderer
+from nerfstudio.model_components.scene_colliders import NearFarCollider
+from nerfstudio.models.base_model import Model
+from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
+from nerfstudio.utils import colormaps
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn import functional as F
+
+from wys_nerfstudio.field import RelevanceInput, WysField
+from wys_nerfstudio.perceptual import Lpips, lpips_is_cached
+from wys_nerfstudio.schedule import Phase
+
+
+@dataclass
+class WysModelConfig(NerfactoModelConfig):
+    """Options of the scene's model: nerfacto's, and what editing adds."""
+
+    _target: Type = field(default_factory=lambda: WysModel)
+    relevance_input: RelevanceInput = "geometry+position"
+    """What the relevance head sees: the backbone's geometry features, also an encoding of the position, or the hash
+    grid's own features (torch backend only)."""
+    relevance_loss_mult: float = 1.0
+    """Weight of the relevance loss; it trains the relevance head and nothing else."""
+    lpips_loss_mult: float = 1.0
+    """Weight of the perceptual loss on edited views; 0 trains without it, and without its 233 MB of weights."""
+    lpips_weights: Optional[Path] = None
+    """File with torchvision's AlexNet weights; by default torch's cache, then the network."""
+
+
+class WysModel(NerfactoModel):
+    """Nerfacto with a dual-head field."""
+
+    config: WysModelConfig
+    field: WysField
+
+    def populate_modules(self) -> None:
+        """Builds field, proposal networks, samplers and renderers as nerfacto does, but no LPIPS: that is needed in the
+        edit phase and for metrics only, and nerfacto would want the network for it even to render."""
+        Model.populate_modules(self)
+        config = self.config
+        contraction = None if config.disable_scene_contraction else SceneContraction(order=float("inf"))
+        self.field = WysField(
+            self.scene_box.aabb,
+            num_images=self.num_train_data,
+            relevance_input=config.relevance_input,
+            hidden_dim=config.hidden_dim,
+            num_levels=config.num_levels,
+            max_res=config.max_res,
+            base_res=config.base_res,
+            features_per_level=config.features_per_level,
+            log2_hashmap_size=config.log2_hashmap_size,
+            hidden_dim_color=config.hidden_dim_color,
+            hidden_dim_transient=config.hidden_dim_transient,
+            spatial_distortion=contraction,
+            use_average_appearance_embedding=config.use_average_appearance_embedding,
+            appearance_embedding_dim=config.appearance_embed_dim if config.use_appearance_embedding else 0,
+            average_init_density=config.average_init_density,
+            implementation=config.implementation,
+        )
+        self.camera_optimizer = config.camera_optimizer.setup(num_cameras=self.num_train_data, device="cpu")
+        self._build_proposals(contraction)
+        self.collider = NearFarCollider(near_plane=config.near_plane, far_plane=config.far_plane)
+
+        self.renderer_rgb = RGBRenderer(background_color=config.background_color)
+        self.renderer_accumulation = AccumulationRenderer()
+        self.renderer_depth = DepthRenderer(method="median")
+        self.renderer_expected_depth = DepthRenderer(method="expected")
+        self.renderer_relevance = SemanticRenderer()
+        self.rgb_loss = MSELoss()
+
+        from torchmetrics.functional import structural_similarity_index_measure
+        from torchmetrics.image import PeakSignalNoiseRatio
+
+        self.psnr = PeakSignalNoiseRatio(data_range=1.0)
+        self.ssim = structural_similarity_index_measure
+        self._lpips: List[Lpips] = []  # in a list, so that it is neither saved nor counted among the parameters
+
+        self.step = 0
+        self.phase = Phase.EDIT
+        """Phase of the run; the pipeline sets it. A finished run stays in the last one."""
+        self.mask_threshold = 0.5
+        """tau of the `edit_mask` output; the pipeline sets it."""
+        self.localized = True
+        """Whether edits are confined at all; if not, everything is relevant."""
+        self.warmup_done = False
+        """Whether the proposal networks come trained, so that their annealing is over from the start."""
+
+    def _build_proposals(self, contraction: Optional[SceneContraction]) -> None:
+        config = self.config
+        count = 1 if config.use_same_proposal_network else config.num_proposal_iterations
+        self.proposal_networks = torch.nn.ModuleList()
+        for i in range(count):
+            arguments: Dict[str, Any] = config.proposal_net_args_list[min(i, len(config.proposal_net_args_list) - 1)]
+            self.proposal_networks.append(
+                HashMLPDensityField(
+                    self.scene_box.aabb,
+                    spatial_distortion=contraction,
+                    **arguments,
+                    average_init_density=config.average_init_density,
+                    implementation=config.implementation,
+                )
+            )
+        networks = [self.proposal_networks[min(i, count - 1)] for i in range(config.num_proposal_iterations)]
+        self.density_fns = [network.density_fn for network in networks]
+
+        def steps_between_updates(step: int) -> float:
+            grown = config.proposal_update_every * min(1.0, step / max(1, config.proposal_warmup))
+            return max(1.0, grown)
+
+        uniform = config.proposal_initial_sampler == "uniform"
+        self.proposal_sampler = ProposalNetworkSampler(
+            num_nerf_samples_per_ray=config.num_nerf_samples_per_ray,
+            num_proposal_samples_per_ray=config.num_proposal_samples_per_ray,
+            num_proposal_network_iterations=config.num_proposal_iterations,
+            single_jitter=config.use_single_jitter,
+            update_sched=steps_between_updates,
+            initial_sampler=UniformSampler(single_jitter=config.use_single_jitter) if uniform else None,
+        )
+
+    def get_param_groups(self) -> Dict[str, List[Parameter]]:
+        """Nerfacto's groups, and one for the relevance head alone."""
+        groups: Dict[str, List[Parameter]] = {
+            "proposal_networks": list(self.proposal_networks.parameters()),
+            "fields": self.field.scene_parameters(),
+            "relevance": self.field.relevance_parameters(),
+        }
+        self.camera_optimizer.get_param_groups(param_groups=groups)
+        return groups
+
+    def get_training_callbacks(
+        self, training_callback_attributes: TrainingCallbackAttributes
+    ) -> List[TrainingCallback]:
+        """Nerfacto's callbacks for the proposal networks, past their warm-up if these come trained."""
+        callbacks = super().get_training_callbacks(training_callback_attributes)
+        if self.warmup_done:
+            ahead = max(self.config.proposal_weights_anneal_max_num_iters, self.config.proposal_warmup)
+            for callback in callbacks:
+                callback.func = partial(_call_ahead, callback.func, ahead)
+        return callbacks
+
+    # ------------------------------------------------------------------------------------------------- rendering
+
+    def get_outputs(self, ray_bundle: RayBundle) -> Dict[str, Any]:
+        """Renders rays: nerfacto's outputs, and in eval mode `relevance`, `relevance_overlay` and `edit_mask`.
+
+        While only the relevance head is trained the scene is held fixed, and `relevance` is the only output.
+        """
+        localizing = self.training and self.phase is Phase.LOCALIZE
+        # Edited views must not move cameras.
+        posing = self.training and self.phase is Phase.RECONSTRUCT
+        with torch.set_grad_enabled(posing and torch.is_grad_enabled()):
+            if self.training:
+                self.camera_optimizer.apply_to_raybundle(ray_bundle)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not localizing):
+            samples, weights_list, samples_list = self.proposal_sampler(ray_bundle, density_fns=self.density_fns)
+            density, features = self.field.get_density(samples)
+        if localizing:
+            relevance = self.field.get_relevance(features)
+            return {"relevance": self.renderer_relevance(relevance, samples.get_weights(density).detach())}
+
+        field_outputs: Dict[Any, Tensor] = {**self.field.get_outputs(samples, features), FieldHeadNames.DENSITY: density}
+        if self.config.use_gradient_scaling:
+            field_outputs = scale_gradients_by_distance_squared(field_outputs, samples)
+        weights = samples.get_weights(field_outputs[FieldHeadNames.DENSITY])
+        weights_list.append(weights)
+        samples_list.append(samples)
+
+        outputs: Dict[str, Any] = {
+            "rgb": self.renderer_rgb(rgb=field_outputs[FieldHeadNames.RGB], weights=weights),
+            "accumulation": self.renderer_accumulation(weights=weights),
+        }
+        if not (self.training and self.phase is Phase.RECONSTRUCT):
+            # Detached: relevance is rendered on the scene's geometry and must not shape it.
+            relevance = self.field.get_relevance(features)
+            outputs["relevance"] = self.renderer_relevance(relevance, weights.detach())
+        with torch.no_grad():
+            outputs["depth"] = self.renderer_depth(weights=weights, ray_samples=samples)
+            outputs["expected_depth"] = self.renderer_expected_depth(weights=weights, ray_samples=samples)
+            for i in range(self.config.num_proposal_iterations):
+                outputs[f"prop_depth_{i}"] = self.renderer_depth(weights=weights_list[i], ray_samples=samples_list[i])
+        if self.training:
+            outputs["weights_list"] = weights_list
+            outputs["ray_samples_list"] = samples_list
+        else:
+            outputs.update(self._localization_outputs(outputs["rgb"], outputs["relevance"]))
+        return outputs
+
+    def _localization_outputs(
+        self, rgb: Float[Tensor, "rays 3"], relevance: Float[Tensor, "rays 1"]
+    ) -> Dict[str, Tensor]:
+        if not self.localized:
+            relevance = torch.ones_like(relevance)
+        # Floats, not bools: nerfstudio paints bool outputs on the CPU whatever device they are on.
+        mask = (relevance >= self.mask_threshold).float()
+        tinted = 0.5 * rgb + 0.5 * colormaps.apply_float_colormap(relevance.clamp(0, 1), "inferno").to(rgb)
+        return {
+            "relevance": relevance,
+            "relevance_overlay": torch.where(mask > 0, tinted, 0.4 * rgb),
+            "edit_mask": mask,
+        }
+
+    @contextmanager
+    def as_view(self, view: int) -> Iterator[None]:
+        """Eval mode with the appearance of one training view; everything is put back afterwards."""
+        was_training = self.training
+        self.eval()
+        self.field.shown_view = view
+        try:
+            yield
+        finally:
+            self.field.shown_view = None
+            self.train(was_training)
+
+    @torch.no_grad()
+    def render_view(self, cameras: Cameras, view: int) -> Dict[str, Tensor]:
+        """Renders a training view as the training sees it: its learned pose correction, its own appearance, no jitter.
+
+        Args:
+            cameras: The training cameras.
+            view: Index of the view among them.
+
+        Returns:
+            Every eval output, each (height, width, channels).
+        """
+        camera = cameras[view : view + 1].to(self.device)
+        camera.metadata = {"cam_idx": view}
+        with self.as_view(view):
+            camera.camera_to_worlds = self.camera_optimizer.apply_to_camera(camera)
+            return self.get_outputs_for_camera(camera)
+
+    # ---------------------------------------------------------------------------------------------------- losses
+
+    def get_metrics_dict(self, outputs: Dict[str, Any], batch: Dict[str, Any]) -> Dict[str, Any]:
+        """Metrics of a batch of rays; none while only the relevance head is trained."""
+        return super().get_metrics_dict(outputs, batch) if "rgb" in outputs else {}
+
+    def get_loss_dict(
+        self, outputs: Dict[str, Any], batch: Dict[str, Any], metrics_dict: Optional[Dict[str, Any]] = None
+    ) -> Dict[str, Tensor]:
+        """Weighted losses of the current phase.
+
+        Reconstruction is nerfacto's. Localisation is the relevance loss alone. Editing is L1 and LPIPS on the edited
+        views (as Instruct-NeRF2NeRF), nerfacto's regularisers and the relevance loss.
+        """
+        if not self.training or self.phase is Phase.RECONSTRUCT:
+            return super().get_loss_dict(outputs, batch, metrics_dict)
+        losses: Dict[str, Tensor] = {}
+        if "relevance" in batch:
+            target = batch["relevance"].to(self.device)
+            losses["relevance_loss"] = self.config.relevance_loss_mult * F.mse_loss(outputs["relevance"], target)
+        if self.phase is Phase.LOCALIZE:
+            return losses
+        assert metrics_dict is not None
+        target, rgb = batch["image"].to(self.device), outputs["rgb"]
+        losses["rgb_loss"] = F.l1_loss(rgb, target)
+        if self.config.lpips_loss_mult > 0:
+            size = batch["patch_size"]
+            patches, targets = (x.view(-1, size, size, 3).permute(0, 3, 1, 2) for x in (rgb, target))
+            losses["lpips_loss"] = self.config.lpips_loss_mult * self.perceptual_distance()(patches.clamp(0, 1), targets)
+        losses["interlevel_loss"] = self.config.interlevel_loss_mult * interlevel_loss(
+            outputs["weights_list"], outputs["ray_samples_list"]
+        )
+        losses["distortion_loss"] = self.config.distortion_loss_mult * metrics_dict["distortion"]
+        return losses
+
+    def perceptual_distance(self) -> Lpips:
+        """LPIPS, loaded on first use. No property: the viewer evaluates every property of every module."""
+        if not self._lpips:
+            self._lpips.append(Lpips(self.config.lpips_weights).to(self.device))
+        return self._lpips[0]
+
+    def get_image_metrics_and_images(
+        self, outputs: Dict[str, Tensor], batch: Dict[str, Tensor]
+    ) -> Tuple[Dict[str, float], Dict[str, Tensor]]:
+        """PSNR, SSIM and, where its weights are at hand, LPIPS against an image; pictures for the writers."""
+        truth = self.renderer_rgb.blend_background(batch["image"].to(self.device))
+        rgb = outputs["rgb"]
+        pair = [x.permute(2, 0, 1)[None] for x in (truth, rgb)]
+        metrics = {"psnr": float(self.psnr(*pair)), "ssim": float(self.ssim(*pair))}
+        if self._lpips or lpips_is_cached(self.config.lpips_weights):
+            metrics["lpips"] = float(self.perceptual_distance()(*pair))
+        images = {
+            "img": torch.cat([truth, rgb], dim=1),
+            "depth": colormaps.apply_depth_colormap(outputs["depth"], accumulation=outputs["accumulation"]),
+            "relevance": colormaps.apply_float_colormap(outputs["relevance"].clamp(0, 1), "inferno"),
+            "relevance_overlay": outputs["relevance_overlay"],
+        }
+        return metrics, images
+
+
+def _call_ahead(func: Callable[..., None], ahead: int, step: int) -> None:
+    func(step=step + ahead)

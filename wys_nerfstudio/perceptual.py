@@ -1,0 +1,68 @@
+"""LPIPS on AlexNet features, from torchmetrics, with a say in where AlexNet's weights come from.
+
+torchmetrics brings LPIPS's own linear layers; AlexNet (233 MB) is torchvision's and is looked for in a given file, in
+torch's cache, on the network, in this order.
+"""
+
+from pathlib import Path
+from typing import Optional
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from wys_nerfstudio.errors import WysError
+
+
+class Lpips(nn.Module):
+    """Learned perceptual distance of image batches; differentiable in its inputs, its own weights are frozen.
+
+    Args:
+        weights: torchvision's AlexNet state dict as a file; by default torch's cache, then the network.
+
+    Raises:
+        WysError: If the weights are not to be had.
+    """
+
+    def __init__(self, weights: Optional[Path] = None) -> None:
+        super().__init__()
+        from torchmetrics.functional.image.lpips import _LPIPS as TorchmetricsLpips
+
+        state = _alexnet_state(weights)
+        self.net = TorchmetricsLpips(pretrained=True, net="alex", pnet_rand=True)
+        for name, module in self.net.net.named_modules():
+            if isinstance(module, nn.Conv2d):
+                layer = name.rsplit(".", 1)[-1]
+                module.load_state_dict({k: state[f"features.{layer}.{k}"] for k in ("weight", "bias")})
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Float[Tensor, "b 3 h w"], references: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
+        """Mean LPIPS of images in [0, 1]; 0 for equal ones."""
+        return self.net(images, references, normalize=True).mean()
+
+
+def lpips_is_cached(weights: Optional[Path]) -> bool:
+    """Whether `Lpips` can be built without the network."""
+    if weights is not None:
+        return weights.is_file()
+    from torchvision.models import AlexNet_Weights
+
+    return (Path(torch.hub.get_dir()) / "checkpoints" / AlexNet_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]).is_file()
+
+
+def _alexnet_state(weights: Optional[Path]) -> "dict[str, Tensor]":
+    remedy = (
+        "Give a file of torchvision's AlexNet weights with --pipeline.model.lpips-weights, or train without the "
+        "perceptual loss: --pipeline.model.lpips-loss-mult 0."
+    )
+    try:
+        if weights is not None:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        else:
+            from torchvision.models import AlexNet_Weights
+
+            state = AlexNet_Weights.IMAGENET1K_V1.get_state_dict(progress=True)
+        return {key: value for key, value in state.items() if key.startswith("features.")}
+    except Exception as error:  # whatever the network, the disk or the unpickler says, the remedy is the same
+        source = f'from "{weights}"' if weights is not None else "by torch (is there a network?)"
+        raise WysError(f"The AlexNet weights of the LPIPS loss could not be loaded {source}. {remedy}") from error

@@ -1,0 +1,104 @@
+"""What happens when: phases of a run, the order in which views are edited, diffusion timesteps. Pure Python.
+
+Nothing here touches a tensor or a file, so a schedule can be printed, compared and tested by itself.
+"""
+
+import random
+from dataclasses import dataclass
+from enum import Enum
+from typing import List
+
+
+class Phase(str, Enum):
+    """The three parts of a run, in their order."""
+
+    RECONSTRUCT = "reconstruct"
+    """Plain nerfacto on the captured views."""
+    LOCALIZE = "localize"
+    """Only the relevance head is trained, on the maps of the captured views."""
+    EDIT = "edit"
+    """Views are edited one after another while the scene is trained on them."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many steps each phase takes; a phase of 0 steps is skipped."""
+
+    reconstruct_steps: int
+    """Steps of plain reconstruction."""
+    localize_steps: int
+    """Steps of training the relevance head alone."""
+    edit_steps: int
+    """Steps of training on edited views."""
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.reconstruct_steps + self.localize_steps + self.edit_steps
+
+    @property
+    def edit_start(self) -> int:
+        """First step of the edit phase, counted from 0."""
+        return self.reconstruct_steps + self.localize_steps
+
+    def phase(self, step: int) -> Phase:
+        """Phase of a step, counted from 0; steps past the end belong to the edit phase."""
+        if step < self.reconstruct_steps:
+            return Phase.RECONSTRUCT
+        return Phase.LOCALIZE if step < self.edit_start else Phase.EDIT
+
+    def edits_due(self, step: int, every: int) -> bool:
+        """Whether views are edited before this step: at the edit phase's first step and every `every` steps from there."""
+        return step >= self.edit_start and (step - self.edit_start) % every == 0
+
+
+def edit_seed(seed: int, edit_number: int) -> int:
+    """Seed of one edit. Depends on nothing but the run's seed and the edit's number, so a resumed run edits alike."""
+    return random.Random(f"{seed}/{edit_number}").getrandbits(62)
+
+
+def view_of_edit(seed: int, edit_number: int, num_views: int) -> int:
+    """The view that an edit works on: every view once per round, each round in a new random order.
+
+    Args:
+        seed: The run's seed.
+        edit_number: Number of the edit, from 0 on.
+        num_views: How many views there are, at least 1.
+
+    Returns:
+        A view's index in [0, num_views).
+    """
+    edit_round, position = divmod(edit_number, num_views)
+    order = list(range(num_views))
+    random.Random(f"{seed}/round/{edit_round}").shuffle(order)
+    return order[position]
+
+
+def noise_level_of_edit(seed: int, edit_number: int, low: float, high: float) -> float:
+    """The noise level t ~ U[low, high] that an edit starts from, in fractions of the diffusion's length."""
+    return random.Random(f"{seed}/level/{edit_number}").uniform(low, high)
+
+
+def timesteps(start: int, full_steps: int, num_train_timesteps: int) -> List[int]:
+    """Timesteps of a denoising run that starts at `start`, largest first, evenly spaced down to (but without) 0.
+
+    The number of steps is in proportion to the noise: `full_steps` for a start at the end of the diffusion's length,
+    half of them for a start half way, always at least one.
+
+    Args:
+        start: First timestep, in [1, num_train_timesteps).
+        full_steps: Steps that a start from pure noise would take, at least 1.
+        num_train_timesteps: Length of the diffusion, 1000 as a rule.
+
+    Returns:
+        Strictly decreasing timesteps; the first is `start`, all are at least 1.
+
+    Raises:
+        ValueError: If `start` or `full_steps` is out of range.
+    """
+    if not 1 <= start < num_train_timesteps:
+        raise ValueError(f"the first timestep must be in [1, {num_train_timesteps - 1}], not {start}")
+    if full_steps < 1:
+        raise ValueError(f"the number of diffusion steps must be at least 1, not {full_steps}")
+    count = min(start, max(1, round(full_steps * start / num_train_timesteps)))
+    return [start - (i * start) // count for i in range(count)]
