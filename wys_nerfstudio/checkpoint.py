@@ -9,7 +9,7 @@ import os
 import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.schedule import Plan
 
+CAPTURED_SCENE = "captured.ckpt"
+"""In a run's `wys` folder: the weights as they were before the first edit."""
 RELEVANCE_PREFIX = "field.mlp_relevance."
 MODEL_PREFIX = "_model."
 NOT_COMPARED = ("lpips.", "psnr.", "device_indicator_param", "camera_optimizer.")
@@ -64,7 +66,7 @@ def run_folder(checkpoint: Path) -> Path:
     return checkpoint.parent.parent
 
 
-def read_checkpoint(path: Path) -> Dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint as nerfstudio wrote it, read without unpickling anything but tensors and numbers.
 
     Raises:
@@ -80,7 +82,7 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
     return state
 
 
-def model_state(checkpoint: Dict[str, Any]) -> Dict[str, Tensor]:
+def model_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     """The model's part of a checkpoint, without the prefixes of pipeline and DDP."""
     state = {}
     for key, value in checkpoint["pipeline"].items():
@@ -89,7 +91,7 @@ def model_state(checkpoint: Dict[str, Any]) -> Dict[str, Tensor]:
     return state
 
 
-def is_wys(checkpoint: Dict[str, Any]) -> bool:
+def is_wys(checkpoint: dict[str, Any]) -> bool:
     """Whether a checkpoint comes from this method."""
     return any(key.startswith(RELEVANCE_PREFIX) for key in model_state(checkpoint))
 
@@ -109,7 +111,7 @@ def _plain(loader: yaml.SafeLoader, _suffix: str, node: yaml.Node) -> Any:
 _PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/", _plain)
 
 
-def read_run_config(folder: Path) -> Dict[str, Any]:
+def read_run_config(folder: Path) -> dict[str, Any]:
     """A run's config.yml as plain data; empty if there is none or it is no mapping."""
     path = folder / "config.yml"
     if not path.is_file():
@@ -138,7 +140,7 @@ _SHAPE_OPTIONS = (
 )
 
 
-def load_base(model: nn.Module, path: Path, transform: Optional[Dict[str, Any]] = None) -> None:
+def load_base(model: nn.Module, path: Path, transform: Optional[dict[str, Any]] = None) -> None:
     """Puts a base run's scene into the model: every key and shape is checked first, nothing is loaded half.
 
     Args:
@@ -201,7 +203,7 @@ def load_base(model: nn.Module, path: Path, transform: Optional[Dict[str, Any]] 
     model.load_state_dict({**ours, **{k: state[k] for k in wanted}, **poses}, strict=True)
 
 
-def _advice(config: Dict[str, Any], model: nn.Module, method: str) -> str:
+def _advice(config: dict[str, Any], model: nn.Module, method: str) -> str:
     theirs = config.get("pipeline", {}).get("model", {}) if config else {}
     ours = vars(model.config)  # type: ignore
     flags = [
@@ -214,7 +216,7 @@ def _advice(config: Dict[str, Any], model: nn.Module, method: str) -> str:
     return f"--base-run takes a nerfacto or wys run of the same settings, and this is a {method} run."
 
 
-def _check_transform(path: Path, file: Path, transform: Optional[Dict[str, Any]]) -> None:
+def _check_transform(path: Path, file: Path, transform: Optional[dict[str, Any]]) -> None:
     if transform is None or not file.is_file():
         return
     theirs = json.loads(file.read_text("utf8"))
@@ -266,7 +268,7 @@ class RunState:
             ) from error
 
 
-def edit_records(folder: Path, before_step: Optional[int] = None) -> List[str]:
+def edit_records(folder: Path, before_step: Optional[int] = None) -> list[str]:
     """Lines of a run's edits.jsonl, up to a step if one is given."""
     path = folder / "edits.jsonl"
     if not path.is_file():

@@ -1,7 +1,7 @@
 """The registered methods. nerfstudio imports this module whenever any ns-* command starts, so it must be light and must
 not fail: no diffusers, no transformers."""
 
-from typing import Any, Dict
+from typing import Any
 
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.configs.base_config import LoggingConfig, ViewerConfig
@@ -20,8 +20,8 @@ from wys_nerfstudio.trainer import WysTrainerConfig
 register_safe_globals()
 
 
-def _optimizers(final_lr: float, decay_steps: int) -> Dict[str, Any]:
-    def decayed(lr: float = 1e-2, lr_final: float = final_lr) -> Dict[str, Any]:
+def _optimizers(final_lr: float, decay_steps: int) -> dict[str, Any]:
+    def decayed(lr: float = 1e-2, lr_final: float = final_lr) -> dict[str, Any]:
         return {
             "optimizer": AdamOptimizerConfig(lr=lr, eps=1e-15),
             "scheduler": ExponentialDecaySchedulerConfig(lr_final=lr_final, max_steps=decay_steps),

@@ -5,9 +5,10 @@ from one cached stack of images, so an edit is a write into that stack.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Literal, Optional, Sequence, Set, Tuple, Type
+from typing import Any, Literal, Optional
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from nerfstudio.configs.dataparser_configs import AnnotatedDataParserUnion
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.data.datasets.base_dataset import InputDataset
-from nerfstudio.data.pixel_samplers import PatchPixelSamplerConfig, PixelSampler
+from nerfstudio.data.pixel_samplers import PatchPixelSamplerConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image
 from rich.progress import track
@@ -35,7 +36,7 @@ from wys_nerfstudio.schedule import edit_seed
 class WysDataManagerConfig(VanillaDataManagerConfig):
     """Options of the training views."""
 
-    _target: Type = field(default_factory=lambda: WysDataManager)
+    _target: type = field(default_factory=lambda: WysDataManager)
     dataparser: AnnotatedDataParserUnion = field(default_factory=NerfstudioDataParserConfig)
     """Format of the captured data."""
     train_num_rays_per_batch: int = 4096
@@ -94,7 +95,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             images = images[..., :3] * images[..., 3:] + background * (1 - images[..., 3:])
         self._captured = (images * 255).round().to(torch.uint8)
         batch["image"] = self._captured.float() / 255
-        self.edited_views: Set[int] = set()
+        self.edited_views: set[int] = set()
         """Views that are no longer as captured."""
 
     def _refuse_unequal_sizes(self) -> None:
@@ -109,7 +110,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             )
 
     @property
-    def cached_batch(self) -> Dict[str, Any]:
+    def cached_batch(self) -> dict[str, Any]:
         """The stack that ray batches are drawn from."""
         return self.train_image_dataloader.cached_collated_batch  # type: ignore
 
@@ -119,12 +120,12 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         return len(self.train_dataset)
 
     @property
-    def view_size(self) -> Tuple[int, int]:
+    def view_size(self) -> tuple[int, int]:
         """Height and width of the views."""
         return self._captured.shape[1], self._captured.shape[2]
 
     @property
-    def view_names(self) -> List[str]:
+    def view_names(self) -> list[str]:
         """One file name stem per view; numbered ones if the captured files' stems repeat."""
         stems = [path.stem for path in self.train_dataset.image_filenames]
         return stems if len(set(stems)) == len(stems) else [f"{i:05d}_{stem}" for i, stem in enumerate(stems)]
@@ -155,12 +156,9 @@ class WysDataManager(VanillaDataManager[InputDataset]):
                 f"Patches of {side} pixels do not fit views of {self.view_size[1]}x{self.view_size[0]} and {rays} rays: "
                 "lower --pipeline.datamanager.edit-patch-size or raise --pipeline.datamanager.edit-num-rays-per-batch."
             )
-        sampler: PixelSampler = PatchPixelSamplerConfig().setup(
-            patch_size=side, num_rays_per_batch=rays // side**2 * side**2
-        )
-        self.train_pixel_sampler = sampler
+        self.train_pixel_sampler = PatchPixelSamplerConfig(patch_size=side).setup(num_rays_per_batch=rays)
 
-    def next_train(self, step: int) -> Tuple[RayBundle, Dict]:
+    def next_train(self, step: int) -> tuple[RayBundle, dict]:
         """The next ray batch; `patch_size` says how its rays are laid out while the scene is edited."""
         ray_bundle, batch = super().next_train(step)
         batch["patch_size"] = self.config.edit_patch_size

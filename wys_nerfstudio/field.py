@@ -4,7 +4,7 @@ The backbone and the radiance head are nerfacto's, parameter for parameter, so t
 relevance head sees the backbone's features detached and no view direction: relevance is a property of the place.
 """
 
-from typing import Dict, List, Literal, Optional
+from typing import Literal, Optional
 
 import torch
 from jaxtyping import Float, Shaped
@@ -62,11 +62,11 @@ class WysField(NerfactoField):
         self.shown_view: Optional[int] = None
         """Training view whose appearance is rendered in eval mode; None is the average appearance."""
 
-    def relevance_parameters(self) -> List[nn.Parameter]:
+    def relevance_parameters(self) -> list[nn.Parameter]:
         """Parameters of the relevance head; all others belong to the scene."""
         return list(self.mlp_relevance.parameters())
 
-    def scene_parameters(self) -> List[nn.Parameter]:
+    def scene_parameters(self) -> list[nn.Parameter]:
         """Parameters of backbone and radiance head, in nerfacto's order."""
         relevance = {id(p) for p in self.relevance_parameters()}
         return [p for p in self.parameters() if id(p) not in relevance]
@@ -90,7 +90,7 @@ class WysField(NerfactoField):
 
     def get_outputs(
         self, ray_samples: RaySamples, density_embedding: Optional[Tensor] = None
-    ) -> Dict[FieldHeadNames, Tensor]:
+    ) -> dict[FieldHeadNames, Tensor]:
         """Radiance of samples whose density has just been computed; relevance comes from `get_relevance`."""
         assert density_embedding is not None and ray_samples.camera_indices is not None
         shape = ray_samples.frustums.directions.shape[:-1]

@@ -1,10 +1,11 @@
 """Nerfacto with a relevance head: rendering, losses of the three phases, extra outputs. Knows nothing of diffusion."""
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Type
+from typing import Any, Optional
 
 import torch
 from jaxtyping import Float
@@ -34,7 +35,7 @@ from wys_nerfstudio.schedule import Phase
 class WysModelConfig(NerfactoModelConfig):
     """Options of the scene's model: nerfacto's, and what editing adds."""
 
-    _target: Type = field(default_factory=lambda: WysModel)
+    _target: type = field(default_factory=lambda: WysModel)
     relevance_input: RelevanceInput = "geometry+position"
     """What the relevance head sees: the backbone's geometry features, also an encoding of the position, or the hash
     grid's own features (torch backend only)."""
@@ -92,7 +93,7 @@ class WysModel(NerfactoModel):
 
         self.psnr = PeakSignalNoiseRatio(data_range=1.0)
         self.ssim = structural_similarity_index_measure
-        self._lpips: List[Lpips] = []  # in a list, so that it is neither saved nor counted among the parameters
+        self._lpips: list[Lpips] = []  # in a list, so that it is neither saved nor counted among the parameters
 
         self.step = 0
         self.phase = Phase.EDIT
@@ -109,7 +110,7 @@ class WysModel(NerfactoModel):
         count = 1 if config.use_same_proposal_network else config.num_proposal_iterations
         self.proposal_networks = torch.nn.ModuleList()
         for i in range(count):
-            arguments: Dict[str, Any] = config.proposal_net_args_list[min(i, len(config.proposal_net_args_list) - 1)]
+            arguments: dict[str, Any] = config.proposal_net_args_list[min(i, len(config.proposal_net_args_list) - 1)]
             self.proposal_networks.append(
                 HashMLPDensityField(
                     self.scene_box.aabb,
@@ -136,9 +137,9 @@ class WysModel(NerfactoModel):
             initial_sampler=UniformSampler(single_jitter=config.use_single_jitter) if uniform else None,
         )
 
-    def get_param_groups(self) -> Dict[str, List[Parameter]]:
+    def get_param_groups(self) -> dict[str, list[Parameter]]:
         """Nerfacto's groups, and one for the relevance head alone."""
-        groups: Dict[str, List[Parameter]] = {
+        groups: dict[str, list[Parameter]] = {
             "proposal_networks": list(self.proposal_networks.parameters()),
             "fields": self.field.scene_parameters(),
             "relevance": self.field.relevance_parameters(),
@@ -148,7 +149,7 @@ class WysModel(NerfactoModel):
 
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
-    ) -> List[TrainingCallback]:
+    ) -> list[TrainingCallback]:
         """Nerfacto's callbacks for the proposal networks, past their warm-up if these come trained."""
         callbacks = super().get_training_callbacks(training_callback_attributes)
         if self.warmup_done:
@@ -159,7 +160,7 @@ class WysModel(NerfactoModel):
 
     # ------------------------------------------------------------------------------------------------- rendering
 
-    def get_outputs(self, ray_bundle: RayBundle) -> Dict[str, Any]:
+    def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
         """Renders rays: nerfacto's outputs, and in eval mode `relevance`, `relevance_overlay` and `edit_mask`.
 
         While only the relevance head is trained the scene is held fixed, and `relevance` is the only output.
@@ -177,14 +178,14 @@ class WysModel(NerfactoModel):
             relevance = self.field.get_relevance(features)
             return {"relevance": self.renderer_relevance(relevance, samples.get_weights(density).detach())}
 
-        field_outputs: Dict[Any, Tensor] = {**self.field.get_outputs(samples, features), FieldHeadNames.DENSITY: density}
+        field_outputs: dict[Any, Tensor] = {**self.field.get_outputs(samples, features), FieldHeadNames.DENSITY: density}
         if self.config.use_gradient_scaling:
             field_outputs = scale_gradients_by_distance_squared(field_outputs, samples)
         weights = samples.get_weights(field_outputs[FieldHeadNames.DENSITY])
         weights_list.append(weights)
         samples_list.append(samples)
 
-        outputs: Dict[str, Any] = {
+        outputs: dict[str, Any] = {
             "rgb": self.renderer_rgb(rgb=field_outputs[FieldHeadNames.RGB], weights=weights),
             "accumulation": self.renderer_accumulation(weights=weights),
         }
@@ -206,7 +207,7 @@ class WysModel(NerfactoModel):
 
     def _localization_outputs(
         self, rgb: Float[Tensor, "rays 3"], relevance: Float[Tensor, "rays 1"]
-    ) -> Dict[str, Tensor]:
+    ) -> dict[str, Tensor]:
         if not self.localized:
             relevance = torch.ones_like(relevance)
         # Floats, not bools: nerfstudio paints bool outputs on the CPU whatever device they are on.
@@ -231,7 +232,7 @@ class WysModel(NerfactoModel):
             self.train(was_training)
 
     @torch.no_grad()
-    def render_view(self, cameras: Cameras, view: int) -> Dict[str, Tensor]:
+    def render_view(self, cameras: Cameras, view: int) -> dict[str, Tensor]:
         """Renders a training view as the training sees it: its learned pose correction, its own appearance, no jitter.
 
         Args:
@@ -249,13 +250,13 @@ class WysModel(NerfactoModel):
 
     # ---------------------------------------------------------------------------------------------------- losses
 
-    def get_metrics_dict(self, outputs: Dict[str, Any], batch: Dict[str, Any]) -> Dict[str, Any]:
+    def get_metrics_dict(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Any]:
         """Metrics of a batch of rays; none while only the relevance head is trained."""
         return super().get_metrics_dict(outputs, batch) if "rgb" in outputs else {}
 
     def get_loss_dict(
-        self, outputs: Dict[str, Any], batch: Dict[str, Any], metrics_dict: Optional[Dict[str, Any]] = None
-    ) -> Dict[str, Tensor]:
+        self, outputs: dict[str, Any], batch: dict[str, Any], metrics_dict: Optional[dict[str, Any]] = None
+    ) -> dict[str, Tensor]:
         """Weighted losses of the current phase.
 
         Reconstruction is nerfacto's. Localisation is the relevance loss alone. Editing is L1 and LPIPS on the edited
@@ -263,7 +264,7 @@ class WysModel(NerfactoModel):
         """
         if not self.training or self.phase is Phase.RECONSTRUCT:
             return super().get_loss_dict(outputs, batch, metrics_dict)
-        losses: Dict[str, Tensor] = {}
+        losses: dict[str, Tensor] = {}
         if "relevance" in batch:
             target = batch["relevance"].to(self.device)
             losses["relevance_loss"] = self.config.relevance_loss_mult * F.mse_loss(outputs["relevance"], target)
@@ -289,15 +290,15 @@ class WysModel(NerfactoModel):
         return self._lpips[0]
 
     def get_image_metrics_and_images(
-        self, outputs: Dict[str, Tensor], batch: Dict[str, Tensor]
-    ) -> Tuple[Dict[str, float], Dict[str, Tensor]]:
+        self, outputs: dict[str, Tensor], batch: dict[str, Tensor]
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
         """PSNR, SSIM and, where its weights are at hand, LPIPS against an image; pictures for the writers."""
         truth = self.renderer_rgb.blend_background(batch["image"].to(self.device))
         rgb = outputs["rgb"]
-        pair = [x.permute(2, 0, 1)[None] for x in (truth, rgb)]
-        metrics = {"psnr": float(self.psnr(*pair)), "ssim": float(self.ssim(*pair))}
+        first, second = (x.permute(2, 0, 1)[None] for x in (truth, rgb))
+        metrics = {"psnr": float(self.psnr(first, second)), "ssim": float(self.ssim(first, second))}  # type: ignore
         if self._lpips or lpips_is_cached(self.config.lpips_weights):
-            metrics["lpips"] = float(self.perceptual_distance()(*pair))
+            metrics["lpips"] = float(self.perceptual_distance()(first, second))
         images = {
             "img": torch.cat([truth, rgb], dim=1),
             "depth": colormaps.apply_depth_colormap(outputs["depth"], accumulation=outputs["accumulation"]),

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from wys_nerfstudio.errors import WysError
 
+SMALLEST_LPIPS_PATCH = 32
+"""Side in pixels below which AlexNet's pooling leaves nothing."""
+
 
 class Lpips(nn.Module):
     """Learned perceptual distance of image batches; differentiable in its inputs, its own weights are frozen.

@@ -1,8 +1,8 @@
 """Pictures for people: PNG files, heat maps, the contact sheet. Nothing is computed from them."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ def heat(relevance: Float[Tensor, "h w"]) -> Float[Tensor, "h w 3"]:
     return torch.from_numpy(colours).float()
 
 
-def contact_sheet(titles: Sequence[str], rows: Sequence[Tuple[str, Sequence[Tensor]]], min_height: int = 160) -> Image.Image:
+def contact_sheet(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[Tensor]]], min_height: int = 160) -> Image.Image:
     """Lays pictures out in rows under column titles.
 
     Args:
@@ -66,7 +66,7 @@ def contact_sheet(titles: Sequence[str], rows: Sequence[Tuple[str, Sequence[Tens
     return sheet
 
 
-def spread(count: int, total: int) -> List[int]:
+def spread(count: int, total: int) -> list[int]:
     """Up to `count` indices, evenly spread over `range(total)`."""
     count = min(count, total)
     return [i * total // count for i in range(count)]

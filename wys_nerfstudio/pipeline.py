@@ -7,9 +7,10 @@ autocast and without an autograd graph in memory.
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Dict, List, Literal, Optional, Sequence, Tuple, Type
+from typing import Annotated, Literal, Optional
 
 import torch
 import tyro
@@ -22,11 +23,12 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from wys_nerfstudio import relevance, schedule
-from wys_nerfstudio.checkpoint import RunState, edit_records, load_base
+from wys_nerfstudio.checkpoint import CAPTURED_SCENE, RunState, edit_records, load_base
 from wys_nerfstudio.datamanager import RelevanceRequest, WysDataManager, WysDataManagerConfig
 from wys_nerfstudio.editing import Editor, EditSettings, load_editor
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.model import WysModel, WysModelConfig
+from wys_nerfstudio.perceptual import SMALLEST_LPIPS_PATCH
 from wys_nerfstudio.pictures import contact_sheet, heat, spread, write_png
 from wys_nerfstudio.schedule import Phase, Plan
 
@@ -37,7 +39,7 @@ Localization = Literal["relevance-field", "relevance-map", "masks", "none"]
 class WysPipelineConfig(VanillaPipelineConfig):
     """Options of the edit."""
 
-    _target: Type = field(default_factory=lambda: WysPipeline)
+    _target: type = field(default_factory=lambda: WysPipeline)
     datamanager: WysDataManagerConfig = field(default_factory=WysDataManagerConfig)
     """Options of the training views."""
     model: WysModelConfig = field(default_factory=WysModelConfig)
@@ -159,6 +161,11 @@ class WysPipelineConfig(VanillaPipelineConfig):
             raise WysError("--localization relevance-field needs --pipeline.localize-steps above 0 to train the field.")
         if (self.localization == "masks") != (self.masks_dir is not None):
             raise WysError("--localization masks and --pipeline.masks-dir FOLDER go together: give both or none.")
+        if self.model.lpips_loss_mult > 0 and self.datamanager.edit_patch_size < SMALLEST_LPIPS_PATCH:
+            raise WysError(
+                f"--pipeline.datamanager.edit-patch-size must be at least {SMALLEST_LPIPS_PATCH} for the perceptual loss, not "
+                f"{self.datamanager.edit_patch_size}; --pipeline.model.lpips-loss-mult 0 trains without it."
+            )
         if self.model.predict_normals:
             raise WysError("--pipeline.model.predict-normals is not supported: leave it out, in the base run too.")
 
@@ -193,7 +200,7 @@ class WysPipeline(VanillaPipeline):
         grad_scaler: Optional[GradScaler] = None,
     ) -> None:
         config.datamanager.white_background = config.model.background_color == "white"
-        super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)
+        super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)  # type: ignore
         self.plan = config.plan()
         self.edits = 0
         """Edits begun so far; the next edit's number."""
@@ -213,7 +220,7 @@ class WysPipeline(VanillaPipeline):
 
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
-    ) -> List[TrainingCallback]:
+    ) -> list[TrainingCallback]:
         """The run's preparations, whatever can fail among them first, and the callbacks of its steps."""
         trainer = training_callback_attributes.trainer
         assert trainer is not None
@@ -260,10 +267,12 @@ class WysPipeline(VanillaPipeline):
                 f'The edited views of "{old}" belong to step {state.step} and the checkpoint to step {start_step - 1}: '
                 "resume from the run's newest checkpoint, without --load-step."
             )
+        self._folder.mkdir(parents=True, exist_ok=True)
         for name in ("relevance", "edits", "masks"):
             if (old / "wys" / name).is_dir() and old / "wys" != self._folder:
                 shutil.copytree(old / "wys" / name, self._folder / name, dirs_exist_ok=True)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        if (old / "wys" / CAPTURED_SCENE).is_file() and old / "wys" != self._folder:
+            shutil.copy2(old / "wys" / CAPTURED_SCENE, self._folder / CAPTURED_SCENE)
         records = edit_records(old / "wys", before_step=start_step)
         (self._folder / "edits.jsonl").write_text("".join(f"{line}\n" for line in records), "utf8")
         self.edits = state.edits
@@ -296,8 +305,16 @@ class WysPipeline(VanillaPipeline):
             self._prepare_relevance()
         if phase is Phase.EDIT:
             self.datamanager.start_editing(in_patches=self.config.model.lpips_loss_mult > 0)
+            self._keep_captured_scene()
         self._phase = phase
         self.scene_model.phase = phase
+
+    def _keep_captured_scene(self) -> None:
+        """Keeps the scene as it is before the first edit, as a checkpoint that --base-run takes."""
+        path = self._folder / CAPTURED_SCENE
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"step": self.plan.edit_start - 1, "pipeline": self.state_dict()}, path)
 
     def _prepare_relevance(self) -> None:
         config = self.config
@@ -352,7 +369,7 @@ class WysPipeline(VanillaPipeline):
         self._record(step, numbers, views, masks, t, steps, seconds)
         self._show(step, views[0], renders[0], masks[0])
 
-    def masks_of(self, views: Sequence[int], renders: Sequence[Dict[str, Tensor]]) -> Bool[Tensor, "b h w"]:
+    def masks_of(self, views: Sequence[int], renders: Sequence[dict[str, Tensor]]) -> Bool[Tensor, "b h w"]:
         """Where views may be edited, according to the chosen localisation.
 
         Args:
@@ -393,14 +410,14 @@ class WysPipeline(VanillaPipeline):
         for view, mask in zip(views, masks):
             write_png(self._folder / "masks" / f"{names[view]}.png", mask.float())
 
-    def _show(self, step: int, view: int, render: Dict[str, Tensor], mask: Bool[Tensor, "h w"]) -> None:
+    def _show(self, step: int, view: int, render: dict[str, Tensor], mask: Bool[Tensor, "h w"]) -> None:
         """Sends an edit's pictures to TensorBoard and its kin."""
         if not writer.EVENT_WRITERS:
             return
         strip = torch.cat([picture.to("cpu") for picture in self._row(view, render, mask)], dim=1)
         writer.put_image(name="Edit (captured | map | relevance | mask | edited | render)", image=strip, step=step)
 
-    def _row(self, view: int, render: Dict[str, Tensor], mask: Bool[Tensor, "h w"]) -> List[Float[Tensor, "h w 3"]]:
+    def _row(self, view: int, render: dict[str, Tensor], mask: Bool[Tensor, "h w"]) -> list[Float[Tensor, "h w 3"]]:
         data = self.datamanager
         empty = torch.zeros(data.view_size)
         view_map = data.relevance_of(view) if "relevance" in data.cached_batch else empty
@@ -426,7 +443,7 @@ class WysPipeline(VanillaPipeline):
     @torch.no_grad()
     def _write_contact_sheet(self) -> None:
         titles = ("captured", "relevance map", "relevance field", "mask", "edited view", "render")
-        rows: List[Tuple[str, List[Tensor]]] = []
+        rows: list[tuple[str, list[Tensor]]] = []
         for view in spread(6, self.datamanager.num_views):
             render = self.scene_model.render_view(self.datamanager.train_dataset.cameras, view)
             rows.append((self.datamanager.view_names[view], self._row(view, render, self.masks_of([view], [render])[0])))

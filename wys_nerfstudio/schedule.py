@@ -6,7 +6,6 @@ Nothing here touches a tensor or a file, so a schedule can be printed, compared 
 import random
 from dataclasses import dataclass
 from enum import Enum
-from typing import List
 
 
 class Phase(str, Enum):
@@ -79,7 +78,7 @@ def noise_level_of_edit(seed: int, edit_number: int, low: float, high: float) ->
     return random.Random(f"{seed}/level/{edit_number}").uniform(low, high)
 
 
-def timesteps(start: int, full_steps: int, num_train_timesteps: int) -> List[int]:
+def timesteps(start: int, full_steps: int, num_train_timesteps: int) -> list[int]:
     """Timesteps of a denoising run that starts at `start`, largest first, evenly spaced down to (but without) 0.
 
     The number of steps is in proportion to the noise: `full_steps` for a start at the end of the diffusion's length,

@@ -2,10 +2,11 @@
 errors that are sentences instead of tracebacks."""
 
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Iterator, List, Literal, Optional, Type
+from typing import Any, Literal, Optional
 
 import torch
 import tyro
@@ -22,7 +23,7 @@ from wys_nerfstudio.pipeline import WysPipeline, WysPipelineConfig
 class WysTrainerConfig(TrainerConfig):
     """Options of a run."""
 
-    _target: Type = field(default_factory=lambda: WysTrainer)
+    _target: type = field(default_factory=lambda: WysTrainer)
     pipeline: WysPipelineConfig = field(default_factory=WysPipelineConfig)
     """Scene, data and editing."""
     recipe: Optional[Path] = None
@@ -112,7 +113,7 @@ class WysTrainerConfig(TrainerConfig):
         self.pipeline.base_run, self.load_dir = checkpoint.parent, None
 
 
-def recipe_arguments(recipe: Path) -> List[str]:
+def recipe_arguments(recipe: Path) -> list[str]:
     """A recipe file as command line arguments.
 
     Raises:
@@ -126,7 +127,7 @@ def recipe_arguments(recipe: Path) -> List[str]:
         raise WysError(f'The recipe "{recipe}" is no valid YAML: {str(error).splitlines()[0]}.') from error
     if not isinstance(content, dict) or not all(isinstance(v, (str, int, float, bool)) for v in content.values()):
         raise WysError(f'The recipe "{recipe}" must be lines of "option: value", for instance "mask-threshold: 0.5".')
-    arguments: List[str] = []
+    arguments: list[str] = []
     for option, value in content.items():
         arguments += [f"--{option}", str(value)]
     return arguments

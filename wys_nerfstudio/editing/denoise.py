@@ -3,7 +3,8 @@
 The timesteps are given as a list and the noise schedule as a tensor, so no scheduler object is ever changed.
 """
 
-from typing import Callable, Optional, Sequence
+from collections.abc import Callable, Sequence
+from typing import Optional
 
 import torch
 from jaxtyping import Bool, Float

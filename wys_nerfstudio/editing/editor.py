@@ -5,7 +5,7 @@ pipeline that holds one neither saves nor moves its gigabytes.
 """
 
 from dataclasses import dataclass
-from typing import Any, List, Tuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -63,7 +63,7 @@ class Editor:
         size = self.unet.config.sample_size
         return self.latent_factor * (size if isinstance(size, int) else max(size))
 
-    def editing_size(self, height: int, width: int, long_side: int) -> Tuple[int, int]:
+    def editing_size(self, height: int, width: int, long_side: int) -> tuple[int, int]:
         """Height and width at which an image is edited: its own proportions, rounded to multiples of `side_multiple`."""
         scale = long_side / max(height, width)
         multiple = self.side_multiple
@@ -86,7 +86,7 @@ class Editor:
         self._check_words(instruction, ids[0].tolist())
         return self.text_encoder(ids.to(self.device))[0]
 
-    def _check_words(self, instruction: str, ids: List[int]) -> None:
+    def _check_words(self, instruction: str, ids: list[int]) -> None:
         unknown = self.tokenizer.unk_token_id
         # CLIP's own tokenizer spells unseen words out, and its unknown token is the one that ends every text.
         if unknown is None or unknown in (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id) or unknown not in ids:

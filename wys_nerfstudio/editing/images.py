@@ -3,8 +3,9 @@
 One image of a batch never influences another, so a batch gives what its images would give one by one.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Iterator, List, Optional, Sequence
+from typing import Optional
 
 import torch
 from jaxtyping import Bool, Float
@@ -136,7 +137,7 @@ class _Guided:
 
     def __init__(self, editor: Editor, condition: Tensor, instruction: str, settings: EditSettings) -> None:
         batch = len(condition)
-        texts: List[Tensor] = [editor.encode_text(instruction)] + [editor.encode_text("")] * 2
+        texts: list[Tensor] = [editor.encode_text(instruction)] + [editor.encode_text("")] * 2
         self.text = torch.cat(texts).repeat_interleave(batch, dim=0)
         self.condition = torch.cat([condition, condition, torch.zeros_like(condition)])
         self.editor, self.settings = editor, settings

@@ -5,7 +5,7 @@ The safety checker (1.2 GB in the original) and the feature extractor are never 
 
 import json
 from pathlib import Path
-from typing import Any, Dict, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -69,7 +69,7 @@ def load_editor(name: str, device: "str | torch.device" = "cpu", dtype: Precisio
     try:
         unet: Any = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **weights)
         vae: Any = AutoencoderKL.from_pretrained(source, subfolder="vae", **weights)
-        text_weights: Dict[str, Any] = {"dtype": weights["torch_dtype"], "use_safetensors": True}
+        text_weights: dict[str, Any] = {"dtype": weights["torch_dtype"], "use_safetensors": True}
         text_encoder: Any = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **text_weights)
         tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
         scheduler = DDIMScheduler.from_pretrained(source, subfolder="scheduler")

@@ -1,0 +1,369 @@
+"""Whole runs through nerfstudio's own commands: train, resume, base runs, evaluate, render, export, view."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import write_ring_scene
+from PIL import Image
+
+from wys_nerfstudio.checkpoint import read_checkpoint, register_safe_globals
+
+register_safe_globals()
+
+SMALL_MODEL = [
+    "--pipeline.model.num-nerf-samples-per-ray=8",
+    "--pipeline.datamanager.train-num-rays-per-batch=128",
+    "--pipeline.datamanager.edit-num-rays-per-batch=256",
+    "--pipeline.datamanager.edit-patch-size=16",
+]
+SHORT = ["--pipeline.reconstruct-steps=8", "--pipeline.localize-steps=4", "--pipeline.edit-steps=21"]
+QUIET = ["--vis=tensorboard", "--machine.device-type=cpu"]
+
+
+def command(module: str, *arguments: object, check: bool = True, **extra: str) -> "subprocess.CompletedProcess[str]":
+    """Runs one of nerfstudio's scripts in a process of its own, as its console script would."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", f"nerfstudio.scripts.{module}", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        timeout=600,
+    )
+    if check:
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def train(method: str, scene: Path, output: Path, *arguments: object, **kwargs) -> "subprocess.CompletedProcess[str]":
+    return command("train", method, "--data", scene, "--output-dir", output, *QUIET, *arguments, **kwargs)
+
+
+def the_run(output: Path) -> Path:
+    """The newest run in an output folder."""
+    return max(output.glob("*/*/*/config.yml"), key=lambda path: path.stat().st_mtime).parent
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "wys" / "edits.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    (path,) = (run / "nerfstudio_models").glob("*.ckpt")
+    return read_checkpoint(path)["pipeline"]
+
+
+@pytest.fixture(scope="module")
+def finished_run(ring_scene: Path, editor_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`ns-train wys-tiny`, photographs to edited scene."""
+    output = tmp_path_factory.mktemp("finished")
+    done = train("wys-tiny", ring_scene, output, *SMALL_MODEL, *SHORT, "--instruction", "make the ball blue",
+                 "--editor", editor_folder, "--pipeline.edit-every=5", "--mask-threshold=0.3",
+                 "--pipeline.edit-count=2")  # fmt: skip
+    assert [f"Phase: {phase}." in done.stdout for phase in ("reconstruct", "localize", "edit")] == [True] * 3
+    return the_run(output)
+
+
+def test_run_folder_holds_what_the_readme_lists(finished_run: Path) -> None:
+    folder = finished_run / "wys"
+    edits = records(finished_run)
+    assert [edit["step"] for edit in edits] == [12, 12, 17, 17, 22, 22, 27, 27, 32, 32]
+    assert [edit["edit"] for edit in edits] == list(range(10))
+    edited = {edit["view"] for edit in edits if edit["mask_fraction"] > 0}
+    assert len({edit["view"] for edit in edits}) == 10, "a view was edited twice before all had their turn"
+    assert {path.stem for path in (folder / "edits").glob("*.png")} == edited
+    assert {path.stem for path in (folder / "masks").glob("*.png")} == {edit["view"] for edit in edits}
+    assert len(list((folder / "relevance").glob("*.png"))) == 13
+    assert (folder / "relevance" / "maps.safetensors").is_file()
+    with Image.open(folder / "contact_sheet.png") as sheet:
+        assert sheet.width > 6 * 160
+    assert json.loads((folder / "state.json").read_text())["edits"] == 10
+    assert list(finished_run.glob("events.out.tfevents*")), "nothing was written for TensorBoard"
+
+
+def test_edited_views_are_the_captured_ones_outside_their_masks(finished_run: Path, ring_scene: Path) -> None:
+    compared = 0
+    last = {edit["view"]: edit for edit in records(finished_run)}
+    for path in (finished_run / "wys" / "edits").glob("*.png"):
+        edited, captured, mask = (
+            torch.tensor(list(Image.open(p).convert(mode).tobytes())).view(32, 40, -1)
+            for p, mode in (
+                (path, "RGB"),
+                (ring_scene / "images" / path.name, "RGB"),
+                (finished_run / "wys" / "masks" / path.name, "L"),
+            )
+        )
+        inside = mask[..., 0] > 127
+        assert torch.equal(edited[~inside], captured[~inside])
+        assert (edited[inside] != captured[inside]).any()
+        assert abs(float(inside.float().mean()) - last[path.stem]["mask_fraction"]) < 1e-4
+        compared += 1
+    assert compared > 0
+
+
+def test_config_records_resolved_values(finished_run: Path) -> None:
+    from nerfstudio.engine.trainer import TrainerConfig
+
+    config = yaml.load((finished_run / "config.yml").read_text(), Loader=yaml.Loader)
+    assert isinstance(config, TrainerConfig)
+    assert config.pipeline.instruction == "make the ball blue"  # type: ignore
+    assert config.max_num_iterations == 8 + 4 + 21
+    assert config.machine.device_type == "cpu"
+    assert config.pipeline.mask_threshold == 0.3  # type: ignore
+
+
+NO_EDITOR = """
+import runpy, sys
+class NoEditor:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "diffusers" or name.startswith("transformers.models.clip"):
+            raise AssertionError(f"{name} was imported")
+sys.meta_path.insert(0, NoEditor())
+runpy.run_module("nerfstudio.scripts.SCRIPT", run_name="__main__", alter_sys=True)
+"""
+
+
+def editorless(module: str, *arguments: object) -> list[str]:
+    """A command line that runs a script where importing any part of an editor is an error."""
+    return [sys.executable, "-W", "ignore", "-c", NO_EDITOR.replace("SCRIPT", module), *map(str, arguments)]
+
+
+def without_editor(module: str, *arguments: object) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        editorless(module, *arguments), capture_output=True, text=True, env=environment, check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+OUTPUTS = ["rgb", "relevance", "relevance_overlay", "edit_mask"]
+
+
+def test_eval_needs_no_editor(finished_run: Path, tmp_path: Path) -> None:
+    without_editor("eval", "--load-config", finished_run / "config.yml", "--output-path", tmp_path / "eval.json")
+    results = json.loads((tmp_path / "eval.json").read_text())["results"]
+    assert results["psnr"] > 0 and 0 <= results["ssim"] <= 1
+
+
+def test_render_dataset_needs_no_editor(finished_run: Path, tmp_path: Path) -> None:
+    without_editor("render", "dataset", "--load-config", finished_run / "config.yml", "--output-path", tmp_path,
+                   "--split", "train", "--image-format", "png", "--rendered-output-names", *OUTPUTS)  # fmt: skip
+    for name in OUTPUTS:
+        assert len(list((tmp_path / "train" / name).glob("*.png"))) == 13
+    with Image.open(next((tmp_path / "train" / "edit_mask").glob("*.png"))) as mask:
+        assert len(set(mask.convert("RGB").getdata())) <= 2, "an edit mask is black and white"
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ns-render needs the ffmpeg program for paths")
+def test_render_of_paths_needs_no_editor(finished_run: Path, tmp_path: Path) -> None:
+    without_editor("render", "interpolate", "--load-config", finished_run / "config.yml", "--output-path",
+                   tmp_path / "between.mp4", "--pose-source", "train", "--interpolation-steps", "1",
+                   "--rendered-output-names", *OUTPUTS)  # fmt: skip
+    assert (tmp_path / "between.mp4").stat().st_size > 0
+    matrix = [1.0, 0, 0, 0, 0, 0, -1.0, -0.5, 0, 1.0, 0, 0.2, 0, 0, 0, 1.0]
+    frames = [{"camera_to_world": matrix, "fov": 60.0, "aspect": 1.25}] * 2
+    path = {"camera_type": "perspective", "render_height": 32, "render_width": 40, "seconds": 0.1, "camera_path": frames}
+    (tmp_path / "path.json").write_text(json.dumps(path))
+    without_editor("render", "camera-path", "--load-config", finished_run / "config.yml", "--camera-path-filename",
+                   tmp_path / "path.json", "--output-path", tmp_path / "path.mp4", "--rendered-output-names",
+                   *OUTPUTS)  # fmt: skip
+    assert (tmp_path / "path.mp4").stat().st_size > 0
+
+
+def test_export_needs_no_editor(finished_run: Path, tmp_path: Path) -> None:
+    without_editor("exporter", "pointcloud", "--load-config", finished_run / "config.yml", "--output-dir", tmp_path,
+                   "--num-points", "200", "--normal-method", "open3d", "--remove-outliers", "False",
+                   "--rgb-output-name", "relevance_overlay")  # fmt: skip
+    assert (tmp_path / "point_cloud.ply").stat().st_size > 1000
+
+
+def test_viewer_serves_a_finished_run_without_editor(finished_run: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    arguments = ["--load-config", str(finished_run / "config.yml"), "--viewer.websocket-port", "17007"]
+    viewer = subprocess.Popen(
+        editorless("viewer.run_viewer", *arguments),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        for _ in range(120):
+            assert viewer.poll() is None, viewer.stdout.read().decode()[-3000:]  # type: ignore
+            try:
+                page = urllib.request.urlopen("http://127.0.0.1:17007", timeout=2).read()
+                break
+            except OSError:
+                time.sleep(0.5)
+        assert b"viser" in page.lower()
+        assert viewer.poll() is None
+    finally:
+        viewer.kill()
+        viewer.wait()
+
+
+def test_resume_goes_on_where_the_run_stopped(ring_scene: Path, editor_folder: Path, tmp_path: Path) -> None:
+    same = [*SMALL_MODEL, *SHORT, "--editor", editor_folder, "--pipeline.edit-every=5", "--mask-threshold=0.3"]
+    train("wys-tiny", ring_scene, tmp_path / "a", *same, "--instruction", "make the ball blue",
+          "--max-num-iterations=23")  # fmt: skip
+    stopped = the_run(tmp_path / "a")
+    assert [edit["step"] for edit in records(stopped)] == [12, 17, 22]
+    done = train("wys-tiny", ring_scene, tmp_path / "b", *same, "--load-dir", stopped / "nerfstudio_models")
+    resumed = the_run(tmp_path / "b")
+    assert [edit["edit"] for edit in records(resumed)] == [0, 1, 2, 3, 4]
+    assert [edit["step"] for edit in records(resumed)] == [12, 17, 22, 27, 32]
+    assert (resumed / "nerfstudio_models" / "step-000000032.ckpt").is_file()
+    percents = [float(p) for p in re.findall(r"\((\d+\.\d+)%\)", done.stdout)]
+    assert percents and 60 < percents[0] <= max(percents) <= 100
+    first = {path.name: path.read_bytes() for path in (stopped / "wys" / "edits").glob("*.png")}
+    kept = {path.name: path.read_bytes() for path in (resumed / "wys" / "edits").glob("*.png")}
+    again = {edit["view"] for edit in records(resumed)[3:]}
+    assert first and all(kept[name] == data for name, data in first.items() if Path(name).stem not in again)
+
+
+def test_resuming_a_finished_run_or_another_instruction_is_explained(finished_run: Path, ring_scene: Path,
+                                                                     editor_folder: Path, tmp_path: Path) -> None:  # fmt: skip
+    same = [*SMALL_MODEL, *SHORT, "--editor", editor_folder, "--load-dir", finished_run / "nerfstudio_models"]
+    done = train("wys-tiny", ring_scene, tmp_path / "a", *same, check=False)
+    assert done.returncode == 1 and "The run is through: it has 33 of 33 steps" in done.stderr
+    done = train("wys-tiny", ring_scene, tmp_path / "b", *same, "--instruction", "make it snow", check=False)
+    assert done.returncode == 1 and "--base-run" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_wys_run_as_base_is_edited_without_reconstruction(finished_run: Path, ring_scene: Path, editor_folder: Path,
+                                                          tmp_path: Path) -> None:  # fmt: skip
+    done = train("wys-tiny", ring_scene, tmp_path, *SMALL_MODEL, *SHORT, "--editor", editor_folder, "--instruction",
+                 "paint the block red", "--base-run", finished_run)  # fmt: skip
+    run = the_run(tmp_path)
+    assert "Phase: reconstruct." not in done.stdout
+    assert (run / "nerfstudio_models" / "step-000000024.ckpt").is_file()
+    base, start = weights(finished_run), read_checkpoint(run / "wys" / "captured.ckpt")["pipeline"]
+    scene = [key for key in base if "mlp_relevance" not in key and base[key].is_floating_point()]
+    assert scene and all(torch.equal(base[key], start[key]) for key in scene), "localising must not move the scene"
+    assert any(not torch.equal(base[key], start[key]) for key in base if "mlp_relevance" in key)
+
+
+@pytest.fixture(scope="module")
+def nerfacto_run(ring_scene: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few steps of nerfacto with its own default shapes."""
+    output = tmp_path_factory.mktemp("nerfacto")
+    train("nerfacto", ring_scene, output, "--max-num-iterations=3", "--pipeline.model.implementation=torch",
+          "--pipeline.datamanager.train-num-rays-per-batch=64", "--pipeline.model.num-proposal-samples-per-ray", "8", "8",
+          "--pipeline.model.num-nerf-samples-per-ray=8", TORCH_HOME=os.environ["TORCH_HOME"])  # fmt: skip
+    return the_run(output)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def torch_home(alexnet_file: Path, tmp_path_factory: pytest.TempPathFactory) -> "object":
+    """A torch cache with AlexNet in it: nerfacto looks there even to train."""
+    home = tmp_path_factory.mktemp("torch_home")
+    (home / "hub" / "checkpoints").mkdir(parents=True)
+    state = torch.load(alexnet_file, weights_only=True)
+    from torchvision.models import alexnet
+
+    full = alexnet(weights=None).state_dict()
+    torch.save({**full, **state}, home / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth")
+    before = os.environ.get("TORCH_HOME")
+    os.environ["TORCH_HOME"] = str(home)
+    yield home
+    os.environ.pop("TORCH_HOME")
+    if before is not None:
+        os.environ["TORCH_HOME"] = before
+
+
+FULL_SIZE = [
+    "--pipeline.localize-steps=2",
+    "--pipeline.edit-steps=3",
+    "--pipeline.model.num-proposal-samples-per-ray", "8", "8",
+    "--pipeline.model.eval-num-rays-per-chunk=4096",
+    "--pipeline.datamanager.edit-num-rays-per-batch=1024",
+    "--pipeline.datamanager.edit-patch-size=32",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("option", ["--base-run", "--load-dir"])
+def test_nerfacto_run_is_a_base(nerfacto_run: Path, ring_scene: Path, editor_folder: Path, tmp_path: Path,
+                                option: str) -> None:  # fmt: skip
+    given = nerfacto_run if option == "--base-run" else nerfacto_run / "nerfstudio_models"
+    done = train("wys", ring_scene, tmp_path, *SMALL_MODEL, *FULL_SIZE, "--editor", editor_folder, "--instruction",
+                 "make the ball blue", "--mask-threshold=0", option, given)  # fmt: skip
+    run = the_run(tmp_path)
+    assert "Phase: localize." in done.stdout and "Phase: reconstruct." not in done.stdout
+    assert (run / "nerfstudio_models" / "step-000000004.ckpt").is_file()
+    base, start = weights(nerfacto_run), read_checkpoint(run / "wys" / "captured.ckpt")["pipeline"]
+    shared = [key for key in base if "lpips" not in key and base[key].is_floating_point()]
+    assert shared and all(torch.equal(base[key], start[key]) for key in shared)
+    assert not any("lpips" in key for key in start)
+
+
+def test_base_of_another_shape_is_refused_with_the_flags_to_type(nerfacto_run: Path, ring_scene: Path,
+                                                                 editor_folder: Path, tmp_path: Path) -> None:  # fmt: skip
+    done = train("wys-tiny", ring_scene, tmp_path, *SMALL_MODEL, "--editor", editor_folder, "--instruction",
+                 "make the ball blue", "--base-run", nerfacto_run, check=False)  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "not a scene of this shape" in done.stderr and "--pipeline.model.num-levels 16" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("size", "extra"),
+    [((34, 50), {}), ((40, 32), {"alpha": True}), ((48, 32), {"distorted": True})],
+    ids=["portrait", "transparent", "distorted"],
+)
+def test_other_captures_run_to_the_end(size, extra, editor_folder: Path, tmp_path: Path) -> None:
+    scene = write_ring_scene(tmp_path / "scene", width=size[0], height=size[1], **extra)
+    train("wys-tiny", scene, tmp_path / "out", *SMALL_MODEL, *SHORT, "--editor", editor_folder, "--instruction",
+          "make the ball blue", "--mask-threshold=0.3")  # fmt: skip
+    run = the_run(tmp_path / "out")
+    sizes = {Image.open(path).size for path in (run / "wys" / "edits").glob("*.png")}
+    assert sizes == {size}
+
+
+def test_downscaled_views_run_to_the_end(editor_folder: Path, tmp_path: Path) -> None:
+    scene = write_ring_scene(tmp_path / "scene", width=64, height=48)
+    (scene / "images_2").mkdir()
+    for path in (scene / "images").glob("*.png"):
+        Image.open(path).resize((32, 24)).save(scene / "images_2" / path.name)
+    train("wys-tiny", scene, tmp_path / "out", *SMALL_MODEL, *SHORT, "--editor", editor_folder, "--instruction",
+          "make the ball blue", "--mask-threshold=0.3", "nerfstudio-data", "--downscale-factor", "2")  # fmt: skip
+    run = the_run(tmp_path / "out")
+    assert {Image.open(path).size for path in (run / "wys" / "edits").glob("*.png")} == {(32, 24)}
+
+
+@pytest.mark.parametrize("localization", ["relevance-map", "masks", "none"])
+def test_other_localizations_run_to_the_end(localization: str, ring_scene: Path, editor_folder: Path, tmp_path: Path) -> None:
+    extra: list[object] = []
+    if localization == "masks":
+        (tmp_path / "masks").mkdir()
+        for path in (ring_scene / "images").glob("*.png"):
+            mask = Image.new("L", (40, 32))
+            mask.paste(255, (10, 8, 20, 16))
+            mask.save(tmp_path / "masks" / path.name)
+        extra = ["--pipeline.masks-dir", tmp_path / "masks"]
+    train("wys-tiny", ring_scene, tmp_path / "out", *SMALL_MODEL, *SHORT, "--editor", editor_folder, "--instruction",
+          "make the ball blue", "--localization", localization, *extra)  # fmt: skip
+    run = the_run(tmp_path / "out")
+    fractions = {edit["mask_fraction"] for edit in records(run)}
+    if localization == "masks":
+        assert fractions == {80 / (40 * 32)}
+    if localization == "none":
+        assert fractions == {1.0}
+        assert (run / "nerfstudio_models" / "step-000000028.ckpt").is_file(), "nothing to localise"
+
+
+def test_blender_and_colmap_data_parse() -> None:
+    import tyro
+    from nerfstudio.configs.method_configs import AnnotatedBaseConfigUnion
+
+    for parser in ("blender-data", "colmap", "nerfstudio-data"):
+        config = tyro.cli(AnnotatedBaseConfigUnion, args=["wys", "--instruction", "x", parser, "--data", "somewhere"])  # type: ignore
+        assert config.pipeline.datamanager.dataparser.data == Path("somewhere")
