@@ -11,7 +11,12 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
+
+# Slow machines are no defect; nothing here measures time.
+settings.register_profile("wys", deadline=None)
+settings.load_profile("wys")
 
 WORDS = "a the make turn paint give it bear ball block hat red blue green panda polar snow night into".split()
 

@@ -4,6 +4,7 @@ torchmetrics brings LPIPS's own linear layers; AlexNet (233 MB) is torchvision's
 torch's cache, on the network, in this order.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Optional
 
@@ -31,13 +32,18 @@ class Lpips(nn.Module):
         super().__init__()
         from torchmetrics.functional.image.lpips import _LPIPS as TorchmetricsLpips
 
-        state = _alexnet_state(weights)
         self.net = TorchmetricsLpips(pretrained=True, net="alex", pnet_rand=True)
-        for name, module in self.net.net.named_modules():
-            if isinstance(module, nn.Conv2d):
-                layer = name.rsplit(".", 1)[-1]
-                module.load_state_dict({k: state[f"features.{layer}.{k}"] for k in ("weight", "bias")})
+        layers = {
+            f"features.{name.rsplit('.', 1)[-1]}": module
+            for name, module in self.net.net.named_modules()
+            if isinstance(module, nn.Conv2d)
+        }
+        _load_alexnet(layers, weights)
         self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Lpips":
+        """Stays in eval mode: a measure has no dropout."""
+        return super().train(False)
 
     def forward(self, images: Float[Tensor, "b 3 h w"], references: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
         """Mean LPIPS of images in [0, 1]; 0 for equal ones."""
@@ -53,7 +59,7 @@ def lpips_is_cached(weights: Optional[Path]) -> bool:
     return (Path(torch.hub.get_dir()) / "checkpoints" / AlexNet_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]).is_file()
 
 
-def _alexnet_state(weights: Optional[Path]) -> "dict[str, Tensor]":
+def _load_alexnet(layers: Mapping[str, nn.Module], weights: Optional[Path]) -> None:
     remedy = (
         "Give a file of torchvision's AlexNet weights with --pipeline.model.lpips-weights, or train without the "
         "perceptual loss: --pipeline.model.lpips-loss-mult 0."
@@ -65,7 +71,8 @@ def _alexnet_state(weights: Optional[Path]) -> "dict[str, Tensor]":
             from torchvision.models import AlexNet_Weights
 
             state = AlexNet_Weights.IMAGENET1K_V1.get_state_dict(progress=True)
-        return {key: value for key, value in state.items() if key.startswith("features.")}
+        for name, layer in layers.items():
+            layer.load_state_dict({key: state[f"{name}.{key}"] for key in ("weight", "bias")})
     except Exception as error:  # whatever the network, the disk or the unpickler says, the remedy is the same
         source = f'from "{weights}"' if weights is not None else "by torch (is there a network?)"
         raise WysError(f"The AlexNet weights of the LPIPS loss could not be loaded {source}. {remedy}") from error

@@ -68,7 +68,7 @@ def relevance_maps(
     """
     height, width = EditSettings(long_side=long_side).size_for(editor, *images.shape[1:3])
     text = torch.cat([editor.encode_text(instruction), editor.encode_text("")])
-    t = round(noise_level * editor.num_train_timesteps)
+    t = min(round(noise_level * editor.num_train_timesteps), editor.num_train_timesteps - 1)
     for first in range(0, len(images), batch_size):
         part = resize_images(images[first : first + batch_size].to(editor.device), height, width)
         condition = editor.encode_images(part)

@@ -3,7 +3,6 @@
 The safety checker (1.2 GB in the original) and the feature extractor are never touched.
 """
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +59,7 @@ def load_editor(name: str, device: "str | torch.device" = "cpu", dtype: Precisio
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     from diffusers.utils import logging as diffusers_logging
+    from safetensors import SafetensorError
     from transformers import CLIPTextModel, CLIPTokenizer
 
     weights = {"torch_dtype": resolve_dtype(dtype, device), "use_safetensors": True}
@@ -73,11 +73,11 @@ def load_editor(name: str, device: "str | torch.device" = "cpu", dtype: Precisio
         text_encoder: Any = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **text_weights)
         tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
         scheduler = DDIMScheduler.from_pretrained(source, subfolder="scheduler")
-    except (OSError, ValueError, json.JSONDecodeError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         where = "folder" if Path(source).is_dir() else "hub id (is there a network?)"
         raise WysError(
-            f'The editor "{name}" could not be loaded from its {where}: {first_line} Give --editor a local folder, or '
+            f'The editor "{name}" could not be loaded from its {where}: {first_line.rstrip('.')}. Give --editor a local folder, or '
             f'--editor {EMBEDDED} for the small one that comes with the package.'
         ) from error
     finally:
