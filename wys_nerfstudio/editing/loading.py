@@ -74,10 +74,10 @@ def load_editor(name: str, device: "str | torch.device" = "cpu", dtype: Precisio
         tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
         scheduler = DDIMScheduler.from_pretrained(source, subfolder="scheduler")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         where = "folder" if Path(source).is_dir() else "hub id (is there a network?)"
         raise WysError(
-            f'The editor "{name}" could not be loaded from its {where}: {first_line.rstrip('.')}. Give --editor a local folder, or '
+            f'The editor "{name}" could not be loaded from its {where}: {first_line}. Give --editor a local folder, or '
             f'--editor {EMBEDDED} for the small one that comes with the package.'
         ) from error
     finally:
