@@ -139,6 +139,9 @@ _SHAPE_OPTIONS = (
     "implementation",
 )
 
+# Those that no key and no shape of a checkpoint shows, but that change what its weights mean.
+_UNSEEN_OPTIONS = ("base_res", "average_init_density", "disable_scene_contraction")
+
 
 def load_base(model: nn.Module, path: Path, transform: Optional[dict[str, Any]] = None) -> None:
     """Puts a base run's scene into the model: every key and shape is checked first, nothing is loaded half.
@@ -192,6 +195,9 @@ def load_base(model: nn.Module, path: Path, transform: Optional[dict[str, Any]] 
                 f'The base run "{path}" has {option} {int(state[key])} and this model {int(ours[key])}: add '
                 f"--pipeline.model.{option} {int(state[key])}."
             )
+    unseen = _flags(config, model, _UNSEEN_OPTIONS)
+    if unseen:
+        raise WysError(f'The base run "{path}" has other settings than this run: add {" ".join(unseen)}.')
     _check_transform(path, run_folder(checkpoint) / "dataparser_transforms.json", transform)
     poses = {k: v for k, v in state.items() if k.startswith("camera_optimizer.") and k in ours}
     for key, value in poses.items():
@@ -204,16 +210,21 @@ def load_base(model: nn.Module, path: Path, transform: Optional[dict[str, Any]] 
 
 
 def _advice(config: dict[str, Any], model: nn.Module, method: str) -> str:
-    theirs = config.get("pipeline", {}).get("model", {}) if config else {}
-    ours = vars(model.config)  # type: ignore
-    flags = [
-        f"--pipeline.model.{name.replace('_', '-')} {theirs[name]}"
-        for name in _SHAPE_OPTIONS
-        if name in theirs and theirs[name] != ours[name]
-    ]
+    flags = _flags(config, model, _SHAPE_OPTIONS)
     if flags:
         return f"Give this run the base's settings: {' '.join(flags)}."
     return f"--base-run takes a nerfacto or wys run of the same settings, and this is a {method} run."
+
+
+def _flags(config: dict[str, Any], model: nn.Module, names: tuple[str, ...]) -> list[str]:
+    """Those options, as they are typed, in which the base's config.yml differs from this model."""
+    pipeline = config.get("pipeline")
+    theirs = pipeline.get("model") if isinstance(pipeline, dict) else None
+    if not isinstance(theirs, dict):
+        return []
+    ours = vars(model.config)  # type: ignore
+    different = (name for name in names if name in theirs and theirs[name] != ours[name])
+    return [f"--pipeline.model.{name.replace('_', '-')} {theirs[name]}" for name in different]
 
 
 def _check_transform(path: Path, file: Path, transform: Optional[dict[str, Any]]) -> None:
