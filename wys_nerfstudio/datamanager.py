@@ -99,15 +99,16 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         """Views that are no longer as captured."""
 
     def _refuse_unequal_sizes(self) -> None:
-        cameras = self.train_dataset.cameras
-        sizes = {(int(w), int(h)): i for i, (w, h) in enumerate(zip(cameras.width, cameras.height))}
-        if len(sizes) > 1:
-            (first, i), (second, j) = list(sizes.items())[:2]
-            names = self.train_dataset.image_filenames
-            raise WysError(
-                f"All views must have one size, and {names[i].name} is {first[0]}x{first[1]} while {names[j].name} is "
-                f"{second[0]}x{second[1]}: crop or resize them, for instance with ns-process-data."
-            )
+        cameras, files = self.train_dataset.cameras, self.train_dataset.image_filenames
+        said = [(int(width), int(height)) for width, height in zip(cameras.width, cameras.height)]
+        for sizes in ([_size(path) for path in files], said):
+            odd = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
+            if odd is not None:
+                (width, height), (other_width, other_height) = sizes[0], sizes[odd]
+                raise WysError(
+                    f"All views must have one size, and {files[0].name} is {width}x{height} while {files[odd].name} is "
+                    f"{other_width}x{other_height}: crop or resize them, for instance with ns-process-data."
+                )
 
     @property
     def cached_batch(self) -> dict[str, Any]:
@@ -239,11 +240,12 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         """
         height, width = self.view_size
         masks = []
+        offered = sorted(folder.iterdir()) if folder.is_dir() else []
         for path in self.train_dataset.image_filenames:
-            found = sorted(folder.glob(f"{path.stem}.*")) if folder.is_dir() else []
+            found = [mask for mask in offered if mask.stem == path.stem]
             if not found:
                 raise WysError(
-                    f'There is no mask for the view {path.name} in "{folder}": --masks-dir needs one image per view, '
+                    f'There is no mask for the view {path.name} in "{folder}": --pipeline.masks-dir needs one image per view, '
                     f"named as the view, for instance {path.stem}.png."
                 )
             with Image.open(found[0]) as image:
@@ -310,6 +312,11 @@ class WysDataManager(VanillaDataManager[InputDataset]):
                 self.set_view(view, read_png(folder / f"{name}.png"))
                 count += 1
         return count
+
+
+def _size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:  # reads the file's head only
+        return image.size
 
 
 def _as_json(request: RelevanceRequest, names: Sequence[str]) -> str:

@@ -1,0 +1,377 @@
+"""The training views: what is captured, what ray batches see, what is kept on disk."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_ring_scene
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+from PIL import Image
+
+from wys_nerfstudio import relevance
+from wys_nerfstudio.datamanager import RelevanceRequest, WysDataManager, WysDataManagerConfig
+from wys_nerfstudio.editing import Editor, EditSettings, edit_images, load_editor, relevance_maps
+from wys_nerfstudio.errors import WysError
+from wys_nerfstudio.pictures import heat, read_png, to_uint8, write_png
+from wys_nerfstudio.schedule import edit_seed
+
+HEIGHT, WIDTH = 32, 40
+
+
+def load(scene: Path, **options) -> WysDataManager:
+    config = WysDataManagerConfig(
+        dataparser=NerfstudioDataParserConfig(load_3D_points=False),
+        data=scene,
+        train_num_rays_per_batch=256,
+        eval_num_rays_per_batch=64,
+        **{"edit_num_rays_per_batch": 600, "edit_patch_size": 16, **options},
+    )
+    return config.setup(device="cpu", test_mode="val", world_size=1, local_rank=0)
+
+
+@pytest.fixture(scope="module")
+def shared(ring_scene: Path) -> WysDataManager:
+    """For tests that change nothing."""
+    return load(ring_scene)
+
+
+@pytest.fixture
+def data(ring_scene: Path) -> WysDataManager:
+    return load(ring_scene)
+
+
+@pytest.fixture(scope="module")
+def editor(editor_folder: Path) -> Editor:
+    return load_editor(str(editor_folder))
+
+
+def file_pixels(data: WysDataManager, view: int) -> np.ndarray:
+    with Image.open(data.train_dataset.image_filenames[view]) as image:
+        return np.array(image)
+
+
+def request(**changes) -> RelevanceRequest:
+    settings = {
+        "editor": "some",
+        "instruction": "make it red",
+        "noise_level": 0.8,
+        "draws": 1,
+        "seed": 3,
+        "long_side": None,
+    }
+    return RelevanceRequest(**{**settings, **changes})
+
+
+# ----------------------------------------------------------------------------------------------------------- captured views
+
+
+@pytest.mark.parametrize("shuffle", [0, 1, 2])
+def test_views_are_numbered_as_in_the_dataset_whatever_the_loading_order(ring_scene, shuffle):
+    random.seed(shuffle)
+    data = load(ring_scene)
+    assert data.cached_batch["image_idx"].tolist() == list(range(data.num_views))
+    for view in range(data.num_views):
+        assert to_uint8(data.captured_views([view])[0]).tolist() == file_pixels(data, view).tolist()
+
+
+def test_there_is_one_captured_view_per_training_picture(shared):
+    names = [path.stem for path in shared.train_dataset.image_filenames]
+    assert shared.view_names == names
+    assert shared.num_views == len(names) == 13  # one of fourteen is held back for evaluation
+    assert shared.view_size == (HEIGHT, WIDTH)
+    assert shared.captured_views([5, 2]).shape == (2, HEIGHT, WIDTH, 3)
+    assert torch.equal(shared.captured_views([5, 2])[1], shared.captured_views([2])[0])
+
+
+def test_nothing_is_edited_at_the_start(shared):
+    views = range(shared.num_views)
+    assert shared.edited_views == set()
+    assert torch.equal(shared.current_views(views), shared.captured_views(views))
+
+
+def test_distorted_views_are_the_files_too(tmp_path):
+    data = load(write_ring_scene(tmp_path / "distorted", distorted=True))
+    assert bool(data.train_dataset.cameras.distortion_params.any())
+    assert all(
+        to_uint8(data.captured_views([view])[0]).tolist() == file_pixels(data, view).tolist() for view in range(3)
+    )
+
+
+@pytest.mark.parametrize("white", [False, True])
+def test_transparent_pixels_are_put_on_the_background(tmp_path, white):
+    data = load(write_ring_scene(tmp_path / "alpha", alpha=True, views=5), white_background=white)
+    for view in range(data.num_views):
+        pixels = file_pixels(data, view).astype(float) / 255
+        transparent = pixels[..., 3] == 0
+        assert 0 < transparent.mean() < 1
+        wanted = pixels[..., :3] * pixels[..., 3:] + float(white) * (1 - pixels[..., 3:])
+        assert to_uint8(data.captured_views([view])[0]).tolist() == np.round(wanted * 255).astype(int).tolist()
+    assert data.cached_batch["image"].shape[-1] == 3
+
+
+def test_pictures_in_folders_with_repeated_names_get_numbers(tmp_path):
+    scene = write_ring_scene(tmp_path / "scene", views=4)
+    meta = json.loads((scene / "transforms.json").read_text())
+    for i, frame in enumerate(meta["frames"]):
+        (scene / f"camera{i}").mkdir()
+        shutil.move(scene / frame["file_path"], scene / f"camera{i}" / "photo.png")
+        frame["file_path"] = f"camera{i}/photo.png"
+    (scene / "transforms.json").write_text(json.dumps(meta))
+    assert load(scene).view_names == ["00000_photo", "00001_photo", "00002_photo", "00003_photo"]
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_views_of_different_sizes_are_refused_by_the_names_of_two(tmp_path, said):
+    scene = write_ring_scene(tmp_path / "mixed")
+    meta = json.loads((scene / "transforms.json").read_text())
+    with Image.open(scene / "images" / "frame_005.png") as image:
+        image.resize((30, 32)).save(scene / "images" / "frame_005.png")
+    if said:  # every frame with its own size, as ns-process-data writes it
+        shared = {key: meta.pop(key) for key in ("fl_x", "fl_y", "cx", "cy", "w", "h")}
+        for i, frame in enumerate(meta["frames"]):
+            frame.update(shared | ({"w": 30} if i == 5 else {}))
+        (scene / "transforms.json").write_text(json.dumps(meta))
+    sentence = (
+        "All views must have one size.*frame_000.png is 40x32 while frame_005.png is 30x32: crop or resize.*ns-process"
+    )
+    with pytest.raises(WysError, match=sentence):
+        load(scene)
+
+
+def test_sizes_that_only_the_cameras_have_are_refused_too(tmp_path):
+    scene = write_ring_scene(tmp_path / "mixed", views=5)
+    meta = json.loads((scene / "transforms.json").read_text())
+    shared = {key: meta.pop(key) for key in ("fl_x", "fl_y", "cx", "cy", "w", "h")}
+    for i, frame in enumerate(meta["frames"]):
+        frame.update(shared | ({"h": 99} if i == 2 else {}))
+    (scene / "transforms.json").write_text(json.dumps(meta))
+    with pytest.raises(WysError, match="frame_000.png is 40x32 while frame_002.png is 40x99"):
+        load(scene)
+
+
+def test_all_views_must_be_in_memory(ring_scene):
+    with pytest.raises(WysError, match="leave out --pipeline.datamanager.train-num-images-to-sample-from"):
+        load(ring_scene, train_num_images_to_sample_from=4)
+
+
+# --------------------------------------------------------------------------------------------------------------- ray batches
+
+
+def check_batch(data: WysDataManager, batch: dict) -> None:
+    for color, (view, y, x) in zip(batch["image"], batch["indices"].tolist()):
+        assert torch.equal(color, data.current_views([view])[0, y, x])
+
+
+def test_ray_batches_have_the_pixels_of_their_views(data):
+    rays, batch = data.next_train(0)
+    assert len(rays) == len(batch["image"]) == 256
+    assert torch.equal(rays.camera_indices[:, 0], batch["indices"][:, 0])
+    check_batch(data, batch)
+
+
+def test_an_edited_view_reaches_the_next_ray_batch(data):
+    rng = torch.Generator().manual_seed(0)
+    for view in range(0, data.num_views, 2):
+        data.set_view(view, torch.rand(HEIGHT, WIDTH, 3, generator=rng))
+    assert data.edited_views == set(range(0, data.num_views, 2))
+    _, batch = data.next_train(0)
+    check_batch(data, batch)
+    changed = [
+        not torch.equal(c, data.captured_views([v])[0, y, x])
+        for c, (v, y, x) in zip(batch["image"], batch["indices"].tolist())
+    ]
+    assert [view % 2 == 0 for view in batch["indices"][:, 0].tolist()] == changed
+
+
+def test_an_edit_leaves_the_captured_view_as_it_was(data):
+    before = data.captured_views([4])
+    data.set_view(4, torch.zeros(HEIGHT, WIDTH, 3))
+    assert torch.equal(data.captured_views([4]), before)
+    assert not data.current_views([4]).any()
+
+
+def test_views_are_set_in_8_bits(data):
+    image = torch.rand(HEIGHT, WIDTH, 3) * 1.4 - 0.2
+    data.set_view(0, image)
+    assert torch.equal(data.current_views([0])[0], torch.from_numpy(to_uint8(image)).float() / 255)
+
+
+def test_relevance_comes_with_the_ray_batches(data):
+    maps = torch.rand(data.num_views, HEIGHT, WIDTH)
+    data.set_relevance(maps)
+    assert torch.equal(data.relevance_of(7), maps[7])
+    _, batch = data.next_train(0)
+    assert batch["relevance"].shape == (256, 1)
+    for value, (view, y, x) in zip(batch["relevance"][:, 0], batch["indices"].tolist()):
+        assert torch.equal(value, maps[view, y, x])
+
+
+def test_editing_draws_whole_patches(data):
+    data.start_editing(in_patches=True)
+    _, batch = data.next_train(0)
+    assert batch["patch_size"] == 16
+    assert len(batch["image"]) == 2 * 16 * 16  # as many whole patches as fit 600 rays
+    check_batch(data, batch)
+    for patch in batch["indices"].view(2, 16, 16, 3):
+        view, top, left = patch[0, 0].tolist()
+        for y in range(16):
+            for x in range(16):
+                assert patch[y, x].tolist() == [view, top + y, left + x]
+        assert 0 <= top <= HEIGHT - 16
+        assert 0 <= left <= WIDTH - 16
+
+
+def test_editing_without_patches_draws_single_pixels(data):
+    data.start_editing(in_patches=False)
+    _, batch = data.next_train(0)
+    assert len(batch["image"]) == 600
+    assert (batch["indices"][1:] - batch["indices"][:-1])[:, 1:].abs().max() > 1
+    check_batch(data, batch)
+
+
+@pytest.mark.parametrize(
+    "options", [{"edit_patch_size": 33}, {"edit_patch_size": 25}, {"edit_num_rays_per_batch": 255}]
+)
+def test_patches_that_do_not_fit_are_refused(ring_scene, options):
+    data = load(ring_scene, **options)
+    sentence = (
+        "Patches of .* pixels do not fit views of 40x32 and .* rays: lower --pipeline.datamanager.edit-patch-size or"
+    )
+    with pytest.raises(WysError, match=sentence):
+        data.start_editing(in_patches=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- relevance maps
+
+
+@pytest.mark.parametrize("over", ["view", "scene"])
+def test_relevance_maps_are_those_of_the_captured_views(data, editor, tmp_path, over):
+    data.set_view(3, torch.zeros(HEIGHT, WIDTH, 3))  # what is edited has no say
+    data.make_relevance_maps(editor, request(draws=2), over, tmp_path, batch_size=4)
+    seeds = [edit_seed(3, -1 - view) for view in range(data.num_views)]
+    raw = relevance_maps(
+        editor, data.captured_views(range(data.num_views)), "make it red", draws=2, seeds=seeds, batch_size=4
+    )
+    wanted = relevance.resize(relevance.normalize(torch.cat(list(raw)), over), HEIGHT, WIDTH)
+    for view, name in enumerate(data.view_names):
+        torch.testing.assert_close(data.relevance_of(view), wanted[view], atol=1e-5, rtol=0)
+        assert torch.equal(
+            read_png(tmp_path / f"{name}.png"), torch.from_numpy(to_uint8(heat(data.relevance_of(view)))) / 255
+        )
+
+
+def kept(data: WysDataManager, folder: Path) -> torch.Tensor:
+    """Keeps maps that no editor would make, so that finding them is told from making them."""
+    raw = torch.rand(data.num_views, 4, 5)
+    data._keep_maps(folder, request(), raw)
+    return raw
+
+
+def test_kept_maps_are_found_again(data, tmp_path):
+    raw = kept(data, tmp_path / "wys" / "relevance")
+    assert torch.equal(data._find_maps(tmp_path / "wys" / "relevance", request()), raw)
+    assert [path.name for path in (tmp_path / "wys" / "relevance").iterdir()] == ["maps.safetensors"]
+
+
+def test_found_maps_are_the_ones_that_are_used(data, editor, tmp_path):
+    raw = kept(data, tmp_path)
+    data.make_relevance_maps(editor, request(), "view", tmp_path, batch_size=4)
+    wanted = relevance.resize(relevance.normalize(raw), HEIGHT, WIDTH)
+    torch.testing.assert_close(torch.stack([data.relevance_of(i) for i in range(data.num_views)]), wanted)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"editor": "x"}, {"instruction": "x"}, {"noise_level": 0.7}, {"draws": 2}, {"seed": 4}, {"long_side": 256}],
+)
+def test_maps_of_another_request_are_not_taken(shared, tmp_path, change):
+    kept(shared, tmp_path)
+    assert shared._find_maps(tmp_path, request()) is not None
+    assert shared._find_maps(tmp_path, request(**change)) is None
+
+
+def test_maps_of_other_views_are_not_taken(shared, tmp_path):
+    kept(shared, tmp_path / "maps")
+    fewer = load(write_ring_scene(tmp_path / "scene", views=8))
+    assert fewer._find_maps(tmp_path / "maps", request()) is None
+
+
+def test_a_folder_without_maps_has_none(shared, tmp_path):
+    assert shared._find_maps(tmp_path / "nothing", request()) is None
+
+
+# -------------------------------------------------------------------------------------------------------------------- masks
+
+
+def test_masks_are_read_by_their_views_names_at_the_views_size(shared, tmp_path):
+    for view, name in enumerate(shared.view_names):
+        pixels = np.zeros((2 * HEIGHT, 2 * WIDTH), dtype=np.uint8)
+        pixels[: 2 * view + 2, :20] = 255
+        Image.fromarray(pixels).save(tmp_path / f"{name}.{'png' if view % 2 else 'bmp'}")
+    masks = shared.read_masks(tmp_path)
+    assert masks.shape == (shared.num_views, HEIGHT, WIDTH)
+    assert masks.dtype == torch.bool
+    for view, mask in enumerate(masks):
+        wanted = torch.zeros(HEIGHT, WIDTH, dtype=torch.bool)
+        wanted[: view + 1, :10] = True
+        assert torch.equal(mask, wanted)
+
+
+def test_bright_is_inside_a_mask(shared, tmp_path):
+    for name in shared.view_names:
+        pixels = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
+        pixels[:, 0], pixels[:, 1] = 127, 128
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    assert shared.read_masks(tmp_path)[0, 0, :3].tolist() == [False, True, False]
+
+
+def test_a_missing_mask_is_refused_by_its_views_name(shared, tmp_path):
+    sentence = "There is no mask for the view {}.png in .*--pipeline.masks-dir needs one image per view.*{}.png"
+    with pytest.raises(WysError, match=sentence.format(*shared.view_names[:1] * 2)):
+        shared.read_masks(tmp_path / "no folder")
+    for name in shared.view_names[:3]:
+        Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / f"{name}.png")
+    with pytest.raises(WysError, match=sentence.format(*shared.view_names[3:4] * 2)):
+        shared.read_masks(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------------------- edits
+
+
+def test_editing_views_puts_the_editors_pictures_in_place(data, editor):
+    views, settings = [6, 1], EditSettings(diffusion_steps=3)
+    renders = torch.rand(2, HEIGHT, WIDTH, 3)
+    masks = torch.zeros(2, HEIGHT, WIDTH, dtype=torch.bool)
+    masks[:, 4:20, 8:30] = True
+    chosen = {"start_timestep": 600, "seeds": [1, 2]}
+    data.set_view(6, torch.zeros(HEIGHT, WIDTH, 3))  # an earlier edit has no say
+    data.edit_views(editor, views, renders, masks, "make it red", settings, **chosen)
+    captured = data.captured_views(views)
+    wanted = edit_images(editor, renders, captured, masks, "make it red", settings, **chosen)
+    current = data.current_views(views)
+    assert torch.equal(current[~masks], captured[~masks])
+    assert torch.equal(current, torch.from_numpy(to_uint8(wanted)).float() / 255)
+    assert not torch.isclose(current[masks], captured[masks], atol=1 / 255).all()
+    assert data.edited_views == {1, 6}
+
+
+def test_edits_are_saved_and_loaded_bit_for_bit(data, ring_scene, tmp_path):
+    for view in (2, 9):
+        data.set_view(view, torch.rand(HEIGHT, WIDTH, 3))
+    data.save_edits(tmp_path)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(data.view_names[view] for view in (2, 9))
+    resumed = load(ring_scene)
+    assert resumed.load_edits(tmp_path) == 2
+    assert resumed.edited_views == {2, 9}
+    everything = range(data.num_views)
+    assert torch.equal(resumed.current_views(everything), data.current_views(everything))
+
+
+def test_loading_edits_from_nowhere_changes_nothing(data, tmp_path):
+    write_png(tmp_path / "no_view_of_this_scene.png", torch.zeros(HEIGHT, WIDTH, 3))
+    assert data.load_edits(tmp_path) == data.load_edits(tmp_path / "nothing") == 0
+    assert data.edited_views == set()
