@@ -52,7 +52,9 @@ def build_editor_folder(folder: Path, *, prediction_type: str = "epsilon", in_ch
     vocabulary += [c for c in "abcdefghijklmnopqrstuvwxyz'.,"] + [f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz'.,"]
     tokenizer_folder = folder / "raw_tokenizer"
     tokenizer_folder.mkdir(parents=True)
-    (tokenizer_folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(dict.fromkeys(vocabulary))}))
+    (tokenizer_folder / "vocab.json").write_text(
+        json.dumps({word: i for i, word in enumerate(dict.fromkeys(vocabulary))})
+    )
     (tokenizer_folder / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = CLIPTokenizer(
         str(tokenizer_folder / "vocab.json"), str(tokenizer_folder / "merges.txt"), model_max_length=40
@@ -71,7 +73,11 @@ def build_editor_folder(folder: Path, *, prediction_type: str = "epsilon", in_ch
         )
     ).save_pretrained(folder / "text_encoder")
     EulerAncestralDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type, steps_offset=1
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+        steps_offset=1,
     ).save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "StableDiffusionInstructPix2PixPipeline",

@@ -233,7 +233,9 @@ def test_parameter_groups_cover_every_parameter_once():
     groups = model.get_param_groups()
     assert set(groups) == {"proposal_networks", "fields", "relevance", "camera_opt"}
     grouped = [id(p) for group in groups.values() for p in group]
-    named = {name: id(p) for name, p in model.named_parameters() if name != "device_indicator_param"}  # nerfstudio's own
+    named = {
+        name: id(p) for name, p in model.named_parameters() if name != "device_indicator_param"
+    }  # nerfstudio's own
     assert sorted(grouped) == sorted(named.values())
 
 

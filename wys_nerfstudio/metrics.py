@@ -11,7 +11,9 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 
-def psnr(image: Float[Tensor, "*b h w 3"], reference: Float[Tensor, "*b h w 3"], mask: Optional[Tensor] = None) -> float:
+def psnr(
+    image: Float[Tensor, "*b h w 3"], reference: Float[Tensor, "*b h w 3"], mask: Optional[Tensor] = None
+) -> float:
     """Peak signal-to-noise ratio, -10 log10 of the mean squared difference, in floating point.
 
     Args:

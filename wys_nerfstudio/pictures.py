@@ -38,7 +38,9 @@ def heat(relevance: Float[Tensor, "h w"]) -> Float[Tensor, "h w 3"]:
     return torch.from_numpy(colours).float()
 
 
-def contact_sheet(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[Tensor]]], min_height: int = 160) -> Image.Image:
+def contact_sheet(
+    titles: Sequence[str], rows: Sequence[tuple[str, Sequence[Tensor]]], min_height: int = 160
+) -> Image.Image:
     """Lays pictures out in rows under column titles.
 
     Args:

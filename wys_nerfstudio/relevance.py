@@ -56,7 +56,9 @@ def min_max(values: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
     spread = high - low
     # Differences at the level of rounding are no relevance; stretching them would invent a mask.
     flat = spread <= 1e-6 * high.abs().clamp_min(1e-6)
-    return torch.where(flat, torch.zeros_like(values), (values - low) / torch.where(flat, torch.ones_like(spread), spread))
+    return torch.where(
+        flat, torch.zeros_like(values), (values - low) / torch.where(flat, torch.ones_like(spread), spread)
+    )
 
 
 def normalize(raw: Float[Tensor, "b h w"], over: Literal["view", "scene"] = "view") -> Float[Tensor, "b h w"]:

@@ -40,11 +40,7 @@ def guide(
     image_guidance_scale: float,
 ) -> Float[Tensor, "b c h w"]:
     """InstructPix2Pix's three-way guidance: e(0,0) + S_I (e(I,0) - e(0,0)) + S_T (e(I,T) - e(I,0))."""
-    return (
-        with_neither
-        + image_guidance_scale * (with_image - with_neither)
-        + guidance_scale * (with_both - with_image)
-    )
+    return with_neither + image_guidance_scale * (with_image - with_neither) + guidance_scale * (with_both - with_image)
 
 
 def noise_from_velocity(

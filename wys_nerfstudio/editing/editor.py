@@ -89,7 +89,11 @@ class Editor:
     def _check_words(self, instruction: str, ids: list[int]) -> None:
         unknown = self.tokenizer.unk_token_id
         # CLIP's own tokenizer spells unseen words out, and its unknown token is the one that ends every text.
-        if unknown is None or unknown in (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id) or unknown not in ids:
+        if (
+            unknown is None
+            or unknown in (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+            or unknown not in ids
+        ):
             return
         known = sorted(w.removesuffix("</w>") for w in self.tokenizer.get_vocab() if w.removesuffix("</w>").isalpha())
         raise WysError(

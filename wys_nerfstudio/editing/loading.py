@@ -78,7 +78,7 @@ def load_editor(name: str, device: "str | torch.device" = "cpu", dtype: Precisio
         where = "folder" if Path(source).is_dir() else "hub id (is there a network?)"
         raise WysError(
             f'The editor "{name}" could not be loaded from its {where}: {first_line}. Give --editor a local folder, or '
-            f'--editor {EMBEDDED} for the small one that comes with the package.'
+            f"--editor {EMBEDDED} for the small one that comes with the package."
         ) from error
     finally:
         diffusers_logging.set_verbosity(verbosity)
