@@ -64,3 +64,7 @@ def entrypoint() -> None:
         command.main()
     except WysError as error:
         raise SystemExit(f"wys: {error}") from error
+
+
+if __name__ == "__main__":
+    entrypoint()

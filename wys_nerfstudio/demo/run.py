@@ -1,0 +1,159 @@
+"""`wys demo`: scene, training, pictures and figures, in the commands that a user would type."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from nerfstudio.cameras.camera_utils import focus_of_attention, viewmatrix
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.utils.eval_utils import eval_setup
+from nerfstudio.utils.rich_utils import CONSOLE
+from PIL import Image
+from rich.progress import track
+from torch import Tensor
+
+from wys_nerfstudio.demo.scene import write_demo_scene
+from wys_nerfstudio.demo.score import Truth, load_captured_scene, render_views, score
+from wys_nerfstudio.errors import WysError
+from wys_nerfstudio.pictures import read_png, to_uint8
+from wys_nerfstudio.pipeline import WysPipeline
+
+FRAMES = 24
+FRAMES_PER_SECOND = 10
+PICTURE_SCALE = 2
+
+
+def run_demo(output: Path, instruction: str, recipe: Path | None) -> None:
+    """Makes the demo scene, edits it, and leaves a turntable video, a contact sheet and figures in a folder.
+
+    Args:
+        output: The folder. A scene that is there already is used again.
+        instruction: What to change.
+        recipe: Further options for ns-train.
+
+    Raises:
+        WysError: If training fails.
+    """
+    started = time.perf_counter()
+    scene = output / "scene"
+    if not (scene / "transforms.json").is_file():
+        CONSOLE.print("Drawing the demo scene ...")
+        write_demo_scene(scene)
+    run = _train(scene, output / "runs", instruction, recipe)
+
+    # `eval_setup` reads config.yml, which is ours: it has just been written.
+    pipeline = eval_setup(run / "config.yml", test_mode="test")[1]
+    assert isinstance(pipeline, WysPipeline)
+    after = _render_all(pipeline, "Rendering the edited scene")
+    turntable_after = _turntable(pipeline, "Turntable of the edited scene")
+    load_captured_scene(pipeline, run)
+    before = _render_all(pipeline, "Rendering the captured scene")
+    turntable_before = _turntable(pipeline, "Turntable of the captured scene")
+
+    frames = [np.concatenate(pair, axis=1) for pair in zip(turntable_before, turntable_after)]
+    write_video(output / "turntable.mp4", frames)
+    write_animation(output / "turntable.gif", frames)
+    shutil.copy2(run / "wys" / "contact_sheet.png", output / "contact_sheet.png")
+
+    truth = Truth.find(scene, instruction)
+    if truth is not None:
+        paths = _image_paths(pipeline)
+        views, names = [read_png(path) for path in paths], [path.name for path in paths]
+        result = score(truth, views, names, before, after, pipeline.config.mask_threshold)
+        (output / "figures.json").write_text(json.dumps(asdict(result), indent=1), "utf8")
+        CONSOLE.print(result.table())
+    CONSOLE.print(
+        f"Done in {time.perf_counter() - started:.0f} s. Look at {output}/contact_sheet.png and {output}/turntable.mp4.\n"
+        f"Walk around in it:          ns-viewer --load-config {shlex.quote(str(run / 'config.yml'))}\n"
+        f"Try another instruction:    ns-train wys-tiny --data {shlex.quote(str(scene))} --base-run "
+        f'{shlex.quote(str(run))} --instruction "give the bear a hat"',
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+
+
+def _train(scene: Path, runs: Path, instruction: str, recipe: Path | None) -> Path:
+    options = ["wys-tiny", "--data", str(scene), "--instruction", instruction, "--output-dir", str(runs)]
+    options += ["--vis", "tensorboard", *(["--recipe", str(recipe)] if recipe else [])]
+    CONSOLE.print(f"$ ns-train {shlex.join(options)}", soft_wrap=True, highlight=False, markup=False)
+    # A process of its own: it is the very command that a user would type, and its memory is given back.
+    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "nerfstudio.scripts.train", *options], check=False)
+    if done.returncode != 0:
+        raise WysError("The demo's training has failed; its output is above.")
+    return max(runs.glob("*/wys-tiny/*/config.yml"), key=lambda path: path.stat().st_mtime).parent
+
+
+def _image_paths(pipeline: WysPipeline) -> list[Path]:
+    data = pipeline.datamanager
+    return [*data.train_dataset.image_filenames, *data.eval_dataset.image_filenames]
+
+
+def _render_all(pipeline: WysPipeline, description: str) -> list[dict[str, Tensor]]:
+    """Renders of all captured views, those held out from training included, in the order of `_image_paths`."""
+    data = pipeline.datamanager
+    renders = []
+    for cameras in (data.train_dataset.cameras, data.eval_dataset.cameras):
+        indices = track(range(len(cameras)), description=description, console=CONSOLE)
+        renders += [render_views(pipeline, cameras[i : i + 1])[0] for i in indices]
+    return renders
+
+
+def orbit(cameras: Cameras, count: int) -> Cameras:
+    """A circle around what the cameras look at, at their mean distance and height, with their field of view."""
+    poses = cameras.camera_to_worlds
+    focus = focus_of_attention(
+        torch.cat([poses, torch.tensor([[[0.0, 0, 0, 1]]]).expand(len(poses), 1, 4)], 1), poses[0, :, 3]
+    )
+    offsets = poses[:, :, 3] - focus
+    radius, height = float(offsets[:, :2].norm(dim=-1).mean()), float(offsets[:, 2].mean())
+    angles = torch.arange(count) / count * 2 * torch.pi
+    eyes = torch.stack([radius * angles.cos(), radius * angles.sin(), torch.full_like(angles, height)], dim=-1)
+    circle = torch.stack([viewmatrix(eye, torch.tensor([0.0, 0, 1]), eye + focus) for eye in eyes])
+    return Cameras(
+        camera_to_worlds=circle[:, :3],
+        fx=float(cameras.fx[0]) * PICTURE_SCALE,
+        fy=float(cameras.fy[0]) * PICTURE_SCALE,
+        cx=float(cameras.cx[0]) * PICTURE_SCALE,
+        cy=float(cameras.cy[0]) * PICTURE_SCALE,
+        width=int(cameras.width[0]) * PICTURE_SCALE,
+        height=int(cameras.height[0]) * PICTURE_SCALE,
+    )
+
+
+def _turntable(pipeline: WysPipeline, description: str) -> list[np.ndarray]:
+    cameras = orbit(pipeline.datamanager.train_dataset.cameras, FRAMES)
+    indices = track(range(FRAMES), description=description, console=CONSOLE)
+    return [to_uint8(_even(render_views(pipeline, cameras[i : i + 1])[0]["rgb"])) for i in indices]
+
+
+def _even(image: Float[Tensor, "h w 3"]) -> Float[Tensor, "h2 w2 3"]:
+    # The video codec wants even sides.
+    return image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2]
+
+
+def write_video(path: Path, frames: list[np.ndarray]) -> None:
+    """Writes frames (h, w, 3), uint8, sides even, as H.264; PyAV brings its own ffmpeg."""
+    import av
+
+    height, width = frames[0].shape[:2]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"  # type: ignore
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))  # type: ignore
+        container.mux(stream.encode())  # type: ignore
+
+
+def write_animation(path: Path, frames: list[np.ndarray]) -> None:
+    """Writes frames as an endless GIF."""
+    pictures = [Image.fromarray(frame) for frame in frames]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // FRAMES_PER_SECOND, loop=0)
