@@ -175,6 +175,25 @@ def test_pictures_of_any_size_come_out_at_their_own(editor, height, width):
     assert psnr(result, captured, mask) < 50
 
 
+def test_the_unet_sees_the_noised_render_first_and_then_the_noised_captured_view_outside_the_mask(editor):
+    captured, render, mask, seen = pictures(1), pictures(1, seed=1), some_mask(1), []
+    hook = editor.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:1].clone()))
+    edit(editor, render, mask, captured=captured, seeds=[3])
+    hook.remove()
+    noise = seeded_noise([3], (4, 8, 8), editor.device)
+    scale = editor.vae.config.scaling_factor
+    start, reference = editor.encode_images(render), editor.encode_images(captured)
+    listed = schedule.timesteps(700, SETTINGS.diffusion_steps, 1000)
+    assert len(seen) == len(listed) > 2
+    outside = ~relevance.latent_mask(mask, 8, 8)[:, None].expand_as(noise)
+    for i, (inputs, t) in enumerate(zip(seen, listed)):
+        torch.testing.assert_close(inputs[:, 4:], reference, atol=1e-5, rtol=0)  # the condition is not scaled
+        clean = scale * (reference if i else start)
+        wanted = editor.alphas[t].sqrt() * clean + (1 - editor.alphas[t]).sqrt() * noise
+        where = outside if i else torch.ones_like(outside)
+        torch.testing.assert_close(inputs[:, :4][where], wanted[where], atol=1e-5, rtol=0)
+
+
 def test_a_portrait_view_is_edited_in_portrait(editor):
     assert SETTINGS.size_for(editor, 80, 40) == (32, 16)
     assert SETTINGS.size_for(editor, 40, 80) == (16, 32)
