@@ -194,13 +194,14 @@ def test_a_base_with_another_relevance_input_is_taken(tmp_path):
 
 
 def test_the_bases_poses_are_taken_where_this_run_has_some(tmp_path):
-    with_poses, without = build(camera_optimizer=CameraOptimizerConfig(mode="SO3xR3")), build()
+    with_poses, without = (build(camera_optimizer=CameraOptimizerConfig(mode=mode)) for mode in ("SO3xR3", "off"))
     fresh = build(camera_optimizer=CameraOptimizerConfig(mode="SO3xR3"))
     with torch.no_grad():
         with_poses.camera_optimizer.pose_adjustment.fill_(0.25)
     load_base(fresh, write_run(tmp_path / "a", with_poses.state_dict()))
     assert bool((fresh.camera_optimizer.pose_adjustment == 0.25).all())
-    load_base(without, write_run(tmp_path / "b", {k: v for k, v in with_poses.state_dict().items()}))
+    sentence = "has learned pose corrections, which this run would drop: add --pipeline.model.camera-optimizer.mode"
+    refused(without, write_run(tmp_path / "b", with_poses.state_dict()), sentence)
 
 
 def refused(model: WysModel, run: Path, sentence: str, transform: dict | None = None) -> None:
@@ -278,7 +279,10 @@ def test_poses_of_other_views_are_refused_too(tmp_path):
 
 def test_a_grid_of_another_resolution_is_refused_although_its_shapes_are_equal(tmp_path):
     run = write_run(tmp_path, nerfacto_state(build(max_res=64)))
-    refused(build(), run, "has max-res 64 and this model 32: add --pipeline.model.max-res 64")
+    refused(build(), run, "field.max_res 64 and this model 32: .*--pipeline.model.max-res 64")
+    proposals = [{**arguments, "max_res": 8} for arguments in SIZES["proposal_net_args_list"]]
+    run = write_run(tmp_path / "proposals", nerfacto_state(build(proposal_net_args_list=proposals)))
+    refused(build(), run, "proposal_networks.0.*max_res 8 and this model 16: .*--pipeline.model.proposal-net-args-list")
 
 
 @pytest.mark.parametrize(
@@ -326,3 +330,10 @@ def test_edit_records_are_those_before_a_step(tmp_path):
     assert edit_records(tmp_path, before_step=20) == lines[:2]
     assert edit_records(tmp_path, before_step=21) == lines[:3]
     assert edit_records(tmp_path, before_step=0) == []
+
+
+def test_half_written_edit_record_is_no_record(tmp_path: Path) -> None:
+    (tmp_path / "edits.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert edit_records(tmp_path) == ['{"step": 1}', '{"step": 2}']
+    assert edit_records(tmp_path, before_step=2) == ['{"step": 1}']
+    assert edit_records(tmp_path / "nowhere") == []

@@ -15,6 +15,7 @@ import torch
 import yaml
 from conftest import write_ring_scene
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from wys_nerfstudio.checkpoint import read_checkpoint, register_safe_globals
 
@@ -89,7 +90,10 @@ def test_run_folder_holds_what_the_readme_lists(finished_run: Path) -> None:
     with Image.open(folder / "contact_sheet.png") as sheet:
         assert sheet.width > 6 * 160
     assert json.loads((folder / "state.json").read_text())["edits"] == 10
-    assert list(finished_run.glob("events.out.tfevents*")), "nothing was written for TensorBoard"
+    events = EventAccumulator(str(finished_run), size_guidance={"images": 0})
+    events.Reload()
+    (tag,) = [tag for tag in events.Tags()["images"] if tag.startswith("Edit (captured")]
+    assert len(events.Images(tag)) == 5 and events.Images(tag)[0].width == 6 * 40
 
 
 def test_edited_views_are_the_captured_ones_outside_their_masks(finished_run: Path, ring_scene: Path) -> None:
@@ -358,6 +362,26 @@ def test_other_localizations_run_to_the_end(localization: str, ring_scene: Path,
     if localization == "none":
         assert fractions == {1.0}
         assert (run / "nerfstudio_models" / "step-000000028.ckpt").is_file(), "nothing to localise"
+
+
+NO_NETWORK = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+
+
+def test_editor_that_cannot_be_had_is_told_before_the_first_step(ring_scene: Path, tmp_path: Path) -> None:
+    done = train("wys", ring_scene, tmp_path, "--instruction", "make the ball blue", "--pipeline.model.lpips-loss-mult=0",
+                 "--editor", "nobody/no-such-editor", check=False, HF_HOME=str(tmp_path), **NO_NETWORK)  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "Phase:" not in done.stdout
+    sentence = done.stderr.strip().splitlines()[-1]
+    assert sentence.startswith('wys: The editor "nobody/no-such-editor"') and "--editor embedded" in sentence
+
+
+def test_perceptual_weights_that_cannot_be_had_are_told_before_the_first_step(ring_scene: Path, editor_folder: Path,
+                                                                              tmp_path: Path) -> None:  # fmt: skip
+    done = train("wys", ring_scene, tmp_path, "--instruction", "make the ball blue", "--editor", editor_folder,
+                 "--pipeline.datamanager.edit-num-rays-per-batch=1024", check=False, TORCH_HOME=str(tmp_path / "empty"),
+                 **NO_NETWORK)  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "Phase:" not in done.stdout
+    assert "--pipeline.model.lpips-weights" in done.stderr and "--pipeline.model.lpips-loss-mult 0" in done.stderr
 
 
 def test_blender_and_colmap_data_parse() -> None:

@@ -188,19 +188,26 @@ def load_base(model: nn.Module, path: Path, transform: Optional[dict[str, Any]] 
             f"{tuple(ours[key].shape)} here. {_advice(config, model, method)}"
         )
     # Buffers such as max_res are numbers that shapes do not show.
-    for key in ("field.max_res", "field.num_levels", "field.log2_hashmap_size"):
-        if key in wanted and int(state[key]) != int(ours[key]):
-            option = key.removeprefix("field.").replace("_", "-")
-            raise WysError(
-                f'The base run "{path}" has {option} {int(state[key])} and this model {int(ours[key])}: add '
-                f"--pipeline.model.{option} {int(state[key])}."
-            )
+    for key in sorted(wanted):
+        owner, name = key.rpartition(".")[::2]
+        if name not in ("max_res", "num_levels", "log2_hashmap_size") or int(state[key]) == int(ours[key]):
+            continue
+        option = f"{name.replace('_', '-')} {int(state[key])}" if owner == "field" else "proposal-net-args-list"
+        raise WysError(
+            f'The base run "{path}" has {key} {int(state[key])} and this model {int(ours[key])}: give this run the base\'s '
+            f"--pipeline.model.{option}."
+        )
     unseen = _flags(config, model, _UNSEEN_OPTIONS)
     if unseen:
         raise WysError(f'The base run "{path}" has other settings than this run: add {" ".join(unseen)}.')
     _check_transform(path, run_folder(checkpoint) / "dataparser_transforms.json", transform)
-    poses = {k: v for k, v in state.items() if k.startswith("camera_optimizer.") and k in ours}
+    poses = {k: v for k, v in state.items() if k.startswith("camera_optimizer.")}
     for key, value in poses.items():
+        if key not in ours:
+            raise WysError(
+                f'The base run "{path}" has learned pose corrections, which this run would drop: add '
+                "--pipeline.model.camera-optimizer.mode SO3xR3, or the mode of the base."
+            )
         if value.shape != ours[key].shape:
             raise WysError(
                 f'The base run "{path}" was trained on {len(value)} views and this data has {len(ours[key])}: use the same '
@@ -280,9 +287,14 @@ class RunState:
 
 
 def edit_records(folder: Path, before_step: Optional[int] = None) -> list[str]:
-    """Lines of a run's edits.jsonl, up to a step if one is given."""
+    """Lines of a run's edits.jsonl, up to a step if one is given. A line that a killed run left half written is no line."""
     path = folder / "edits.jsonl"
-    if not path.is_file():
-        return []
-    lines = [line for line in path.read_text("utf8").splitlines() if line.strip()]
-    return [line for line in lines if before_step is None or json.loads(line)["step"] < before_step]
+    lines = []
+    for line in path.read_text("utf8").splitlines() if path.is_file() else []:
+        try:
+            step = json.loads(line)["step"]
+        except ValueError:
+            continue
+        if before_step is None or step < before_step:
+            lines.append(line)
+    return lines

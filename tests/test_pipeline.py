@@ -1,0 +1,131 @@
+"""The pipeline in training: what a view looks like when it is edited, and what editing does to ray batches."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
+from nerfstudio.engine.callbacks import TrainingCallbackLocation
+
+from wys_nerfstudio.config import wys_tiny
+from wys_nerfstudio.metrics import psnr
+from wys_nerfstudio.schedule import Phase
+from wys_nerfstudio.trainer import WysTrainer, WysTrainerConfig
+
+
+def small_config(scene: Path, editor: Path, output: Path, **options) -> WysTrainerConfig:
+    config: WysTrainerConfig = copy.deepcopy(wys_tiny.config)  # type: ignore
+    config.output_dir, config.vis = output, "tensorboard"
+    config.machine.device_type = "cpu"
+    config.viewer.quit_on_train_completion = True
+    config.pipeline.datamanager.data = scene
+    config.pipeline.instruction, config.pipeline.editor = "make the ball blue", str(editor)
+    config.pipeline.datamanager.train_num_rays_per_batch = 512
+    config.pipeline.datamanager.edit_num_rays_per_batch = 128
+    config.pipeline.model.num_nerf_samples_per_ray = 12
+    config.pipeline.model.camera_optimizer = CameraOptimizerConfig(mode="SO3xR3")
+    for name, value in options.items():
+        setattr(config.pipeline, name, value)
+    config.set_timestamp()
+    return config
+
+
+def build_trainer(config: WysTrainerConfig) -> WysTrainer:
+    torch.manual_seed(0)
+    trainer: WysTrainer = config.setup(local_rank=0, world_size=1)
+    trainer.setup()
+    return trainer
+
+
+def step(trainer: WysTrainer, number: int) -> dict[str, torch.Tensor]:
+    trainer.pipeline.train()
+    for callback in trainer.callbacks:
+        callback.run_callback_at_location(number, TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
+    losses = trainer.train_iteration(number)[1]
+    for callback in trainer.callbacks:
+        callback.run_callback_at_location(number, TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
+    return losses
+
+
+@pytest.fixture(scope="module")
+def trained(ring_scene: Path, editor_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> WysTrainer:
+    """A scene reconstructed well enough to tell its views apart."""
+    output = tmp_path_factory.mktemp("trained")
+    trainer = build_trainer(small_config(ring_scene, editor_folder, output, reconstruct_steps=200, localize_steps=3))
+    for number in range(200):
+        step(trainer, number)
+    return trainer
+
+
+def test_a_render_of_a_view_is_closest_to_that_view_among_all(trained: WysTrainer) -> None:
+    """Wrong poses, or another view's appearance, would make another view the closest: each has a tint of its own."""
+    data, model = trained.pipeline.datamanager, trained.pipeline.scene_model
+    for view in range(data.num_views):
+        rgb = model.render_view(data.train_dataset.cameras, view)["rgb"]
+        likeness = [psnr(rgb, data.captured_views([other])[0]) for other in range(data.num_views)]
+        assert max(range(data.num_views), key=likeness.__getitem__) == view
+
+
+def test_a_render_of_a_view_uses_the_rays_that_training_uses(trained: WysTrainer, monkeypatch) -> None:
+    data, model = trained.pipeline.datamanager, trained.pipeline.scene_model
+    assert model.camera_optimizer.pose_adjustment.abs().max() > 1e-4, "poses were learned"
+    seen, render = [], model.get_outputs
+    monkeypatch.setattr(model, "get_outputs", lambda bundle: (seen.append(bundle), render(bundle))[1])
+    model.render_view(data.train_dataset.cameras, 4)
+    height, width = data.view_size
+    indices = torch.stack([torch.full((height * width,), 4), *torch.arange(height * width).view(1, -1).div(
+        torch.tensor([[width], [1]]), rounding_mode="floor").remainder(torch.tensor([[height], [width]]))], dim=-1)  # fmt: skip
+    bundle = data.train_ray_generator(indices)
+    model.camera_optimizer.apply_to_raybundle(bundle)
+    torch.testing.assert_close(torch.cat([b.origins for b in seen]), bundle.origins, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cat([b.directions for b in seen]), bundle.directions, atol=1e-5, rtol=0)
+
+
+def test_localising_trains_the_relevance_head_alone(trained: WysTrainer) -> None:
+    model = trained.pipeline.scene_model
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    losses = [step(trained, number) for number in range(200, 203)]
+    assert trained.pipeline.scene_model.phase is Phase.LOCALIZE
+    assert all(set(loss) == {"relevance_loss"} for loss in losses)
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed and all("mlp_relevance" in key for key in changed)
+
+
+def test_editing_starts_with_an_edit_that_training_sees_and_moves_no_camera(trained: WysTrainer) -> None:
+    pipeline = trained.pipeline
+    pipeline.config.mask_threshold = 0.0
+    poses = pipeline.scene_model.camera_optimizer.pose_adjustment.clone()
+    losses = step(trained, 203)
+    assert set(losses) == {"rgb_loss", "interlevel_loss", "distortion_loss", "relevance_loss"}
+    (record,) = map(json.loads, (trained.base_dir / "wys" / "edits.jsonl").read_text().splitlines())
+    view = pipeline.datamanager.view_names.index(record["view"])
+    assert record["mask_fraction"] == 1.0 and pipeline.datamanager.edited_views == {view}
+    assert not torch.equal(*(f([view]) for f in (pipeline.datamanager.captured_views, pipeline.datamanager.current_views)))
+    assert torch.equal(poses, pipeline.scene_model.camera_optimizer.pose_adjustment)
+    assert pipeline.datamanager.get_train_rays_per_batch() == 128
+
+
+def test_a_view_with_an_empty_mask_is_not_edited(trained: WysTrainer) -> None:
+    pipeline = trained.pipeline
+    pipeline.config.mask_threshold = 1.0
+    edited = set(pipeline.datamanager.edited_views)
+    step(trained, 213)
+    record = json.loads((trained.base_dir / "wys" / "edits.jsonl").read_text().splitlines()[-1])
+    assert (record["step"], record["mask_fraction"], record["steps"]) == (213, 0.0, 0)
+    assert pipeline.datamanager.edited_views == edited
+
+
+def test_edits_are_the_same_whatever_was_drawn_before(ring_scene: Path, editor_folder: Path, tmp_path: Path) -> None:
+    """An edit depends on the run's seed and its own number, not on how often anything else drew from a generator."""
+    edits = []
+    for run in range(2):
+        options = {"reconstruct_steps": 0, "localize_steps": 1, "mask_threshold": 0.0, "seed": 5}
+        trainer = build_trainer(small_config(ring_scene, editor_folder, tmp_path / str(run), **options))
+        trainer.pipeline._enter(Phase.EDIT)
+        torch.rand(run * 100)
+        trainer.pipeline._edit(1)
+        (view,) = trainer.pipeline.datamanager.edited_views
+        edits.append((view, trainer.pipeline.datamanager.current_views([view])))
+    assert edits[0][0] == edits[1][0] and torch.equal(edits[0][1], edits[1][1])
