@@ -129,3 +129,23 @@ def test_edits_are_the_same_whatever_was_drawn_before(ring_scene: Path, editor_f
         (view,) = trainer.pipeline.datamanager.edited_views
         edits.append((view, trainer.pipeline.datamanager.current_views([view])))
     assert edits[0][0] == edits[1][0] and torch.equal(edits[0][1], edits[1][1])
+
+
+def test_the_first_steps_of_editing_do_not_throw_the_scene_out_of_place(
+    ring_scene: Path, editor_folder: Path, tmp_path: Path
+) -> None:
+    """With reconstruction's tiny second moments kept, Adam's first step on an absolute error is a blow."""
+    options = {"reconstruct_steps": 150, "localize_steps": 1, "mask_threshold": 1.0}
+    trainer = build_trainer(small_config(ring_scene, editor_folder, tmp_path, **options))
+    for number in range(151):
+        step(trainer, number)
+    data, model = trainer.pipeline.datamanager, trainer.pipeline.scene_model
+
+    def likeness() -> float:
+        return psnr(model.render_view(data.train_dataset.cameras, 0)["rgb"], data.captured_views([0])[0])
+
+    before = likeness()
+    assert trainer.optimizers.optimizers["fields"].state, "reconstruction has filled the optimizer"
+    for number in range(151, 171):
+        step(trainer, number)
+        assert likeness() > before - 1.5

@@ -16,6 +16,7 @@ import torch
 import tyro
 from jaxtyping import Bool, Float
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
+from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 from nerfstudio.utils import writer
 from nerfstudio.utils.rich_utils import CONSOLE
@@ -31,6 +32,9 @@ from wys_nerfstudio.model import WysModel, WysModelConfig
 from wys_nerfstudio.perceptual import SMALLEST_LPIPS_PATCH
 from wys_nerfstudio.pictures import contact_sheet, heat, spread, write_png
 from wys_nerfstudio.schedule import Phase, Plan
+
+WARM_UP_STEPS = 50
+"""Steps over which learning rates rise at the start of the edit phase."""
 
 Localization = Literal["relevance-field", "relevance-map", "masks", "none"]
 
@@ -207,6 +211,7 @@ class WysPipeline(VanillaPipeline):
         self._editor: Optional[Editor] = None
         self._phase: Optional[Phase] = None
         self._masks: Optional[Tensor] = None
+        self._optimizers: Optional[Optimizers] = None
         self._folder = Path()
         self.scene_model.mask_threshold = config.mask_threshold
         self.scene_model.localized = config.localization != "none"
@@ -225,6 +230,7 @@ class WysPipeline(VanillaPipeline):
         trainer = training_callback_attributes.trainer
         assert trainer is not None
         self._folder = trainer.base_dir / "wys"
+        self._optimizers = training_callback_attributes.optimizers
         self._check_what_editing_needs()
         if self.config.resume_from is not None:
             self._resume(trainer._start_step)
@@ -296,6 +302,8 @@ class WysPipeline(VanillaPipeline):
         phase = self.plan.phase(step)
         if phase is not self._phase:
             self._enter(phase)
+        if phase is Phase.EDIT:
+            self._warm_up(step)
         if phase is Phase.EDIT and self.plan.edits_due(step, self.config.edit_every):
             self._edit(step)
 
@@ -308,6 +316,23 @@ class WysPipeline(VanillaPipeline):
             self._keep_captured_scene()
         self._phase = phase
         self.scene_model.phase = phase
+
+    def _warm_up(self, step: int) -> None:
+        """Starts the scene's optimizers anew and brings their learning rates up slowly.
+
+        Reconstruction's squared error leaves Adam with second moments far too small for the gradients of editing's absolute
+        error: at the full rate its first step would throw the scene out of place, with old moments as with new ones.
+        """
+        assert self._optimizers is not None
+        share = (step + 1 - self.plan.edit_start) / WARM_UP_STEPS
+        for name in ("fields", "proposal_networks"):
+            optimizer = self._optimizers.optimizers[name]
+            if step == self.plan.edit_start:
+                optimizer.state.clear()
+            # A scheduler sets the rate anew after each step, so this one's factor does not pile up.
+            if share < 1 and name in self._optimizers.schedulers:
+                for group in optimizer.param_groups:
+                    group["lr"] *= share
 
     def _keep_captured_scene(self) -> None:
         """Keeps the scene as it is before the first edit, as a checkpoint that --base-run takes."""
