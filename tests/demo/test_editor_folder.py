@@ -1,0 +1,113 @@
+"""The embedded editor: diffusers' own pipeline loads it, it is small, and its tokenizer knows every wording."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from wys_nerfstudio.demo import train_editor
+from wys_nerfstudio.demo.instructions import BY_SLUG, EDITS, LOCAL_KINDS
+from wys_nerfstudio.demo.networks import Networks, build_unet_and_text_encoder, build_vae, load_tokenizer, write_editor
+from wys_nerfstudio.demo.optimizers import MuonAndAdamW
+
+EDITOR = Path(train_editor.__file__).parent / "editor"
+
+
+def test_size_and_format():
+    files = [file for file in EDITOR.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 25 * 2**20
+    assert not [file for file in files if file.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+
+
+def test_diffusers_own_pipeline_loads_and_edits():
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+    from PIL import Image
+
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(str(EDITOR), torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = Image.new("RGB", (40, 32), "white")
+    edited = pipeline("make the ball blue", image=picture, num_inference_steps=2, guidance_scale=3.0).images[0]
+    assert edited.size == (40, 32)
+
+
+def test_tokenizer_knows_every_word(tmp_path):
+    tokenizer = load_tokenizer(EDITOR)
+    for edit in EDITS:
+        for wording in edit.wordings:
+            tokens = tokenizer.convert_ids_to_tokens(tokenizer(wording).input_ids)
+            assert len(tokens) <= tokenizer.model_max_length
+            assert all(token.endswith("</w>") for token in tokens[1:-1]), tokens
+            assert [t.removesuffix("</w>") for t in tokens[1:-1]] == wording.replace("don't", "don 't").split()
+    assert tokenizer("Make the BALL blue").input_ids == tokenizer("make the ball blue").input_ids
+    assert tokenizer.unk_token_id in tokenizer("zebra").input_ids
+
+
+def test_pairs_contrast_ball_and_block():
+    pairs = train_editor.draw_pairs(400, torch.Generator().manual_seed(0))
+    slugs = [(EDITS[a].slug, EDITS[b].slug) for a, b in pairs.tolist()]
+    contrast = [(a, b) for a, b in slugs if a.startswith("ball") and b == a.replace("ball", "block")]
+    assert 0.25 < len(contrast) / len(slugs) < 0.45
+    assert {s for pair in slugs for s in pair} == set(BY_SLUG)
+
+
+def small_trainer(tmp_path, **options):
+    vae = build_vae()
+    write_editor(tmp_path / "editor", Networks(build_unet_and_text_encoder()[0], vae, build_unet_and_text_encoder()[1]))
+    settings = train_editor.Options(tmp_path, batch_scenes=8, **options)
+    data = train_editor.Latents(torch.randn(3, len(EDITS), 4, 8, 8).half(), torch.ones(3, len(EDITS), 8, 8).bool())
+    return train_editor.Trainer(settings, vae, train_editor.tokenise(tmp_path / "editor")), [data]
+
+
+@pytest.mark.parametrize("meaning", ["no change", "edit"])
+def test_what_the_empty_instruction_is_trained_towards(tmp_path, meaning):
+    trainer, data = small_trainer(tmp_path, empty_means=meaning)
+    found = 0
+    for trainer.step in range(12):
+        inputs, timestep, tokens, target, _ = trainer.make_batch(data)
+        empty = (tokens == trainer.tokens[-1][0]).all(1) & (inputs[:, 4:] != 0).flatten(1).any(1)
+        alpha = trainer.alphas[timestep].view(-1, 1, 1, 1)
+        clean = alpha.sqrt() * inputs[:, :4] - (1 - alpha).sqrt() * target
+        same = (clean / trainer.vae.config["scaling_factor"] - inputs[:, 4:]).abs().flatten(1).amax(1) < 1e-2
+        found += int(empty.sum())
+        if meaning == "no change":
+            assert same[empty].all()
+        elif empty.any():
+            assert same[empty].float().mean() < 0.8
+    assert found > 5
+
+
+def test_both_samples_of_a_scene_share_noise_and_timestep(tmp_path):
+    trainer, data = small_trainer(tmp_path)
+    inputs, timestep, _, _, weight = trainer.make_batch(data)
+    assert torch.equal(timestep[::2], timestep[1::2])
+    assert weight.min() >= 1 and weight.max() == 4
+    again = trainer.make_batch(data)
+    assert torch.equal(inputs, again[0])
+    assert {EDITS[i].kind for i in range(8)} <= set(LOCAL_KINDS)
+
+
+def test_training_resumes_where_it_stopped(tmp_path):
+    first, data = small_trainer(tmp_path)
+    first.train_step(data, 1.0)
+    first.save(tmp_path / "state.pt")
+    expected = first.train_step(data, 1.0)
+    second, _ = small_trainer(tmp_path)
+    second.load(tmp_path / "state.pt")
+    assert second.train_step(data, 1.0) == pytest.approx(expected, rel=1e-3)
+
+
+def test_muon_moves_matrices_kernels_and_biases():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8, 4))
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer = MuonAndAdamW([net], muon_rate=1e-2, adamw_rate=1e-2)
+    inputs = torch.randn(16, 3, 3, 3)
+    losses = []
+    for _ in range(20):
+        loss = (net(inputs) - inputs[:, :1, 0, 0]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(1.0)
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(not torch.equal(a, b) for a, b in zip(before, net.parameters()))

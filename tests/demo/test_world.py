@@ -1,0 +1,190 @@
+"""The toy world: exact geometry against a slow twin, agreement between views, edits and their masks."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wys_nerfstudio.demo import instructions, world
+from wys_nerfstudio.demo.training_data import render_edits
+
+
+def scene_and_camera(seeds, width=24, height=16):
+    scene = world.sample_scenes(seeds)
+    return scene, world.sample_cameras(scene, seeds, width, height)
+
+
+def slow_hit(scene, origin, direction):
+    """What one ray of the first scene meets, in plain Python: (depth, object)."""
+
+    def turn(p, angle):
+        c, s = math.cos(angle), math.sin(angle)
+        return [c * p[0] - s * p[1], s * p[0] + c * p[1], p[2]]
+
+    def sphere(o, d):
+        a, b, c = sum(x * x for x in d), 2 * sum(x * y for x, y in zip(o, d)), sum(x * x for x in o) - 1
+        root = b * b - 4 * a * c
+        near = (-b - math.sqrt(root)) / (2 * a) if root > 0 else math.inf
+        return near if near > 0 else math.inf
+
+    found = []
+    size, yaw = scene.bear_size[0].item(), scene.bear_yaw[0].item()
+    feet = [*scene.bear_position[0].tolist(), 0.0]
+    local_o = [x / size for x in turn([a - b for a, b in zip(origin, feet)], -yaw)]
+    local_d = [x / size for x in turn(direction, -yaw)]
+    for _, centre, radii in world.BEAR_PARTS:
+        o = [(x - c) / r for x, c, r in zip(local_o, centre, radii)]
+        found.append((sphere(o, [x / r for x, r in zip(local_d, radii)]), "bear"))
+    radius = scene.ball_radius[0].item()
+    centre = [*scene.ball_position[0].tolist(), radius]
+    found.append((sphere([(x - c) / radius for x, c in zip(origin, centre)], [x / radius for x in direction]), "ball"))
+    half, yaw = scene.block_half[0].tolist(), scene.block_yaw[0].item()
+    centre = [*scene.block_position[0].tolist(), half[2]]
+    o = turn([x - c for x, c in zip(origin, centre)], -yaw)
+    d = turn(direction, -yaw)
+    spans = [sorted([(-h - x) / y, (h - x) / y]) for h, x, y in zip(half, o, d)]
+    enter, leave = max(s[0] for s in spans), min(s[1] for s in spans)
+    found.append((enter if 0 < enter < leave else math.inf, "block"))
+    found.append((-origin[2] / direction[2] if direction[2] < 0 else math.inf, "ground"))
+    a, b = sum(x * x for x in direction), sum(x * y for x, y in zip(origin, direction))
+    c = sum(x * x for x in origin) - world.DOME_RADIUS**2
+    found.append(((-b + math.sqrt(b * b - a * c)) / a, "sky"))
+    return min(found)
+
+
+@pytest.mark.parametrize("seed", [world.TEST_SEEDS[5], world.TEST_SEEDS[6]])
+def test_hits_equal_a_slow_twin(seed):
+    scene, camera = scene_and_camera([seed], 12, 8)
+    picture = world.render(scene, camera, samples=1)
+    pose, focal = camera.pose[0], camera.focal[0].item()
+    for y in range(8):
+        for x in range(12):
+            local = torch.tensor([(x + 0.5 - 6) / focal, (4 - y - 0.5) / focal, -1.0])
+            depth, name = slow_hit(scene, pose[:, 3].tolist(), (pose[:, :3] @ local).tolist())
+            assert picture.depth[0, y, x].item() == pytest.approx(depth, rel=1e-3)
+            assert world.OBJECTS[picture.objects[0, y, x]] == name
+
+
+def test_the_ball_is_where_the_projection_says():
+    scene, _ = scene_and_camera([world.TEST_SEEDS[0]])
+    centre = torch.cat([scene.ball_position, scene.ball_radius[:, None]], -1)
+    # From the side away from bear and block, so that nothing hides it.
+    away = torch.nn.functional.normalize(centre - scene.centre() * torch.tensor([1.0, 1.0, 0.0]), dim=-1)
+    camera = world.look_at(centre + 2 * away, centre, torch.tensor([math.radians(45)]), 32, 32)
+    picture = world.render(scene, camera, samples=1)
+    ball = picture.objects[0] == world.OBJECTS.index("ball")
+    ys, xs = torch.nonzero(ball, as_tuple=True)
+    assert abs(xs.float().mean() - 15.5) < 0.6 and abs(ys.float().mean() - 15.5) < 0.6
+    angle = math.asin(scene.ball_radius.item() / 2)
+    assert ball.sum().item() == pytest.approx(math.pi * (camera.focal.item() * math.tan(angle)) ** 2, rel=0.06)
+
+
+def test_views_agree_on_what_they_both_see():
+    scene = world.sample_scenes([world.TEST_SEEDS[1]])
+    target = scene.centre()
+    first, second = (
+        world.look_at(target + torch.tensor([offset]), target, torch.tensor([0.8]), 40, 32)
+        for offset in ([2.5, 0.4, 1.2], [2.4, 0.9, 1.3])
+    )
+    one, other = world.render(scene, first, 1), world.render(scene, second, 1)
+    y, x = torch.meshgrid(torch.arange(32), torch.arange(40), indexing="ij")
+    local = torch.stack([(x + 0.5 - 20), (16 - y - 0.5), -first.focal * torch.ones_like(x)], -1) / first.focal
+    points = first.pose[0, :, 3] + (local * one.depth[0, ..., None]) @ first.pose[0, :, :3].T
+    seen = (points - second.pose[0, :, 3]) @ second.pose[0, :, :3]
+    depth = -seen[..., 2]
+    u = (20 + second.focal * seen[..., 0] / depth).floor().long()
+    v = (16 - second.focal * seen[..., 1] / depth).floor().long()
+    inside = (u >= 0) & (u < 40) & (v >= 0) & (v < 32)
+    u, v = u.clamp(0, 39), v.clamp(0, 31)
+    visible = inside & ((other.depth[0, v, u] - depth).abs() < 0.03)
+    assert visible.float().mean() > 0.5
+    assert (one.objects[0][visible] == other.objects[0, v, u][visible]).float().mean() > 0.97
+    assert (one.rgb[0][visible] - other.rgb[0, v, u][visible]).abs().mean() < 0.02
+
+
+@given(st.integers(0, 999_000), st.integers(1, 4))
+@settings(max_examples=15)
+def test_a_scene_depends_on_its_seed_alone(offset, count):
+    seeds = [world.TEST_SEEDS[offset + i] for i in range(count)]
+    together, alone = world.sample_scenes(seeds), world.sample_scenes(seeds[-1:])
+    assert torch.equal(together.colours[-1:], alone.colours)
+    assert torch.equal(together.ball_position[-1:], alone.ball_position)
+    assert 0.0 < together.colours.min() and together.colours.max() < 1.0
+    gap = (together.ball_position - together.block_position).norm(dim=-1)
+    assert (gap > together.ball_radius + together.block_half[:, :2].norm(dim=-1)).all()
+
+
+def test_batches_equal_single_renders():
+    scene, camera = scene_and_camera(world.TEST_SEEDS[:3])
+    batch = world.render(scene, camera)
+    for i in range(3):
+        one = world.Camera(camera.pose[i : i + 1], camera.focal[i : i + 1], camera.width, camera.height)
+        assert torch.allclose(world.render(scene[i : i + 1], one).rgb[0], batch.rgb[i], atol=1e-5)
+
+
+def test_splits_share_no_seed():
+    splits = [world.TRAIN_SEEDS, world.VALIDATION_SEEDS, world.TEST_SEEDS, world.DEMO_SEEDS]
+    ordered = sorted(splits, key=lambda split: split.start)
+    assert all(a.stop <= b.start for a, b in zip(ordered, ordered[1:]))
+
+
+def test_recolourings_change_their_object_and_nothing_else():
+    scene, camera = scene_and_camera(world.TEST_SEEDS[:6], 40, 32)
+    before = world.render(scene, camera, samples=1)
+    for edit in instructions.EDITS:
+        if edit.kind not in ("recolour", "turn-into"):
+            continue
+        after = world.render(instructions.apply(edit, scene), camera, samples=1)
+        changed = (world.to_bytes(after.rgb) != world.to_bytes(before.rgb)).any(-1)
+        named = before.objects == world.OBJECTS.index(edit.target)
+        assert not (changed & ~named).any()
+        assert torch.equal(before.depth, after.depth)
+        if edit.kind == "recolour":
+            assert torch.equal(changed, named)
+
+
+def test_add_ons_change_only_what_they_cover():
+    scene, camera = scene_and_camera(world.TEST_SEEDS[:6], 40, 32)
+    before = world.render(scene, camera, samples=1)
+    for slug in ("hat", "sunglasses"):
+        after = world.render(instructions.apply(instructions.BY_SLUG[slug], scene), camera, samples=1)
+        covered = after.objects == world.OBJECTS.index(slug)
+        assert covered.any()
+        assert torch.equal(after.rgb[~covered], before.rgb[~covered])
+
+
+def test_no_change_changes_nothing_and_all_edits_share_one_trace():
+    scene, camera = scene_and_camera(world.TEST_SEEDS[:2])
+    pictures = render_edits(scene, camera)
+    for number, edit in enumerate(instructions.EDITS):
+        alone = world.to_bytes(world.render(instructions.apply(edit, scene), camera).rgb)
+        assert torch.equal(pictures[:, number], alone)
+    assert torch.equal(pictures[:, -1], world.to_bytes(world.render(scene, camera).rgb))
+
+
+@pytest.mark.parametrize(
+    ("text", "slug"),
+    [
+        ("Turn the bear into a panda", "panda"),
+        ("turn the bear into a polar bear.", "polar-bear"),
+        ("GIVE the bear a hat!", "hat"),
+        ("give the bear sunglasses", "sunglasses"),
+        ("make the ball blue", "ball-blue"),
+        ("Paint the block red.", "block-red"),
+        ("make it look like it just snowed", "snow"),
+        ("make it night", "night"),
+        ("Don't change the image", "no-change"),
+    ],
+)
+def test_canonical_wordings(text, slug):
+    found = instructions.find(text)
+    assert found is not None and found.slug == slug
+
+
+def test_wordings_are_several_and_unambiguous():
+    everything = [wording for edit in instructions.EDITS for wording in edit.wordings]
+    assert len(everything) == len(set(everything))
+    assert all(len(edit.wordings) >= 3 for edit in instructions.EDITS)
+    assert instructions.find("juggle") is None

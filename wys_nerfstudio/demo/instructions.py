@@ -1,0 +1,180 @@
+"""What can be asked of the toy world: the edits, their wordings and captions, and what each does to a scene.
+
+Here: the list of edits and their ground truth. Not here: geometry and pictures (`world.py`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from wys_nerfstudio.demo.world import BEAR_PARTS, NAMED_COLOURS, Scene, with_colours
+
+CAPTION = "a photo of a toy bear, a ball and a block"
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One thing that can be asked for."""
+
+    slug: str
+    """Name for files and tables."""
+    kind: str
+    """Family: recolour, turn-into, add, global or none."""
+    target: str
+    """The object it is about, one of OBJECTS, or nothing for global and none."""
+    wordings: tuple[str, ...]
+    """Instructions that mean it; the first is the canonical one."""
+    caption: str
+    """What the picture shows afterwards."""
+    change: Callable[[Scene], Scene]
+    """The edited scene. Never moves anything that was there before."""
+
+
+def _recolour(target: str, colour: str) -> Edit:
+    wordings = (
+        f"make the {target} {colour}",
+        f"paint the {target} {colour}",
+        f"turn the {target} {colour}",
+        f"change the color of the {target} to {colour}",
+        f"the {target} should be {colour}",
+    )
+    # Which wording is canonical differs, so that the examples shown to people are not all alike.
+    if target == "block":
+        wordings = (wordings[1], wordings[0], *wordings[2:])
+    captions = {
+        "ball": f"a photo of a toy bear, a {colour} ball and a block",
+        "block": f"a photo of a toy bear, a ball and a {colour} block",
+    }
+    return Edit(
+        slug=f"{target}-{colour}",
+        kind="recolour",
+        target=target,
+        wordings=wordings,
+        caption=captions[target],
+        change=lambda scene: with_colours(scene, {target: NAMED_COLOURS[colour]}),
+    )
+
+
+_FUR = tuple(name for name, _, _ in BEAR_PARTS if name not in ("nose", "left eye", "right eye")) + ("eye patch",)
+_WHITE, _ICE, _BLACK = (0.95, 0.95, 0.93), (0.93, 0.95, 0.97), (0.07, 0.07, 0.08)
+
+
+def _panda(scene: Scene) -> Scene:
+    white = ("body", "head", "snout")
+    return with_colours(scene, {part: _WHITE if part in white else _BLACK for part in _FUR})
+
+
+def _polar_bear(scene: Scene) -> Scene:
+    return with_colours(scene, dict.fromkeys(_FUR, _ICE))
+
+
+def _snow(scene: Scene) -> Scene:
+    sky = torch.tensor([[0.86, 0.88, 0.91], [0.72, 0.76, 0.82]]).expand_as(scene.sky_colours)
+    return replace(scene, snow=torch.ones_like(scene.snow), sky_colours=sky)
+
+
+def _night(scene: Scene) -> Scene:
+    return replace(
+        scene,
+        sky_colours=torch.tensor([[0.07, 0.09, 0.20], [0.02, 0.03, 0.09]]).expand_as(scene.sky_colours),
+        light_colour=scene.light_colour * torch.tensor([0.28, 0.32, 0.48]),
+        ambient=scene.ambient * torch.tensor([0.26, 0.30, 0.48]),
+    )
+
+
+EDITS: tuple[Edit, ...] = (
+    *(_recolour(target, colour) for target in ("ball", "block") for colour in NAMED_COLOURS),
+    Edit(
+        "panda",
+        "turn-into",
+        "bear",
+        ("turn the bear into a panda", "make the bear a panda", "make it a panda", "replace the bear with a panda"),
+        "a photo of a panda, a ball and a block",
+        _panda,
+    ),
+    Edit(
+        "polar-bear",
+        "turn-into",
+        "bear",
+        (
+            "turn the bear into a polar bear",
+            "make the bear a polar bear",
+            "make it a polar bear",
+            "replace the bear with a polar bear",
+        ),
+        "a photo of a polar bear, a ball and a block",
+        _polar_bear,
+    ),
+    Edit(
+        "hat",
+        "add",
+        "hat",
+        ("give the bear a hat", "put a hat on the bear", "add a hat", "make the bear wear a hat"),
+        "a photo of a toy bear with a hat, a ball and a block",
+        lambda scene: replace(scene, hat=torch.ones_like(scene.hat)),
+    ),
+    Edit(
+        "sunglasses",
+        "add",
+        "sunglasses",
+        (
+            "give the bear sunglasses",
+            "put sunglasses on the bear",
+            "add sunglasses",
+            "make the bear wear sunglasses",
+        ),
+        "a photo of a toy bear with sunglasses, a ball and a block",
+        lambda scene: replace(scene, sunglasses=torch.ones_like(scene.sunglasses)),
+    ),
+    Edit(
+        "snow",
+        "global",
+        "",
+        ("make it look like it just snowed", "make it snow", "add snow", "cover it in snow"),
+        "a photo of a toy bear, a ball and a block in the snow",
+        _snow,
+    ),
+    Edit(
+        "night",
+        "global",
+        "",
+        ("make it night", "make it look like night", "turn it into night", "make it dark"),
+        "a photo of a toy bear, a ball and a block at night",
+        _night,
+    ),
+    Edit(
+        "no-change",
+        "none",
+        "",
+        ("don't change the image", "leave it as it is", "change nothing", "keep the image"),
+        CAPTION,
+        lambda scene: scene,
+    ),
+)
+BY_SLUG = {edit.slug: edit for edit in EDITS}
+LOCAL_KINDS = ("recolour", "turn-into", "add")
+
+
+def normalise(instruction: str) -> str:
+    """The instruction as the editor reads it: lower case, single spaces, no final punctuation."""
+    return " ".join(instruction.lower().split()).rstrip(".!?,; ")
+
+
+def find(instruction: str) -> Edit | None:
+    """The edit that an instruction means, or None if no wording matches."""
+    wanted = normalise(instruction)
+    return next((edit for edit in EDITS if wanted in edit.wordings), None)
+
+
+def apply(edit: Edit, scene: Scene) -> Scene:
+    """Ground truth: the scenes as they are after the edit.
+
+    Args:
+        edit: what is asked for.
+        scene: the scenes before.
+
+    Returns:
+        New scenes; the given ones are unchanged.
+    """
+    return edit.change(scene)

@@ -1,0 +1,190 @@
+"""The demo editor's networks, tokenizer and scheduler, untrained, and the folder they are written to.
+
+The classes and the folder's layout are InstructPix2Pix's own, only the sizes differ. Not here: training
+(`train_editor.py`). Imports diffusers and transformers, so nothing outside `demo` imports this module.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from wys_nerfstudio.demo.instructions import EDITS
+
+TOKENS = 16
+"""Longest instruction in tokens, start and end included."""
+TEXT_WIDTH = 128
+START, END, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|unknown|>"
+
+
+@dataclass
+class Networks:
+    """The trainable parts of an editor."""
+
+    unet: UNet2DConditionModel
+    """Predicts v from noised latents, the condition's latents, the timestep and the text."""
+    vae: AutoencoderKL
+    """Pictures to latents a quarter as wide and high, and back."""
+    text_encoder: CLIPTextModel
+    """Tokens to vectors."""
+
+
+def words() -> list[str]:
+    """Every word of every wording, split as CLIP's tokenizer splits, sorted."""
+    text = " ".join(wording for edit in EDITS for wording in edit.wordings)
+    return sorted({*text.replace("don't", "don 't").split(), *".,!?", "colour", "please"})
+
+
+def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Byte pair encoding in which every known word is one token.
+
+    Returns:
+        The vocabulary (CLIP's word ends included) and its merges. Known words come first, so that the letters and
+        pieces of unknown words have the last numbers.
+    """
+    merges: list[tuple[str, str]] = []
+    known = [word + "</w>" for word in words()]
+    for word in words():
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            ranks = [merges.index(pair) if pair in merges else len(merges) for pair in zip(pieces, pieces[1:])]
+            at = ranks.index(min(ranks))
+            if ranks[at] == len(merges):
+                # Only stuck words append a merge, at the lowest priority: it cannot disturb an earlier word.
+                merges.append((pieces[at], pieces[at + 1]))
+            pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+    # Only the pieces that merging needs: letters beyond them are unknown, so that most unknown words show as such.
+    pieces = (piece for pair in merges for piece in (*pair, "".join(pair)))
+    entries = dict.fromkeys([START, END, UNKNOWN, *known, *pieces])
+    return {entry: number for number, entry in enumerate(entries)}, merges
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Writes the files that CLIPTokenizer.from_pretrained reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries, merges = vocabulary()
+    (folder / "vocab.json").write_text(json.dumps(entries, ensure_ascii=False, indent=0) + "\n")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": UNKNOWN}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
+    config = {**special, "tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, "do_lower_case": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer of an editor folder."""
+    return CLIPTokenizer.from_pretrained(str(folder / "tokenizer"))
+
+
+def build_vae() -> AutoencoderKL:
+    """The untrained autoencoder: 4 latent channels at a quarter of the picture's size."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 32, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=64,
+        mid_block_add_attention=False,
+    )
+
+
+def build_unet_and_text_encoder() -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """The untrained denoiser and the text encoder that is trained with it."""
+    unet = UNet2DConditionModel(
+        sample_size=20,
+        in_channels=8,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+    entries, _ = vocabulary()
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(entries),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            projection_dim=TEXT_WIDTH,
+            bos_token_id=entries[START],
+            eos_token_id=entries[END],
+            pad_token_id=entries[END],
+        )
+    )
+    with torch.no_grad():
+        # Pieces of unknown words are never trained; as zeros they add nothing to an instruction.
+        text_encoder.get_input_embeddings().weight[len(words()) + 3 :] = 0
+    return unet, text_encoder
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise schedule, for DDIM, with v-prediction."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        set_alpha_to_one=False,
+        clip_sample=False,
+        prediction_type="v_prediction",
+    )
+
+
+def write_editor(folder: Path, networks: Networks) -> None:
+    """Writes an editor folder in fp16, for StableDiffusionInstructPix2PixPipeline.from_pretrained.
+
+    A reader never sees a half-written folder: it is completed beside its place and then swapped in. Other files in an
+    existing folder (the model card) are kept.
+
+    Args:
+        folder: the editor folder.
+        networks: what to write; left as it is.
+    """
+    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in ("unet", "vae", "text_encoder"):
+        module = getattr(networks, name)
+        clone = type(module)(module.config) if name == "text_encoder" else type(module).from_config(module.config)
+        clone.load_state_dict(module.state_dict())
+        clone.half().save_pretrained(partial / name)
+    write_tokenizer(partial / "tokenizer")
+    build_scheduler().save_pretrained(partial / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionInstructPix2PixPipeline",
+        "_diffusers_version": "0.36.0",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    if folder.exists():
+        for kept in folder.iterdir():
+            if not (partial / kept.name).exists():
+                (shutil.copytree if kept.is_dir() else shutil.copy2)(kept, partial / kept.name)
+        os.rename(folder, old)
+    os.rename(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,68 @@
+"""The toy world as training data: every scene's picture before and after every edit, rendered once and kept on disk.
+
+Here: rendering and reading that folder. Not here: the networks and their training (`train_editor.py`).
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from wys_nerfstudio.demo.instructions import EDITS, apply
+from wys_nerfstudio.demo.world import Camera, Scene, sample_cameras, sample_scenes, shade, to_bytes, trace
+
+SIZES = ((80, 64, 0.72), (64, 80, 0.14), (64, 64, 0.08), (96, 72, 0.06))
+"""Width, height and share of the training scenes."""
+_CHUNK = 16
+
+
+def render_edits(scene: Scene, camera: Camera) -> UInt8[Tensor, "b edits h w 3"]:
+    """One view per scene, after each of EDITS; the last edit is "no change", hence the picture before.
+
+    Args:
+        scene: b scenes.
+        camera: b cameras.
+
+    Returns:
+        Pictures of all scenes and edits. All edits share one trace, because none of them moves anything.
+    """
+    hits = trace(scene, camera)
+    pictures = []
+    for edit in EDITS:
+        colour, _, _ = shade(apply(edit, scene), hits)
+        pictures.append(to_bytes(colour.view(len(scene), camera.height, camera.width, -1, 3).mean(-2)))
+    return torch.stack(pictures, 1)
+
+
+def render_data_set(folder: Path, seeds: range, *, compiled: bool = True) -> list[Path]:
+    """Renders all edits of all seeds into one array per picture size, once.
+
+    Args:
+        folder: where the arrays go; those that are there already are kept.
+        seeds: the scenes.
+        compiled: whether to compile the ray tracer (four times faster, half a minute to start).
+
+    Returns:
+        One .npy file per picture size, of shape "scenes edits h w 3".
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files, start = [], seeds.start
+    for width, height, share in SIZES:
+        count = max(round(share * len(seeds)) // _CHUNK, 1) * _CHUNK
+        file = folder / f"{width}x{height}.npy"
+        files.append(file)
+        if not file.exists():
+            render = torch.compile(render_edits, dynamic=False) if compiled else render_edits
+            part = file.with_suffix(".part")
+            array = np.lib.format.open_memmap(part, "w+", np.uint8, (count, len(EDITS), height, width, 3))
+            with torch.inference_mode():
+                for first in range(0, count, _CHUNK):
+                    chunk = range(start + first, start + first + _CHUNK)
+                    scene = sample_scenes(chunk)
+                    array[first : first + _CHUNK] = render(scene, sample_cameras(scene, chunk, width, height)).numpy()
+            array.flush()
+            part.rename(file)
+        start += count
+    return files
