@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -151,3 +152,35 @@ def write_ring_scene(
 def ring_scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A landscape scene of 14 views."""
     return write_ring_scene(tmp_path_factory.mktemp("scenes") / "ring")
+
+
+def as_blender_scene(ring: Path, folder: Path) -> Path:
+    """The same views in the layout of NeRF's synthetic scenes."""
+    meta = json.loads((ring / "transforms.json").read_text())
+    shutil.copytree(ring / "images", folder / "images")
+    angle = 2 * math.atan(meta["w"] / (2 * meta["fl_x"]))
+    for split, frames in (("train", meta["frames"][2:]), ("val", meta["frames"][:2]), ("test", meta["frames"][:2])):
+        listed = [{**frame, "file_path": "./" + frame["file_path"].removesuffix(".png")} for frame in frames]
+        (folder / f"transforms_{split}.json").write_text(json.dumps({"camera_angle_x": angle, "frames": listed}))
+    return folder
+
+
+def as_colmap_scene(ring: Path, folder: Path) -> Path:
+    """The same views as a COLMAP model in text form."""
+    from scipy.spatial.transform import Rotation
+
+    meta = json.loads((ring / "transforms.json").read_text())
+    model = folder / "colmap" / "sparse" / "0"
+    model.mkdir(parents=True)
+    shutil.copytree(ring / "images", folder / "images")
+    intrinsics = [meta[key] for key in ("w", "h", "fl_x", "fl_y", "cx", "cy")]
+    (model / "cameras.txt").write_text(f"1 PINHOLE {' '.join(map(str, intrinsics))}\n")
+    lines = []
+    for i, frame in enumerate(meta["frames"]):
+        world_to_camera = np.linalg.inv(np.array(frame["transform_matrix"]) @ np.diag([1, -1, -1, 1]))
+        x, y, z, w = Rotation.from_matrix(world_to_camera[:3, :3]).as_quat()
+        numbers = [w, x, y, z, *world_to_camera[:3, 3]]
+        lines += [f"{i + 1} {' '.join(map(str, numbers))} 1 {Path(frame['file_path']).name}", ""]
+    (model / "images.txt").write_text("\n".join(lines) + "\n")
+    (model / "points3D.txt").write_text("".join(f"{i} 0 0 {i / 10} 128 128 128 0.5 1 0\n" for i in range(1, 4)))
+    return folder

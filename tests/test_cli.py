@@ -126,12 +126,14 @@ def test_recipes_parse_through_the_command_line(recipe: Path, monkeypatch: pytes
             assert getattr(config.pipeline, option.replace("-", "_")) == content[option]
 
 
-@pytest.mark.parametrize(
-    ("scene", "guidance"), [("bear", 6.5), ("face", 7.5), ("farm", 12.5), ("fangzhou", 6.5)]
-)
+@pytest.mark.parametrize(("scene", "guidance"), [("bear", 6.5), ("face", 7.5), ("farm", 12.5), ("fangzhou", 6.5)])
 def test_recipes_hold_the_settings_of_the_supplement(scene: str, guidance: float) -> None:
     content = yaml.safe_load((CONFIGS / f"{scene}.yaml").read_text())
-    assert (content["guidance-scale"], content["image-guidance-scale"], content["mask-threshold"]) == (guidance, 1.5, 0.5)
+    assert (content["guidance-scale"], content["image-guidance-scale"], content["mask-threshold"]) == (
+        guidance,
+        1.5,
+        0.5,
+    )
 
 
 @pytest.mark.parametrize("typed", ["0.5", "0.35"])
@@ -216,7 +218,9 @@ def test_steps_are_those_of_the_phases_or_those_that_are_typed(monkeypatch, tmp_
         (["--load-dir", "nowhere/at/all"], ["no checkpoint in", "--load-dir"]),
     ],
 )
-def test_options_that_cannot_work_are_refused_in_a_sentence(arguments: list[str], words: list[str], monkeypatch) -> None:
+def test_options_that_cannot_work_are_refused_in_a_sentence(
+    arguments: list[str], words: list[str], monkeypatch
+) -> None:
     given = arguments if not arguments or "--instruction" in arguments else ["--instruction", "x", *arguments]
     sentence = refusal(monkeypatch, "wys", *given)
     assert all(word in sentence for word in words), sentence
@@ -224,7 +228,16 @@ def test_options_that_cannot_work_are_refused_in_a_sentence(arguments: list[str]
 
 def test_refusals_come_without_traceback_and_leave_nothing_behind(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "nerfstudio.scripts.train", "wys", "--output-dir", str(tmp_path / "out")],
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "nerfstudio.scripts.train",
+            "wys",
+            "--output-dir",
+            str(tmp_path / "out"),
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -242,5 +255,7 @@ def test_config_survives_yaml(monkeypatch) -> None:
 
 
 def test_wys_command_lists_its_subcommands() -> None:
-    done = subprocess.run([sys.executable, "-m", "wys_nerfstudio.cli", "--help"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "wys_nerfstudio.cli", "--help"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0 and "demo" in done.stdout and "demo-scene" in done.stdout

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import write_ring_scene
+from conftest import as_blender_scene, as_colmap_scene, write_ring_scene
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -177,7 +177,13 @@ def test_render_of_paths_needs_no_editor(finished_run: Path, tmp_path: Path) -> 
     assert (tmp_path / "between.mp4").stat().st_size > 0
     matrix = [1.0, 0, 0, 0, 0, 0, -1.0, -0.5, 0, 1.0, 0, 0.2, 0, 0, 0, 1.0]
     frames = [{"camera_to_world": matrix, "fov": 60.0, "aspect": 1.25}] * 2
-    path = {"camera_type": "perspective", "render_height": 32, "render_width": 40, "seconds": 0.1, "camera_path": frames}
+    path = {
+        "camera_type": "perspective",
+        "render_height": 32,
+        "render_width": 40,
+        "seconds": 0.1,
+        "camera_path": frames,
+    }
     (tmp_path / "path.json").write_text(json.dumps(path))
     without_editor("render", "camera-path", "--load-config", finished_run / "config.yml", "--camera-path-filename",
                    tmp_path / "path.json", "--output-path", tmp_path / "path.mp4", "--rendered-output-names",
@@ -344,7 +350,9 @@ def test_downscaled_views_run_to_the_end(editor_folder: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("localization", ["relevance-map", "masks", "none"])
-def test_other_localizations_run_to_the_end(localization: str, ring_scene: Path, editor_folder: Path, tmp_path: Path) -> None:
+def test_other_localizations_run_to_the_end(
+    localization: str, ring_scene: Path, editor_folder: Path, tmp_path: Path
+) -> None:
     extra: list[object] = []
     if localization == "masks":
         (tmp_path / "masks").mkdir()
@@ -384,10 +392,11 @@ def test_perceptual_weights_that_cannot_be_had_are_told_before_the_first_step(ri
     assert "--pipeline.model.lpips-weights" in done.stderr and "--pipeline.model.lpips-loss-mult 0" in done.stderr
 
 
-def test_blender_and_colmap_data_parse() -> None:
-    import tyro
-    from nerfstudio.configs.method_configs import AnnotatedBaseConfigUnion
-
-    for parser in ("blender-data", "colmap", "nerfstudio-data"):
-        config = tyro.cli(AnnotatedBaseConfigUnion, args=["wys", "--instruction", "x", parser, "--data", "somewhere"])  # type: ignore
-        assert config.pipeline.datamanager.dataparser.data == Path("somewhere")
+@pytest.mark.parametrize(("parser", "convert"), [("blender-data", as_blender_scene), ("colmap", as_colmap_scene)])
+def test_other_formats_run_to_the_end(parser, convert, ring_scene: Path, editor_folder: Path, tmp_path: Path) -> None:
+    scene = convert(ring_scene, tmp_path / "scene")
+    command("train", "wys-tiny", "--output-dir", tmp_path / "out", *QUIET, *SMALL_MODEL, *SHORT, "--editor",
+            editor_folder, "--instruction", "make the ball blue", "--mask-threshold=0.3", parser, "--data",
+            scene)  # fmt: skip
+    run = the_run(tmp_path / "out")
+    assert list((run / "wys" / "edits").glob("*.png")) and (run / "wys" / "contact_sheet.png").is_file()

@@ -102,7 +102,9 @@ def test_editing_starts_with_an_edit_that_training_sees_and_moves_no_camera(trai
     (record,) = map(json.loads, (trained.base_dir / "wys" / "edits.jsonl").read_text().splitlines())
     view = pipeline.datamanager.view_names.index(record["view"])
     assert record["mask_fraction"] == 1.0 and pipeline.datamanager.edited_views == {view}
-    assert not torch.equal(*(f([view]) for f in (pipeline.datamanager.captured_views, pipeline.datamanager.current_views)))
+    assert not torch.equal(
+        *(f([view]) for f in (pipeline.datamanager.captured_views, pipeline.datamanager.current_views))
+    )
     assert torch.equal(poses, pipeline.scene_model.camera_optimizer.pose_adjustment)
     assert pipeline.datamanager.get_train_rays_per_batch() == 128
 

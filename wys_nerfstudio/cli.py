@@ -48,7 +48,9 @@ class DemoScene:
         from wys_nerfstudio.demo.scene import write_demo_scene
 
         write_demo_scene(self.output, seed=self.seed, width=self.width, height=self.height, num_views=self.views)
-        print(f'Wrote {self.views} views to {self.output}. Edit them: ns-train wys-tiny --data {self.output} --instruction "..."')
+        print(
+            f'Wrote {self.views} views to {self.output}. Edit them: ns-train wys-tiny --data {self.output} --instruction "..."'
+        )
 
 
 Command = Union[

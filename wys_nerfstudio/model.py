@@ -178,7 +178,10 @@ class WysModel(NerfactoModel):
             relevance = self.field.get_relevance(features)
             return {"relevance": self.renderer_relevance(relevance, samples.get_weights(density).detach())}
 
-        field_outputs: dict[Any, Tensor] = {**self.field.get_outputs(samples, features), FieldHeadNames.DENSITY: density}
+        field_outputs: dict[Any, Tensor] = {
+            **self.field.get_outputs(samples, features),
+            FieldHeadNames.DENSITY: density,
+        }
         if self.config.use_gradient_scaling:
             field_outputs = scale_gradients_by_distance_squared(field_outputs, samples)
         weights = samples.get_weights(field_outputs[FieldHeadNames.DENSITY])
@@ -276,7 +279,9 @@ class WysModel(NerfactoModel):
         if self.config.lpips_loss_mult > 0:
             size = batch["patch_size"]
             patches, targets = (x.view(-1, size, size, 3).permute(0, 3, 1, 2) for x in (rgb, target))
-            losses["lpips_loss"] = self.config.lpips_loss_mult * self.perceptual_distance()(patches.clamp(0, 1), targets)
+            losses["lpips_loss"] = self.config.lpips_loss_mult * self.perceptual_distance()(
+                patches.clamp(0, 1), targets
+            )
         losses["interlevel_loss"] = self.config.interlevel_loss_mult * interlevel_loss(
             outputs["weights_list"], outputs["ray_samples_list"]
         )

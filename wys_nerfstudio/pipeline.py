@@ -142,7 +142,9 @@ class WysPipelineConfig(VanillaPipelineConfig):
             WysError: For the first such option.
         """
         if not self.instruction.strip():
-            raise WysError('There is no instruction: say what to change, as in --instruction "Turn the bear into a panda".')
+            raise WysError(
+                'There is no instruction: say what to change, as in --instruction "Turn the bear into a panda".'
+            )
         shares = ("mask_threshold", "relevance_noise_level", "min_noise_level", "max_noise_level")
         for name in shares:
             value = getattr(self, name)
@@ -369,9 +371,7 @@ class WysPipeline(VanillaPipeline):
         config, data = self.config, self.datamanager
         numbers = range(self.edits, self.edits + config.edit_count)
         views = [schedule.view_of_edit(config.seed, number, data.num_views) for number in numbers]
-        level = schedule.noise_level_of_edit(
-            config.seed, self.edits, config.min_noise_level, config.max_noise_level
-        )
+        level = schedule.noise_level_of_edit(config.seed, self.edits, config.min_noise_level, config.max_noise_level)
         t = max(1, round(level * (self.editor().num_train_timesteps - 1)))
         self.edits += config.edit_count
         began = time.perf_counter()
@@ -463,7 +463,9 @@ class WysPipeline(VanillaPipeline):
     def _after_train(self, step: int) -> None:
         self._write_contact_sheet()
         count = len(self.datamanager.edited_views)
-        CONSOLE.print(f"{count} of {self.datamanager.num_views} views are edited; see {self._folder}/contact_sheet.png.")
+        CONSOLE.print(
+            f"{count} of {self.datamanager.num_views} views are edited; see {self._folder}/contact_sheet.png."
+        )
 
     @torch.no_grad()
     def _write_contact_sheet(self) -> None:
@@ -471,6 +473,8 @@ class WysPipeline(VanillaPipeline):
         rows: list[tuple[str, list[Tensor]]] = []
         for view in spread(6, self.datamanager.num_views):
             render = self.scene_model.render_view(self.datamanager.train_dataset.cameras, view)
-            rows.append((self.datamanager.view_names[view], self._row(view, render, self.masks_of([view], [render])[0])))
+            rows.append(
+                (self.datamanager.view_names[view], self._row(view, render, self.masks_of([view], [render])[0]))
+            )
         self._folder.mkdir(parents=True, exist_ok=True)
         contact_sheet(titles, rows).save(self._folder / "contact_sheet.png")

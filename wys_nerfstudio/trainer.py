@@ -88,7 +88,9 @@ class WysTrainerConfig(TrainerConfig):
     def _choose_device(self) -> None:
         if self.machine.device_type == "cuda" and not torch.cuda.is_available():
             self.machine.device_type = "cpu"
-            CONSOLE.print("No CUDA device was found: running on the CPU. Try ns-train wys-tiny for a size that suits it.")
+            CONSOLE.print(
+                "No CUDA device was found: running on the CPU. Try ns-train wys-tiny for a size that suits it."
+            )
         model = self.pipeline.model
         if model.implementation == "tcnn":
             from nerfstudio.utils.external import TCNN_EXISTS

@@ -133,18 +133,27 @@ def edit_images(
 
 
 class _Guided:
-    """The three guidance branches of a batch as one UNet call; conditions are stacked once, not at every step."""
+    """The guidance branches of a batch as one UNet call; conditions are stacked once, not at every step.
+
+    With an image guidance scale of 1 the branch without image and text cancels out and is not computed.
+    """
 
     def __init__(self, editor: Editor, condition: Tensor, instruction: str, settings: EditSettings) -> None:
-        batch = len(condition)
-        texts: list[Tensor] = [editor.encode_text(instruction)] + [editor.encode_text("")] * 2
-        self.text = torch.cat(texts).repeat_interleave(batch, dim=0)
-        self.condition = torch.cat([condition, condition, torch.zeros_like(condition)])
-        self.editor, self.settings = editor, settings
+        branches = [(instruction, condition), ("", condition)]
+        if settings.image_guidance_scale != 1:
+            branches.append(("", torch.zeros_like(condition)))
+        states = torch.cat([editor.encode_text(text) for text, _ in branches])
+        self.text = states.repeat_interleave(len(condition), dim=0)
+        self.condition = torch.cat([image for _, image in branches])
+        self.branches, self.editor, self.settings = len(branches), editor, settings
 
     def __call__(self, latents: Tensor, t: int) -> Tensor:
-        predictions = self.editor.predict_noise(latents.repeat(3, 1, 1, 1), t, self.condition, self.text)
-        with_both, with_image, with_neither = predictions.chunk(3)
+        repeated = latents.repeat(self.branches, 1, 1, 1)
+        predictions = self.editor.predict_noise(repeated, t, self.condition, self.text).chunk(self.branches)
         return guide(
-            with_both, with_image, with_neither, self.settings.guidance_scale, self.settings.image_guidance_scale
+            predictions[0],
+            predictions[1],
+            predictions[-1],
+            self.settings.guidance_scale,
+            self.settings.image_guidance_scale,
         )
