@@ -47,7 +47,10 @@ class DemoScene:
         """Writes the scene."""
         from wys_nerfstudio.demo.scene import write_demo_scene
 
-        write_demo_scene(self.output, seed=self.seed, width=self.width, height=self.height, num_views=self.views)
+        try:
+            write_demo_scene(self.output, seed=self.seed, width=self.width, height=self.height, num_views=self.views)
+        except ValueError as error:
+            raise WysError(str(error)) from error
         print(
             f'Wrote {self.views} views to {self.output}. Edit them: ns-train wys-tiny --data {self.output} --instruction "..."'
         )
