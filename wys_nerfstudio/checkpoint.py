@@ -35,7 +35,7 @@ def register_safe_globals() -> None:
     """
     scalar = np.float64(0).__reduce__()[0]  # wherever this numpy keeps it
     names = [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
-    torch.serialization.add_safe_globals([*names, np.dtype, type(np.dtype(np.float64))])
+    torch.serialization.add_safe_globals([*names, np.dtype, type(np.dtype(np.float64))])  # type: ignore
 
 
 def find_checkpoint(path: Path, option: str) -> Path:

@@ -49,7 +49,7 @@ class WysField(NerfactoField):
             )
             width += self.relevance_encoding.get_out_dim()
         elif relevance_input == "hashgrid":
-            width = self.mlp_base.model[0].get_out_dim()
+            width = self.mlp_base.model[0].get_out_dim()  # type: ignore
         self.mlp_relevance = MLP(
             in_dim=width,
             num_layers=3,
@@ -108,5 +108,5 @@ class WysField(NerfactoField):
         if self.shown_view is not None:
             return embedding(torch.full((1,), self.shown_view, device=camera_indices.device))
         if self.use_average_appearance_embedding:
-            return embedding.mean(dim=0)
+            return embedding.mean(dim=0)  # type: ignore
         return torch.zeros(self.appearance_embedding_dim, device=camera_indices.device)

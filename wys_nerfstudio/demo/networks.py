@@ -86,9 +86,9 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 def build_vae() -> AutoencoderKL:
     """The untrained autoencoder: 4 latent channels at a quarter of the picture's size."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,  # type: ignore
+        up_block_types=("UpDecoderBlock2D",) * 3,  # type: ignore
+        block_out_channels=(32, 32, 64),  # type: ignore
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
@@ -128,7 +128,7 @@ def build_unet_and_text_encoder() -> tuple[UNet2DConditionModel, CLIPTextModel]:
     )
     with torch.no_grad():
         # Pieces of unknown words are never trained; as zeros they add nothing to an instruction.
-        text_encoder.get_input_embeddings().weight[len(words()) + 3 :] = 0
+        text_encoder.get_input_embeddings().weight[len(words()) + 3 :] = 0  # type: ignore
     return unet, text_encoder
 
 

@@ -192,7 +192,7 @@ class Trainer:
         decay = min(0.998, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for averaged, module in zip(self.average, (self.unet, self.text_encoder)):
-                torch._foreach_lerp_(list(averaged.parameters()), list(module.parameters()), 1 - decay)
+                torch._foreach_lerp_(list(averaged.parameters()), list(module.parameters()), 1 - decay)  # type: ignore
         return loss.item()
 
     def networks(self) -> Networks:

@@ -57,8 +57,8 @@ def train_vae(
         which = draw.integers(array.shape[0], size=BATCH), draw.integers(array.shape[1], size=BATCH)
         target = to_network(torch.from_numpy(array[which]))
         with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(target).latent_dist
-            output = vae.decode(posterior.sample()).sample.float()
+            posterior = vae.encode(target).latent_dist  # type: ignore
+            output = vae.decode(posterior.sample()).sample.float()  # type: ignore
         squared = F.mse_loss(output, target)
         loss = squared + L1_WEIGHT * F.l1_loss(output, target) + KL_WEIGHT * posterior.kl().sum() / target.numel()
         optimizer.zero_grad()
@@ -73,7 +73,7 @@ def train_vae(
     vae.eval()
     with torch.inference_mode():
         sample = to_network(torch.from_numpy(arrays[0][:40].reshape(-1, *arrays[0].shape[2:])[::3]))
-        vae.register_to_config(scaling_factor=1 / float(vae.encode(sample).latent_dist.mode().std()))
+        vae.register_to_config(scaling_factor=1 / float(vae.encode(sample).latent_dist.mode().std()))  # type: ignore
     return vae
 
 
@@ -101,7 +101,7 @@ def encode_data_set(vae: AutoencoderKL, files: Sequence[Path], folder: Path) -> 
         for scene in range(0, scenes, 4):
             batch = torch.from_numpy(pictures[scene : scene + 4].reshape(-1, height, width, 3))
             with torch.autocast("cpu", torch.bfloat16):
-                mode = vae.encode(to_network(batch)).latent_dist.mode()
+                mode = vae.encode(to_network(batch)).latent_dist.mode()  # type: ignore
             codes[scene : scene + 4] = mode.float().numpy().reshape(-1, *codes.shape[1:])
         part = latents[-1].with_suffix(".part")
         with part.open("wb") as stream:

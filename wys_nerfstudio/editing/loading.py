@@ -72,7 +72,7 @@ def load_editor(name: str, device: "str | torch.device" = "cpu", dtype: Precisio
         text_weights: dict[str, Any] = {"dtype": weights["torch_dtype"], "use_safetensors": True}
         text_encoder: Any = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **text_weights)
         tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
-        scheduler = DDIMScheduler.from_pretrained(source, subfolder="scheduler")
+        scheduler: Any = DDIMScheduler.from_pretrained(source, subfolder="scheduler")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         where = "folder" if Path(source).is_dir() else "hub id (is there a network?)"
