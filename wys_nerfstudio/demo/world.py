@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 TRAIN_SEEDS = range(0, 1_000_000)
@@ -238,7 +238,7 @@ def sample_scenes(seeds: Sequence[int]) -> Scene:
         return (u[:, column : column + 3] - 0.5) * 2 * spread
 
     bear_position = torch.stack([between(0, -0.25, 0.25), between(1, -0.25, 0.25)], -1)
-    angle = between(2, 0, 2 * math.pi)
+    angle = between(2, 0.0, 2 * math.pi)
     other = angle + between(3, math.radians(75), math.radians(285))
 
     def beside(turn: Tensor, distance: Tensor) -> Tensor:
@@ -270,25 +270,25 @@ def sample_scenes(seeds: Sequence[int]) -> Scene:
     )
     zenith = torch.where(outdoors, torch.tensor([0.35, 0.55, 0.85]), horizon + 0.05) + colour(35, 0.06)
 
-    azimuth, elevation = between(38, 0, 2 * math.pi), between(39, math.radians(45), math.radians(70))
+    azimuth, elevation = between(38, 0.0, 2 * math.pi), between(39, math.radians(45), math.radians(70))
     light = torch.stack([azimuth.cos() * elevation.cos(), azimuth.sin() * elevation.cos(), elevation.sin()], -1)
     half = torch.stack([between(6, 0.20, 0.29), between(7, 0.20, 0.29), between(8, 0.20, 0.32)], -1)
     none = torch.zeros(b, dtype=torch.bool)
     return Scene(
         bear_position=bear_position,
-        bear_yaw=between(4, 0, 2 * math.pi),
+        bear_yaw=between(4, 0.0, 2 * math.pi),
         bear_size=between(5, 0.95, 1.1),
         ball_position=beside(angle, between(9, 0.88, 1.05)),
         ball_radius=between(40, 0.26, 0.36),
         block_position=beside(other, between(41, 0.88, 1.05)),
-        block_yaw=between(42, 0, 2 * math.pi),
+        block_yaw=between(42, 0.0, 2 * math.pi),
         block_half=half,
         colours=colours.clamp(0.02, 0.98),
         hat=none,
         sunglasses=none.clone(),
         ground_kind=kind,
         ground_colours=torch.stack([ground, darker], 1).clamp(0.05, 0.95),
-        ground_yaw=between(43, 0, 2 * math.pi),
+        ground_yaw=between(43, 0.0, 2 * math.pi),
         ground_scale=between(44, 0.30, 0.55),
         sky_colours=torch.stack([horizon, zenith], 1).clamp(0.05, 0.98),
         light_direction=light,
@@ -535,7 +535,7 @@ def render(scene: Scene, camera: Camera, samples: int = 2) -> Render:
     )
 
 
-def to_bytes(rgb: Float[Tensor, "*shape 3"]) -> Int[Tensor, "*shape 3"]:
+def to_bytes(rgb: Float[Tensor, "*shape 3"]) -> UInt8[Tensor, "*shape 3"]:
     """Pictures in [0, 1] as 8 bits per channel, as they are stored."""
     return (rgb * 255).round().clamp(0, 255).to(torch.uint8)
 
