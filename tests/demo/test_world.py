@@ -72,11 +72,11 @@ def test_the_ball_is_where_the_projection_says():
     centre = torch.cat([scene.ball_position, scene.ball_radius[:, None]], -1)
     # From the side away from bear and block, so that nothing hides it.
     away = torch.nn.functional.normalize(centre - scene.centre() * torch.tensor([1.0, 1.0, 0.0]), dim=-1)
-    camera = world.look_at(centre + 2 * away, centre, torch.tensor([math.radians(45)]), 32, 32)
+    camera = world.look_at(centre + 2 * away, centre, torch.tensor([math.radians(45)]), 96, 96)
     picture = world.render(scene, camera, samples=1)
     ball = picture.objects[0] == world.OBJECTS.index("ball")
     ys, xs = torch.nonzero(ball, as_tuple=True)
-    assert abs(xs.float().mean() - 15.5) < 0.6 and abs(ys.float().mean() - 15.5) < 0.6
+    assert abs(xs.float().mean() - 47.5) < 0.6 and abs(ys.float().mean() - 47.5) < 0.6
     angle = math.asin(scene.ball_radius.item() / 2)
     assert ball.sum().item() == pytest.approx(math.pi * (camera.focal.item() * math.tan(angle)) ** 2, rel=0.06)
 
@@ -85,20 +85,20 @@ def test_views_agree_on_what_they_both_see():
     scene = world.sample_scenes([world.TEST_SEEDS[1]])
     target = scene.centre()
     first, second = (
-        world.look_at(target + torch.tensor([offset]), target, torch.tensor([0.8]), 40, 32)
+        world.look_at(target + torch.tensor([offset]), target, torch.tensor([0.8]), 120, 96)
         for offset in ([2.5, 0.4, 1.2], [2.4, 0.9, 1.3])
     )
     one, other = world.render(scene, first, 1), world.render(scene, second, 1)
-    y, x = torch.meshgrid(torch.arange(32), torch.arange(40), indexing="ij")
-    local = torch.stack([(x + 0.5 - 20), (16 - y - 0.5), -first.focal * torch.ones_like(x)], -1) / first.focal
+    y, x = torch.meshgrid(torch.arange(96), torch.arange(120), indexing="ij")
+    local = torch.stack([(x + 0.5 - 60), (48 - y - 0.5), -first.focal * torch.ones_like(x)], -1) / first.focal
     points = first.pose[0, :, 3] + (local * one.depth[0, ..., None]) @ first.pose[0, :, :3].T
     seen = (points - second.pose[0, :, 3]) @ second.pose[0, :, :3]
     depth = -seen[..., 2]
-    u = (20 + second.focal * seen[..., 0] / depth).floor().long()
-    v = (16 - second.focal * seen[..., 1] / depth).floor().long()
-    inside = (u >= 0) & (u < 40) & (v >= 0) & (v < 32)
-    u, v = u.clamp(0, 39), v.clamp(0, 31)
-    visible = inside & ((other.depth[0, v, u] - depth).abs() < 0.03)
+    u = (60 + second.focal * seen[..., 0] / depth).floor().long()
+    v = (48 - second.focal * seen[..., 1] / depth).floor().long()
+    inside = (u >= 0) & (u < 120) & (v >= 0) & (v < 96)
+    u, v = u.clamp(0, 119), v.clamp(0, 95)
+    visible = inside & ((other.depth[0, v, u] - depth).abs() < 0.02 * depth)
     assert visible.float().mean() > 0.5
     assert (one.objects[0][visible] == other.objects[0, v, u][visible]).float().mean() > 0.97
     assert (one.rgb[0][visible] - other.rgb[0, v, u][visible]).abs().mean() < 0.02
