@@ -239,7 +239,7 @@ def sample_scenes(seeds: Sequence[int]) -> Scene:
 
     bear_position = torch.stack([between(0, -0.25, 0.25), between(1, -0.25, 0.25)], -1)
     angle = between(2, 0.0, 2 * math.pi)
-    other = angle + between(3, math.radians(75), math.radians(285))
+    other = angle + between(3, math.radians(75.0), math.radians(285.0))
 
     def beside(turn: Tensor, distance: Tensor) -> Tensor:
         return bear_position + distance[:, None] * torch.stack([turn.cos(), turn.sin()], -1)
