@@ -251,7 +251,7 @@ def test_patches_that_do_not_fit_are_refused(ring_scene, options):
 @pytest.mark.parametrize("over", ["view", "scene"])
 def test_relevance_maps_are_those_of_the_captured_views(data, editor, tmp_path, over):
     data.set_view(3, torch.zeros(HEIGHT, WIDTH, 3))  # what is edited has no say
-    data.make_relevance_maps(editor, request(draws=2), over, tmp_path, batch_size=4)
+    data.make_relevance_maps(editor, request(draws=2), over, 4.0, tmp_path, batch_size=4)
     seeds = [edit_seed(3, -1 - view) for view in range(data.num_views)]
     raw = relevance_maps(
         editor, data.captured_views(range(data.num_views)), "make it red", draws=2, seeds=seeds, batch_size=4
@@ -279,7 +279,7 @@ def test_kept_maps_are_found_again(data, tmp_path):
 
 def test_found_maps_are_the_ones_that_are_used(data, editor, tmp_path):
     raw = kept(data, tmp_path)
-    data.make_relevance_maps(editor, request(), "view", tmp_path, batch_size=4)
+    data.make_relevance_maps(editor, request(), "view", 1.5, tmp_path, batch_size=4)
     wanted = relevance.resize(relevance.normalize(raw), HEIGHT, WIDTH)
     torch.testing.assert_close(torch.stack([data.relevance_of(i) for i in range(data.num_views)]), wanted)
 

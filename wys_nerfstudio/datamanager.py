@@ -172,6 +172,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         editor: Editor,
         request: RelevanceRequest,
         normalization: Literal["view", "scene"],
+        outlier_factor: float,
         folder: Path,
         batch_size: int,
     ) -> None:
@@ -181,6 +182,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             editor: The editor that is asked.
             request: What the maps depend on.
             normalization: As in `relevance.normalize`.
+            outlier_factor: As in `relevance.normalize`.
             folder: Where `maps.safetensors` (raw) and a picture per view are kept.
             batch_size: Views per pass of the UNet.
         """
@@ -201,7 +203,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             bar = track(parts, description="Relevance maps of the views", total=batches, console=CONSOLE)
             raw = torch.cat([part.cpu() for part in bar])
             self._keep_maps(folder, request, raw)
-        maps = relevance.resize(relevance.normalize(raw, normalization), *self.view_size).clamp(0, 1)
+        maps = relevance.resize(relevance.normalize(raw, normalization, outlier_factor), *self.view_size).clamp(0, 1)
         for name, view_map in zip(self.view_names, maps):
             write_png(folder / f"{name}.png", heat(view_map))
         self.set_relevance(maps)

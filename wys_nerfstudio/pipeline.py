@@ -79,6 +79,8 @@ class WysPipelineConfig(VanillaPipelineConfig):
     """Noise draws averaged in a relevance map; more is less noisy and as much slower."""
     relevance_normalization: Literal["view", "scene"] = "view"
     """Stretch relevance to [0, 1] in each view by itself, or over all views of the scene."""
+    relevance_outlier_factor: float = relevance.OUTLIER_FACTOR
+    """Relevance is clamped at Q3 + this many interquartile ranges; more suits editors whose maps are clean and small."""
 
     guidance_scale: Annotated[float, tyro.conf.arg(aliases=["--guidance-scale"])] = 7.5
     """How strongly edits follow the instruction (S_T)."""
@@ -150,6 +152,10 @@ class WysPipelineConfig(VanillaPipelineConfig):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise WysError(f"{_flag(name)} must be between 0 and 1, not {value}.")
+        if not self.relevance_outlier_factor >= 0:
+            raise WysError(
+                f"{_flag('relevance_outlier_factor')} must be at least 0, not {self.relevance_outlier_factor}."
+            )
         for name in ("relevance_noise_level", "min_noise_level", "max_noise_level"):
             if not 0 < getattr(self, name) < 1:
                 raise WysError(f"{_flag(name)} must be above 0 and below 1, not {getattr(self, name)}.")
@@ -362,6 +368,7 @@ class WysPipeline(VanillaPipeline):
             self.editor(),
             request,
             config.relevance_normalization,
+            config.relevance_outlier_factor,
             self._folder / "relevance",
             config.editor_batch_size,
         )

@@ -32,15 +32,15 @@ def noise_difference(
     return (noise_with_instruction.float() - noise_without.float()).abs().mean(dim=1)
 
 
-def clamp_outliers(raw: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-    """Clamps what lies above Q3 + 1.5 IQR of the last dimension; small values stay (the fence is one-sided).
+def clamp_outliers(raw: Float[Tensor, "*batch n"], factor: float = OUTLIER_FACTOR) -> Float[Tensor, "*batch n"]:
+    """Clamps what lies above Q3 + factor IQR of the last dimension; small values stay (the fence is one-sided).
 
     Args:
         raw: Values of any scale. The quartiles are taken over the last dimension.
     """
     ordered = raw.sort(dim=-1).values
     q1, q3 = (_quantile(ordered, q) for q in (0.25, 0.75))
-    return torch.minimum(raw, q3 + OUTLIER_FACTOR * (q3 - q1))
+    return torch.minimum(raw, q3 + factor * (q3 - q1))
 
 
 def _quantile(ordered: Float[Tensor, "*batch n"], q: float) -> Float[Tensor, "*batch 1"]:
@@ -61,19 +61,22 @@ def min_max(values: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
     )
 
 
-def normalize(raw: Float[Tensor, "b h w"], over: Literal["view", "scene"] = "view") -> Float[Tensor, "b h w"]:
+def normalize(
+    raw: Float[Tensor, "b h w"], over: Literal["view", "scene"] = "view", outlier_factor: float = OUTLIER_FACTOR
+) -> Float[Tensor, "b h w"]:
     """Outlier clamp, then min-max to [0, 1].
 
     Args:
         raw: Raw relevance of all views.
         over: "view" treats each view by itself (the paper). "scene" uses one fence and one range for all views, so that
             a view which does not show the object gets an empty map instead of amplified noise.
+        outlier_factor: Width of the outlier fence in interquartile ranges.
 
     Returns:
         Relevance in [0, 1]; zeros where the raw map is flat.
     """
     flat = raw.flatten(1) if over == "view" else raw.reshape(1, -1)
-    return min_max(clamp_outliers(flat)).reshape(raw.shape)
+    return min_max(clamp_outliers(flat, outlier_factor)).reshape(raw.shape)
 
 
 def resize(relevance: Float[Tensor, "b h w"], height: int, width: int) -> Float[Tensor, "b height width"]:
