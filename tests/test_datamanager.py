@@ -256,7 +256,7 @@ def test_relevance_maps_are_those_of_the_captured_views(data, editor, tmp_path, 
     raw = relevance_maps(
         editor, data.captured_views(range(data.num_views)), "make it red", draws=2, seeds=seeds, batch_size=4
     )
-    wanted = relevance.resize(relevance.normalize(torch.cat(list(raw)), over), HEIGHT, WIDTH)
+    wanted = relevance.resize(relevance.normalize(torch.cat(list(raw)), over, 4.0), HEIGHT, WIDTH)
     for view, name in enumerate(data.view_names):
         torch.testing.assert_close(data.relevance_of(view), wanted[view], atol=1e-5, rtol=0)
         assert torch.equal(

@@ -165,6 +165,10 @@ def write_editor(folder: Path, networks: Networks) -> None:
         clone = type(module)(module.config) if name == "text_encoder" else type(module).from_config(module.config)
         clone.load_state_dict(module.state_dict())
         clone.half().save_pretrained(partial / name)
+        config = partial / name / "config.json"
+        # Where the networks lay during training is nobody's business.
+        entries = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
+        config.write_text(json.dumps(entries, indent=2) + "\n")
     write_tokenizer(partial / "tokenizer")
     build_scheduler().save_pretrained(partial / "scheduler")
     index = {
