@@ -6,14 +6,15 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from nerfstudio.cameras.camera_utils import focus_of_attention, viewmatrix
 from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.utils.eval_utils import eval_setup
 from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image
@@ -23,12 +24,15 @@ from torch import Tensor
 from wys_nerfstudio.demo.scene import write_demo_scene
 from wys_nerfstudio.demo.score import Truth, load_captured_scene, render_views, score
 from wys_nerfstudio.errors import WysError
-from wys_nerfstudio.pictures import read_png, to_uint8
+from wys_nerfstudio.pictures import read_png, spread, to_uint8
 from wys_nerfstudio.pipeline import WysPipeline
 
 FRAMES = 24
 FRAMES_PER_SECOND = 10
-PICTURE_SCALE = 2
+ENLARGEMENT = 4
+"""Whole factor by which the turntable's pixels are enlarged; even, as the video codec wants its sides."""
+SCORED_VIEWS = 12
+"""Training views that are scored, beside all that were held out."""
 
 
 def run_demo(output: Path, instruction: str, recipe: Path | None) -> None:
@@ -42,6 +46,8 @@ def run_demo(output: Path, instruction: str, recipe: Path | None) -> None:
     Raises:
         WysError: If training fails.
     """
+    # Deprecations inside nerfstudio, about which its users can do nothing.
+    warnings.filterwarnings("ignore", module="nerfstudio")
     started = time.perf_counter()
     scene = output / "scene"
     if not (scene / "transforms.json").is_file():
@@ -52,10 +58,10 @@ def run_demo(output: Path, instruction: str, recipe: Path | None) -> None:
     # `eval_setup` reads config.yml, which is ours: it has just been written.
     pipeline = eval_setup(run / "config.yml", test_mode="test")[1]
     assert isinstance(pipeline, WysPipeline)
-    after = _render_all(pipeline, "Rendering the edited scene")
+    after = _render_scored(pipeline, "Rendering the edited scene")
     turntable_after = _turntable(pipeline, "Turntable of the edited scene")
     load_captured_scene(pipeline, run)
-    before = _render_all(pipeline, "Rendering the captured scene")
+    before = _render_scored(pipeline, "Rendering the captured scene")
     turntable_before = _turntable(pipeline, "Turntable of the captured scene")
 
     frames = [np.concatenate(pair, axis=1) for pair in zip(turntable_before, turntable_after)]
@@ -65,7 +71,7 @@ def run_demo(output: Path, instruction: str, recipe: Path | None) -> None:
 
     truth = Truth.find(scene, instruction)
     if truth is not None:
-        paths = _image_paths(pipeline)
+        paths = [dataset.image_filenames[i] for dataset, i in _scored_views(pipeline)]
         views, names = [read_png(path) for path in paths], [path.name for path in paths]
         result = score(truth, views, names, before, after, pipeline.config.mask_threshold)
         (output / "figures.json").write_text(json.dumps(asdict(result), indent=1), "utf8")
@@ -92,19 +98,15 @@ def _train(scene: Path, runs: Path, instruction: str, recipe: Path | None) -> Pa
     return max(runs.glob("*/wys-tiny/*/config.yml"), key=lambda path: path.stat().st_mtime).parent
 
 
-def _image_paths(pipeline: WysPipeline) -> list[Path]:
+def _scored_views(pipeline: WysPipeline) -> list[tuple[InputDataset, int]]:
     data = pipeline.datamanager
-    return [*data.train_dataset.image_filenames, *data.eval_dataset.image_filenames]
+    training = [(data.train_dataset, i) for i in spread(SCORED_VIEWS, len(data.train_dataset))]
+    return [*training, *((data.eval_dataset, i) for i in range(len(data.eval_dataset)))]
 
 
-def _render_all(pipeline: WysPipeline, description: str) -> list[dict[str, Tensor]]:
-    """Renders of all captured views, those held out from training included, in the order of `_image_paths`."""
-    data = pipeline.datamanager
-    renders = []
-    for cameras in (data.train_dataset.cameras, data.eval_dataset.cameras):
-        indices = track(range(len(cameras)), description=description, console=CONSOLE)
-        renders += [render_views(pipeline, cameras[i : i + 1])[0] for i in indices]
-    return renders
+def _render_scored(pipeline: WysPipeline, description: str) -> list[dict[str, Tensor]]:
+    views = track(_scored_views(pipeline), description=description, console=CONSOLE)
+    return [render_views(pipeline, dataset.cameras[i : i + 1])[0] for dataset, i in views]
 
 
 def orbit(cameras: Cameras, count: int) -> Cameras:
@@ -120,24 +122,20 @@ def orbit(cameras: Cameras, count: int) -> Cameras:
     circle = torch.stack([viewmatrix(eye, torch.tensor([0.0, 0, 1]), eye + focus) for eye in eyes])
     return Cameras(
         camera_to_worlds=circle[:, :3],
-        fx=float(cameras.fx[0]) * PICTURE_SCALE,
-        fy=float(cameras.fy[0]) * PICTURE_SCALE,
-        cx=float(cameras.cx[0]) * PICTURE_SCALE,
-        cy=float(cameras.cy[0]) * PICTURE_SCALE,
-        width=int(cameras.width[0]) * PICTURE_SCALE,
-        height=int(cameras.height[0]) * PICTURE_SCALE,
+        fx=float(cameras.fx[0]),
+        fy=float(cameras.fy[0]),
+        cx=float(cameras.cx[0]),
+        cy=float(cameras.cy[0]),
+        width=int(cameras.width[0]),
+        height=int(cameras.height[0]),
     )
 
 
 def _turntable(pipeline: WysPipeline, description: str) -> list[np.ndarray]:
     cameras = orbit(pipeline.datamanager.train_dataset.cameras, FRAMES)
     indices = track(range(FRAMES), description=description, console=CONSOLE)
-    return [to_uint8(_even(render_views(pipeline, cameras[i : i + 1])[0]["rgb"])) for i in indices]
-
-
-def _even(image: Float[Tensor, "h w 3"]) -> Float[Tensor, "h2 w2 3"]:
-    # The video codec wants even sides.
-    return image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2]
+    pictures = [to_uint8(render_views(pipeline, cameras[i : i + 1])[0]["rgb"]) for i in indices]
+    return [picture.repeat(ENLARGEMENT, axis=0).repeat(ENLARGEMENT, axis=1) for picture in pictures]
 
 
 def write_video(path: Path, frames: list[np.ndarray]) -> None:
