@@ -44,7 +44,8 @@ wys = MethodSpecification(
         mixed_precision=True,
         pipeline=WysPipelineConfig(
             datamanager=WysDataManagerConfig(),
-            model=WysModelConfig(eval_num_rays_per_chunk=1 << 15),
+            # As in the registered nerfacto, whose runs are bases.
+            model=WysModelConfig(eval_num_rays_per_chunk=1 << 15, average_init_density=0.01),
         ),
         optimizers=_optimizers(final_lr=1e-4, decay_steps=200000),
         viewer=ViewerConfig(num_rays_per_chunk=1 << 15, websocket_host="127.0.0.1"),
