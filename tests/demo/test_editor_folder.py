@@ -63,7 +63,8 @@ def test_what_the_empty_instruction_is_trained_towards(tmp_path, meaning):
     trainer, data = small_trainer(tmp_path, empty_means=meaning)
     found = 0
     for trainer.step in range(12):
-        inputs, timestep, tokens, target, _ = trainer.make_batch(data)
+        batch = trainer.make_batch(data)
+        inputs, timestep, tokens, target = batch.inputs, batch.timestep, batch.tokens, batch.target
         empty = (tokens == trainer.tokens[-1][0]).all(1) & (inputs[:, 4:] != 0).flatten(1).any(1)
         alpha = trainer.alphas[timestep].view(-1, 1, 1, 1)
         clean = alpha.sqrt() * inputs[:, :4] - (1 - alpha).sqrt() * target
@@ -78,12 +79,37 @@ def test_what_the_empty_instruction_is_trained_towards(tmp_path, meaning):
 
 def test_both_samples_of_a_scene_share_noise_and_timestep(tmp_path):
     trainer, data = small_trainer(tmp_path)
-    inputs, timestep, _, _, weight = trainer.make_batch(data)
-    assert torch.equal(timestep[::2], timestep[1::2])
-    assert weight.min() >= 1 and weight.max() == 4
-    again = trainer.make_batch(data)
-    assert torch.equal(inputs, again[0])
+    batch = trainer.make_batch(data)
+    assert torch.equal(batch.timestep[::2], batch.timestep[1::2])
+    assert batch.weight.min() >= 1 and batch.weight.max() == 4
+    assert torch.equal(batch.inputs, trainer.make_batch(data).inputs)
     assert {EDITS[i].kind for i in range(8)} <= set(LOCAL_KINDS)
+
+
+def test_noised_pictures_from_before_the_edit_tell_nothing_of_it(tmp_path):
+    trainer, data = small_trainer(tmp_path, from_before=1.0)
+    batch = trainer.make_batch(data)
+    alpha = trainer.alphas[batch.timestep].view(-1, 1, 1, 1)
+    noisy = (batch.timestep >= train_editor.FROM_BEFORE_TIMESTEP) & batch.complete
+    pairs = noisy[::2] & noisy[1::2]
+    assert pairs.any()
+    assert torch.equal(batch.inputs[::2][pairs], batch.inputs[1::2][pairs])
+    # The target leads from there to the edited picture all the same.
+    clean = (alpha.sqrt() * batch.inputs[:, :4] - (1 - alpha).sqrt() * batch.target) / trainer.vae.config[
+        "scaling_factor"
+    ]
+    edited = data[0].codes.float().flatten(0, 1)
+    distance = (clean[:, None] - edited[None]).abs().flatten(2).amax(2).amin(1)
+    assert distance.max() < 1e-2
+
+
+@pytest.mark.parametrize("samples", [0, 10**6])
+def test_pointing_comes_first(tmp_path, samples):
+    trainer, data = small_trainer(tmp_path, grounding_samples=samples)
+    before = [p.detach().clone() for p in (trainer.unet.conv_out.weight, trainer.pointer.weight)]
+    trainer.train_step(data, 1.0)
+    assert torch.equal(before[0], trainer.unet.conv_out.weight) == (samples > 0)
+    assert not torch.equal(before[1], trainer.pointer.weight)
 
 
 def test_training_resumes_where_it_stopped(tmp_path):

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from wys_nerfstudio import metrics, relevance
+from wys_nerfstudio.config import wys_tiny
 from wys_nerfstudio.demo.instructions import BY_SLUG, EDITS, LOCAL_KINDS
 from wys_nerfstudio.demo.training_data import render_edits
 from wys_nerfstudio.demo.world import TEST_SEEDS, VALIDATION_SEEDS, sample_cameras, sample_scenes
@@ -36,6 +37,7 @@ ROWS = {
     "hat": ["hat"],
     "sunglasses": ["sunglasses"],
 }
+TINY = wys_tiny.config.pipeline
 MAX_DRAWS = 8
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)
 # Far enough along the list of local edits that the other instruction is about another object.
@@ -54,19 +56,21 @@ class Options:
     """How many scenes; each is asked for one edit."""
     grid_scenes: int = 36
     """How many of them take part in the comparison of noise levels."""
-    edit_scenes: int = 36
+    edit_scenes: int = 72
     """How many of them are edited."""
-    guidance_scale: float = 3.0
+    guidance_scale: float = TINY.guidance_scale
     """S_T of the edits."""
-    image_guidance_scale: float = 1.2
+    image_guidance_scale: float = TINY.image_guidance_scale
     """S_I of the edits."""
-    mask_threshold: float = 0.5
+    mask_threshold: float = TINY.mask_threshold
     """tau of the local edit."""
-    noise_level: float = 0.8
+    noise_level: float = TINY.relevance_noise_level
     """t_rel of the maps."""
-    draws: int = 4
+    draws: int = TINY.relevance_draws
     """Noise draws of the local edit's map."""
-    diffusion_steps: int = 20
+    outlier_factor: float = TINY.relevance_outlier_factor
+    """Width of the outlier fence of the maps, in interquartile ranges."""
+    diffusion_steps: int = TINY.diffusion_steps
     """DDIM steps of an edit."""
 
 
@@ -181,7 +185,7 @@ def measure_maps(cases: list[Case], options: Options, prior: Tensor) -> dict[str
             raw = case.maps[options.noise_level]
             for draws in (1, 4, 8):
                 maps = raw[:draws].mean(0)
-                normal = relevance.normalize(maps)
+                normal = relevance.normalize(maps, outlier_factor=options.outlier_factor)
                 add(f"AP N={draws}", precision(case, maps))
                 add(f"AP N={draws} clamped", precision(case, normal))
                 add(f"AUC N={draws}", [metrics.roc_auc(m, t) for m, t in zip(maps, case.truth)])
@@ -191,7 +195,7 @@ def measure_maps(cases: list[Case], options: Options, prior: Tensor) -> dict[str
                         f"IoU {tau} N={draws}",
                         [metrics.intersection_over_union(m, t) for m, t in zip(masks, case.truth)],
                     )
-            normal = relevance.normalize(raw[: options.draws].mean(0))
+            normal = relevance.normalize(raw[: options.draws].mean(0), outlier_factor=options.outlier_factor)
             seen = [i for i in range(len(normal)) if case.others[i].any()]
             add("relevance on the named", [normal[i][case.truth[i]].mean().item() for i in seen])
             add("relevance on the others", [normal[i][case.others[i]].mean().item() for i in seen])
@@ -216,7 +220,8 @@ def measure_edits(
     parts: dict[str, dict[str, Tensor]] = {}
     for case in cases:
         before, after, truth = case.before[:count], case.after[:count], case.truth[:count]
-        maps = relevance.normalize(case.maps[options.noise_level][: options.draws, :count].mean(0))
+        raw = case.maps[options.noise_level][: options.draws, :count].mean(0)
+        maps = relevance.normalize(raw, outlier_factor=options.outlier_factor)
         masks = {"plain": torch.ones_like(truth), "local": relevance.threshold(maps, options.mask_threshold)}
         results = {"unedited": before, "ceiling": editor.decode(editor.encode_images(after))}
         for name, mask in masks.items():
@@ -332,7 +337,7 @@ def main(options: Options) -> None:
             for draws in (1, 4, 8):
                 maps = case.maps[level][:draws, :grid].mean(0)
                 scores.setdefault(f"AP N={draws}", []).extend(precision(case, maps))
-                masks = relevance.threshold(relevance.normalize(maps), 0.5)
+                masks = relevance.threshold(relevance.normalize(maps, outlier_factor=options.outlier_factor), 0.5)
                 scores.setdefault(f"IoU 0.5 N={draws}", []).extend(
                     metrics.intersection_over_union(m, t) for m, t in zip(masks, case.truth)
                 )

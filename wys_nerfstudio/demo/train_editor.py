@@ -5,7 +5,10 @@ stage leaves its result in OUT/work and is skipped when it is there; the last st
 is a complete editor from the first export on, swapped in whole. Not here: the held-out figures (`evaluate_editor.py`).
 
 How it differs from InstructPix2Pix's recipe: a dropped instruction is trained towards "no change", not towards the edit.
-The difference of the two predictions is then exactly the edit, which is what a relevance map measures.
+The difference of the two predictions is then exactly the edit, which is what a relevance map measures. And the UNet
+learns to point (`Trainer.pointer`): a 1x1 convolution on its last features says where ball, block and bear are and what the
+instruction changes. Without it ball and block are never told apart: to see which object is which and to hear which one is
+named only pays together, and from random weights neither is found without the other. The pointer is no part of the editor.
 """
 
 import json
@@ -21,7 +24,7 @@ import torch
 import tyro
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wys_nerfstudio import metrics, relevance
@@ -41,8 +44,11 @@ from wys_nerfstudio.demo.world import NAMED_COLOURS, TRAIN_SEEDS, VALIDATION_SEE
 
 INDEX = {edit.slug: number for number, edit in enumerate(EDITS)}
 NO_CHANGE = INDEX["no-change"]
+OBJECT_EDITS = [[INDEX[edit.slug] for edit in EDITS if edit.target == target] for target in ("ball", "block", "bear")]
 ENDINGS = ("", "", ".", "!")
 MAX_TIMESTEP = 1000
+FROM_BEFORE_TIMESTEP = 400
+POINTING_WEIGHT = 2.0
 VALIDATION_TIMESTEP = 800
 VALIDATION_SCENES = 24
 
@@ -67,6 +73,10 @@ class Options:
     """Scenes per batch; each gives two samples, two edits with the same noise and timestep."""
     empty_means: str = "no change"
     """What a dropped instruction is trained towards: "no change", or "edit" as InstructPix2Pix does it."""
+    grounding_samples: int = 8000
+    """First samples, from which only pointing is learned."""
+    from_before: float = 0.5
+    """Share of noised pictures (from timestep 400 on) that show the scene before the edit."""
     muon_rate: float = 2e-3
     """Muon's learning rate, for matrices and kernels."""
     adamw_rate: float = 1.5e-3
@@ -86,14 +96,11 @@ class Latents:
 
 
 def load_latents(pictures: Path, codes: Path) -> Latents:
-    """Latents and latent-sized change masks of one picture size."""
-    loaded = torch.from_numpy(np.load(codes))
+    """Latents and latent-sized change masks of one picture size, the mirrored scenes last."""
     raw = np.load(pictures, mmap_mode="c")
-    changed = torch.zeros(*loaded.shape[:2], *loaded.shape[3:], dtype=torch.bool)
-    for scene, views in enumerate(raw):
-        different = torch.from_numpy((views != views[NO_CHANGE]).any(-1)).float()
-        changed[scene] = F.max_pool2d(different, 4).bool()
-    return Latents(loaded, changed)
+    different = [torch.from_numpy((views != views[NO_CHANGE]).any(-1)).float() for views in raw]
+    changed = torch.stack([F.max_pool2d(mask, 4).bool() for mask in different])
+    return Latents(torch.from_numpy(np.load(codes)), torch.cat([changed, changed.flip(-1)]))
 
 
 def draw_pairs(count: int, generator: torch.Generator) -> Int[Tensor, "count 2"]:
@@ -123,6 +130,26 @@ def tokenise(folder: Path) -> list[Int[Tensor, "variants tokens"]]:
     ]
 
 
+@dataclass
+class Batch:
+    """What one step is trained on."""
+
+    inputs: Float[Tensor, "b 8 h w"]
+    """Noised latents and the condition's."""
+    timestep: Int[Tensor, " b"]
+    """Noise level of the former."""
+    tokens: Int[Tensor, "b tokens"]
+    """Instruction."""
+    target: Float[Tensor, "b 4 h w"]
+    """v."""
+    weight: Float[Tensor, "b 1 h w"]
+    """Of the squared errors."""
+    places: Float[Tensor, "b 4 h w"]
+    """1 where ball, block, bear are and where the instruction changes something, else 0."""
+    complete: Bool[Tensor, " b"]
+    """Whether both instruction and picture are there."""
+
+
 class Trainer:
     """UNet, text encoder, their moving average and the optimizer."""
 
@@ -131,24 +158,25 @@ class Trainer:
         self.options, self.vae, self.tokens = options, vae, tokens
         self.unet, self.text_encoder = build_unet_and_text_encoder()
         self.average = deepcopy((self.unet, self.text_encoder))
+        self.pointer = nn.Conv2d(self.unet.config["block_out_channels"][0], len(OBJECT_EDITS) + 1, 1)
+        self.unet.up_blocks[-1].register_forward_hook(self._keep_features)
         self.optimizer = MuonAndAdamW(
-            [self.unet, self.text_encoder], muon_rate=options.muon_rate, adamw_rate=options.adamw_rate
+            [self.unet, self.text_encoder, self.pointer], muon_rate=options.muon_rate, adamw_rate=options.adamw_rate
         )
         self.alphas = build_scheduler().alphas_cumprod
         self.step, self.seconds = 0, 0.0
         self.log: list[dict] = []
+
+    def _keep_features(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self._features = output
 
     @property
     def samples(self) -> int:
         """Samples seen so far."""
         return self.step * 2 * self.options.batch_scenes
 
-    def make_batch(self, data: Sequence[Latents]) -> tuple[Tensor, ...]:
-        """Draws the next batch; depends on seed and step only.
-
-        Returns:
-            Input "b 8 h w", timestep "b", tokens "b tokens", target v "b 4 h w" and loss weight "b 1 h w".
-        """
+    def make_batch(self, data: Sequence[Latents]) -> "Batch":
+        """Draws the next batch; depends on seed and step only."""
         draw = torch.Generator().manual_seed(self.options.seed * 1_000_003 + self.step)
         shares = torch.tensor([float(len(part.codes)) for part in data])
         part = data[int(torch.multinomial(shares, 1, generator=draw))]
@@ -163,28 +191,53 @@ class Trainer:
         goal = edits
         if self.options.empty_means == "no change":
             goal = torch.where(no_text, NO_CHANGE, edits)
-
-        before = part.codes[scenes, NO_CHANGE].float()
-        after = part.codes[scenes, goal].float() * self.vae.config["scaling_factor"]
-        noise = torch.randn(after[::2].shape, generator=draw).repeat_interleave(2, 0)
         # Skewed to the noisy half, where what to change is decided and where relevance is measured.
         u = torch.rand(count, generator=draw).repeat_interleave(2)
         timestep = (u**0.65 * MAX_TIMESTEP).long().clamp_max(MAX_TIMESTEP - 1)
+        # What is noised is sometimes not the goal but the picture before, as in a relevance map and at the start of a
+        # local edit: only the instruction then says what to change. Both samples of a scene then have the same input.
+        from_before = (torch.rand(count, generator=draw) < self.options.from_before).repeat_interleave(2)
+        from_before &= (timestep >= FROM_BEFORE_TIMESTEP) & ~no_image & ~nothing
+
+        before = part.codes[scenes, NO_CHANGE].float()
+        scale = self.vae.config["scaling_factor"]
+        after = part.codes[scenes, goal].float() * scale
+        noise = torch.randn(after[::2].shape, generator=draw).repeat_interleave(2, 0)
         alpha = self.alphas[timestep].view(-1, 1, 1, 1)
-        noised = alpha.sqrt() * after + (1 - alpha).sqrt() * noise
-        target = alpha.sqrt() * noise - (1 - alpha).sqrt() * after
+        noised = torch.where(from_before.view(-1, 1, 1, 1), before * scale, after)
+        noised = alpha.sqrt() * noised + (1 - alpha).sqrt() * noise
+        target = (alpha.sqrt() * noised - after) / (1 - alpha).sqrt()
         before = torch.where((no_image | nothing).view(-1, 1, 1, 1), 0.0, before)
         local = torch.tensor([edit.kind in LOCAL_KINDS for edit in EDITS])[edits]
-        weight = 1 + 3.0 * (part.changed[scenes, edits] & local.view(-1, 1, 1))[:, None]
-        return torch.cat([noised, before], 1), timestep, tokens, target, weight
+        changed = part.changed[scenes, edits] & local.view(-1, 1, 1)
+        # What the other edit of the pair changes counts as much: leaving it alone is half of knowing what was named.
+        changed |= changed.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+        objects = [part.changed[scenes][:, numbers].any(1) for numbers in OBJECT_EDITS]
+        return Batch(
+            inputs=torch.cat([noised, before], 1),
+            timestep=timestep,
+            tokens=tokens,
+            target=target,
+            weight=1 + 3.0 * changed[:, None],
+            places=torch.stack([*objects, part.changed[scenes, edits]], 1).float(),
+            complete=~(no_text | no_image | nothing),
+        )
 
     def train_step(self, data: Sequence[Latents], factor: float) -> float:
-        """One optimizer step; returns the loss."""
-        inputs, timestep, tokens, target, weight = self.make_batch(data)
+        """One optimizer step; returns the loss of the denoising."""
+        batch = self.make_batch(data)
         with torch.autocast("cpu", torch.bfloat16):
-            text = self.text_encoder(tokens).last_hidden_state
-            output = self.unet(inputs, timestep, encoder_hidden_states=text).sample
-        loss = (weight * (output.float() - target) ** 2).mean()
+            text = self.text_encoder(batch.tokens).last_hidden_state
+            output = self.unet(batch.inputs, batch.timestep, encoder_hidden_states=text).sample
+            pointed = self.pointer(self._features)
+        denoising = (batch.weight * (output.float() - batch.target) ** 2).mean()
+        # Objects are small; without the weight "nowhere" would be the first answer to be learned.
+        pointing = F.binary_cross_entropy_with_logits(
+            pointed.float(), batch.places, reduction="none", pos_weight=torch.tensor(4.0)
+        )
+        loss = POINTING_WEIGHT * (pointing * batch.complete.view(-1, 1, 1, 1)).mean()
+        if self.samples >= self.options.grounding_samples:
+            loss = loss + denoising
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step(factor)
@@ -193,16 +246,19 @@ class Trainer:
         with torch.no_grad():
             for averaged, module in zip(self.average, (self.unet, self.text_encoder)):
                 torch._foreach_lerp_(list(averaged.parameters()), list(module.parameters()), 1 - decay)  # type: ignore
-        return loss.item()
+        return denoising.item()
 
     def networks(self) -> Networks:
         """The averaged networks."""
         return Networks(unet=self.average[0], vae=self.vae, text_encoder=self.average[1])
 
+    def _modules(self) -> tuple[nn.Module, ...]:
+        return self.unet, self.text_encoder, self.pointer, *self.average
+
     def save(self, file: Path) -> None:
         """Writes a checkpoint, whole or not at all."""
         state = {
-            "modules": [m.state_dict() for m in (self.unet, self.text_encoder, *self.average)],
+            "modules": [m.state_dict() for m in self._modules()],
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
@@ -214,7 +270,7 @@ class Trainer:
     def load(self, file: Path) -> None:
         """Goes on where `save` stopped."""
         state = torch.load(file, weights_only=True)
-        for module, part in zip((self.unet, self.text_encoder, *self.average), state["modules"]):
+        for module, part in zip(self._modules(), state["modules"]):
             module.load_state_dict(part)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]

@@ -79,12 +79,13 @@ def train_vae(
 
 @torch.inference_mode()
 def encode_data_set(vae: AutoencoderKL, files: Sequence[Path], folder: Path) -> list[Path]:
-    """Encodes all pictures once, as the unscaled modes that InstructPix2Pix conditions on.
+    """Encodes all pictures and their mirror images once, as the unscaled modes that InstructPix2Pix conditions on.
 
     Args:
         vae: the trained autoencoder.
         files: pictures by size.
-        folder: where the latents go, one .npy per size, fp16, "scenes edits 4 h/4 w/4"; what is there is kept.
+        folder: where the latents go, one .npy per size, fp16, "2*scenes edits 4 h/4 w/4", the mirrored scenes last; what
+            is there is kept.
 
     Returns:
         The latents' files.
@@ -97,14 +98,15 @@ def encode_data_set(vae: AutoencoderKL, files: Sequence[Path], folder: Path) -> 
             continue
         pictures = np.load(file, mmap_mode="c")
         scenes, edits, height, width, _ = pictures.shape
-        codes = np.empty((scenes, edits, 4, height // 4, width // 4), np.float16)
+        codes = np.empty((2, scenes, edits, 4, height // 4, width // 4), np.float16)
         for scene in range(0, scenes, 4):
-            batch = torch.from_numpy(pictures[scene : scene + 4].reshape(-1, height, width, 3))
-            with torch.autocast("cpu", torch.bfloat16):
-                mode = vae.encode(to_network(batch)).latent_dist.mode()  # type: ignore
-            codes[scene : scene + 4] = mode.float().numpy().reshape(-1, *codes.shape[1:])
+            batch = to_network(torch.from_numpy(pictures[scene : scene + 4].reshape(-1, height, width, 3)))
+            for side, views in enumerate((batch, batch.flip(-1).contiguous())):
+                with torch.autocast("cpu", torch.bfloat16):
+                    mode = vae.encode(views).latent_dist.mode()  # type: ignore
+                codes[side, scene : scene + 4] = mode.float().numpy().reshape(-1, *codes.shape[2:])
         part = latents[-1].with_suffix(".part")
         with part.open("wb") as stream:
-            np.save(stream, codes)
+            np.save(stream, codes.reshape(2 * scenes, *codes.shape[2:]))
         part.rename(latents[-1])
     return latents
