@@ -298,3 +298,21 @@ def test_the_noise_levels_ends_are_taken(editor):
 def test_maps_have_the_latents_size_of_the_editing_resolution(editor):
     assert maps_of(editor, pictures(1, 37, 61)).shape == (1, 4, 8)
     assert maps_of(editor, pictures(1, 61, 37), long_side=64).shape == (1, 16, 10)
+
+
+@pytest.mark.parametrize("scales, branches", [((1.0, 1.0), 1), ((4.0, 1.0), 2), ((4.0, 1.5), 3), ((1.0, 1.5), 3)])
+def test_branches_that_cancel_out_are_left_out(editor, scales, branches, monkeypatch):
+    images, batches = pictures(2), []
+    predict = Editor.predict_noise
+
+    def counting(self, latents, *arguments):
+        batches.append(len(latents))
+        return predict(self, latents, *arguments)
+
+    monkeypatch.setattr(Editor, "predict_noise", counting)
+    exact = edit(editor, images, all_of(images), settings=EditSettings(*scales, 6))
+    assert set(batches) == {2 * branches}
+    # All three branches, a hair's breadth away.
+    near = edit(editor, images, all_of(images), settings=EditSettings(scales[0] + 1e-4, scales[1] + 1e-4, 6))
+    assert set(batches[len(batches) // 2 :]) == {6}
+    assert (exact - near).abs().max() < 1e-2

@@ -135,11 +135,14 @@ def edit_images(
 class _Guided:
     """The guidance branches of a batch as one UNet call; conditions are stacked once, not at every step.
 
-    With an image guidance scale of 1 the branch without image and text cancels out and is not computed.
+    With an image guidance scale of 1 the branch without image and text cancels out and is not computed, and if the text's is
+    1 too the branch without text neither.
     """
 
     def __init__(self, editor: Editor, condition: Tensor, instruction: str, settings: EditSettings) -> None:
-        branches = [(instruction, condition), ("", condition)]
+        branches = [(instruction, condition)]
+        if settings.guidance_scale != 1 or settings.image_guidance_scale != 1:
+            branches.append(("", condition))
         if settings.image_guidance_scale != 1:
             branches.append(("", torch.zeros_like(condition)))
         states = torch.cat([editor.encode_text(text) for text, _ in branches])
@@ -152,7 +155,7 @@ class _Guided:
         predictions = self.editor.predict_noise(repeated, t, self.condition, self.text).chunk(self.branches)
         return guide(
             predictions[0],
-            predictions[1],
+            predictions[min(1, self.branches - 1)],
             predictions[-1],
             self.settings.guidance_scale,
             self.settings.image_guidance_scale,
