@@ -26,6 +26,7 @@ from wys_nerfstudio.demo.training_data import render_edits
 from wys_nerfstudio.demo.world import TEST_SEEDS, VALIDATION_SEEDS, sample_cameras, sample_scenes
 from wys_nerfstudio.editing import Editor, EditSettings, edit_images, load_editor, relevance_maps
 from wys_nerfstudio.pictures import heat
+from wys_nerfstudio.pipeline import WysPipelineConfig
 
 INDEX = {edit.slug: number for number, edit in enumerate(EDITS)}
 LOCAL = [edit for edit in EDITS if edit.kind in LOCAL_KINDS]
@@ -37,7 +38,7 @@ ROWS = {
     "hat": ["hat"],
     "sunglasses": ["sunglasses"],
 }
-TINY = wys_tiny.config.pipeline
+TINY: WysPipelineConfig = wys_tiny.config.pipeline  # type: ignore
 MAX_DRAWS = 8
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)
 # Far enough along the list of local edits that the other instruction is about another object.
