@@ -228,8 +228,9 @@ def test_words_that_a_whole_word_tokenizer_has_never_seen_are_refused_with_those
     assert limited.encode_text("make it red").shape == (1, 40, 32)
     assert limited.encode_text("").shape == (1, 40, 32)
     sentence = (
-        '"make it zzz" has words that the editor .* has never seen; it knows: .*blue.*make.*red.*--editor timbrooks/'
+        '"make it zzz" has words that the editor .* has never seen; it knows: (a, )?([a-z]{2,}, )*[a-z]{2,}[.] .*'
     )
+    sentence += "--editor timbrooks/"
     with pytest.raises(WysError, match=sentence):
         limited.encode_text("make it zzz")
 

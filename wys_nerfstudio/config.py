@@ -85,6 +85,10 @@ wys_tiny = MethodSpecification(
                 ],
                 proposal_weights_anneal_max_num_iters=300,
                 proposal_warmup=1000,
+                # In a few hundred steps cameras that look at plain ground hide behind clouds of their own; a near plane
+                # leaves these no room (nerfstudio scales cameras to at most 1 from the centre). Held-out PSNR of a
+                # portrait scene: 36.4 dB instead of 14.5; a scene without clouds loses 0.7 dB.
+                near_plane=0.3,
                 far_plane=100.0,
                 camera_optimizer=CameraOptimizerConfig(mode="off"),
                 lpips_loss_mult=0.0,

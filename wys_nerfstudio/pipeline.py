@@ -71,6 +71,9 @@ class WysPipelineConfig(VanillaPipelineConfig):
     nothing (which is Instruct-NeRF2NeRF)."""
     mask_threshold: Annotated[float, tyro.conf.arg(aliases=["--mask-threshold"])] = 0.5
     """Pixels of at least this relevance are edited (tau); 0 edits everything, higher is more local."""
+    mask_growth: int = 1
+    """How far the field's mask spreads into what the view's own relevance map adds to it, in cells of the editor's
+    latents; lets an edit grow where there is only air yet, such as a hat."""
     masks_dir: Optional[Path] = None
     """Folder with one mask per view, named as the view, for --localization masks; bright is edited."""
     relevance_noise_level: float = 0.8
@@ -165,7 +168,7 @@ class WysPipelineConfig(VanillaPipelineConfig):
                 f"{self.max_noise_level}: swap them."
             )
         counts = {"edit_every": 1, "edit_count": 1, "diffusion_steps": 1, "relevance_draws": 1, "editor_batch_size": 1}
-        counts |= {"reconstruct_steps": 0, "localize_steps": 0, "edit_steps": 1}
+        counts |= {"reconstruct_steps": 0, "localize_steps": 0, "edit_steps": 1, "mask_growth": 0}
         for name, least in counts.items():
             if getattr(self, name) < least:
                 raise WysError(f"{_flag(name)} must be at least {least}, not {getattr(self, name)}.")
@@ -411,10 +414,17 @@ class WysPipeline(VanillaPipeline):
         if self.config.localization == "none":
             shape = (len(views), *self.datamanager.view_size)
             return torch.ones(shape, dtype=torch.bool, device=self.model.device)
+        maps = torch.stack([self.datamanager.relevance_of(view) for view in views])
         if self.config.localization == "relevance-field":
-            maps = torch.stack([render["relevance"][..., 0] for render in renders])
-        else:
-            maps = torch.stack([self.datamanager.relevance_of(view) for view in views])
+            field = torch.stack([render["relevance"][..., 0] for render in renders])
+            tau, height, width = self.config.mask_threshold, *self.datamanager.view_size
+            cell = (
+                self.editor().latent_factor
+                * height
+                / self.config.edit_settings().size_for(self.editor(), height, width)[0]
+            )
+            seen = relevance.threshold(maps.to(field), tau)
+            return relevance.grow(relevance.threshold(field, tau), seen, round(self.config.mask_growth * cell))
         # Masks from a folder are 0 or 1 and no matter of a threshold, not even of tau = 0.
         tau = 0.5 if self.config.localization == "masks" else self.config.mask_threshold
         return relevance.threshold(maps, tau)

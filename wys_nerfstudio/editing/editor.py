@@ -95,7 +95,9 @@ class Editor:
             or unknown not in ids
         ):
             return
-        known = sorted(w.removesuffix("</w>") for w in self.tokenizer.get_vocab() if w.removesuffix("</w>").isalpha())
+        # The vocabulary holds pieces of words as well, and single letters.
+        ends = {w.removesuffix("</w>") for w in self.tokenizer.get_vocab() if w.endswith("</w>")}
+        known = sorted(word for word in ends if word.isalpha() and (len(word) > 1 or word == "a"))
         raise WysError(
             f'"{instruction}" has words that the editor "{self.name}" has never seen; it knows: {", ".join(known)}. '
             "For free text choose another editor, for instance --editor timbrooks/instruct-pix2pix."
