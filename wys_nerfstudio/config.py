@@ -107,7 +107,8 @@ wys_tiny = MethodSpecification(
             edit_every=5,
             min_noise_level=0.5,
         ),
-        optimizers=_optimizers(final_lr=1e-3, decay_steps=1800),
+        # Not lower at the end: in 600 steps of editing, what is added would get its shape but not its colour.
+        optimizers=_optimizers(final_lr=3e-3, decay_steps=1800),
         viewer=ViewerConfig(num_rays_per_chunk=1 << 13, websocket_host="127.0.0.1"),
         vis="viewer",
     ),
