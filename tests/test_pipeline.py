@@ -125,7 +125,7 @@ def test_edits_are_the_same_whatever_was_drawn_before(ring_scene: Path, editor_f
     for run in range(2):
         options = {"reconstruct_steps": 0, "localize_steps": 1, "mask_threshold": 0.0, "seed": 5}
         trainer = build_trainer(small_config(ring_scene, editor_folder, tmp_path / str(run), **options))
-        trainer.pipeline._enter(Phase.EDIT)
+        trainer.pipeline.enter(Phase.EDIT)
         torch.rand(run * 100)
         trainer.pipeline._edit(1)
         (view,) = trainer.pipeline.datamanager.edited_views

@@ -4,8 +4,10 @@ Which view is edited when, and what the scene looks like at that time, is the pi
 from one cached stack of images, so an edit is a write into that stack.
 """
 
+import hashlib
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -30,6 +32,9 @@ from wys_nerfstudio.editing import Editor, EditSettings, edit_images, relevance_
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.pictures import heat, read_png, to_uint8, write_png
 from wys_nerfstudio.schedule import edit_seed
+
+REFERENCE_VIEWS = "reference"
+"""Folder, beside the edited views, of what edits start from if that is not the captured views."""
 
 
 @dataclass
@@ -69,6 +74,8 @@ class RelevanceRequest:
     """The run's seed."""
     long_side: Optional[int]
     """Editing resolution; None is the editor's own."""
+    reference: str = ""
+    """What the views show, as of `WysDataManager.reference_digest`; empty for the captured views."""
 
 
 class WysDataManager(VanillaDataManager[InputDataset]):
@@ -94,6 +101,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             background = 1.0 if self.config.white_background else 0.0
             images = images[..., :3] * images[..., 3:] + background * (1 - images[..., 3:])
         self._captured = (images * 255).round().to(torch.uint8)
+        self._reference = self._captured
         batch["image"] = self._captured.float() / 255
         self.edited_views: set[int] = set()
         """Views that are no longer as captured."""
@@ -135,6 +143,11 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         """Views as captured, in [0, 1]."""
         return self._captured[list(views)].float() / 255
 
+    def reference_views(self, views: Sequence[int]) -> Float[Tensor, "b h w 3"]:
+        """What edits start from and what they leave outside their masks, in [0, 1]: the captured views, until an
+        instruction is applied on top of another."""
+        return self._reference[list(views)].float() / 255
+
     def current_views(self, views: Sequence[int]) -> Float[Tensor, "b h w 3"]:
         """Views as training sees them now, in [0, 1]."""
         return self.cached_batch["image"][list(views)]
@@ -142,7 +155,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
     # -------------------------------------------------------------------------------------------------- ray batches
 
     def start_editing(self, in_patches: bool) -> None:
-        """From now on ray batches have the edit phase's size.
+        """From now on ray batches have the edit phase's size; `stop_editing` goes back.
 
         Args:
             in_patches: Whether rays come in square patches, as the perceptual loss needs them.
@@ -158,6 +171,10 @@ class WysDataManager(VanillaDataManager[InputDataset]):
                 "lower --pipeline.datamanager.edit-patch-size or raise --pipeline.datamanager.edit-num-rays-per-batch."
             )
         self.train_pixel_sampler = PatchPixelSamplerConfig(patch_size=side).setup(num_rays_per_batch=rays)
+
+    def stop_editing(self) -> None:
+        """From now on ray batches have reconstruction's size again."""
+        self.train_pixel_sampler = self._get_pixel_sampler(self.train_dataset, self.config.train_num_rays_per_batch)
 
     def next_train(self, step: int) -> tuple[RayBundle, dict]:
         """The next ray batch; `patch_size` says how its rays are laid out while the scene is edited."""
@@ -175,8 +192,9 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         outlier_factor: float,
         folder: Path,
         batch_size: int,
+        report: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Makes the relevance map of every captured view and keeps it beside the run, or finds it there.
+        """Makes the relevance map of every reference view and keeps it beside the run, or finds it there.
 
         Args:
             editor: The editor that is asked.
@@ -185,13 +203,14 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             outlier_factor: As in `relevance.normalize`.
             folder: Where `maps.safetensors` (raw) and a picture per view are kept.
             batch_size: Views per pass of the UNet.
+            report: Called with the number of maps that are made, and of all.
         """
         raw = self._find_maps(folder, request)
         if raw is None:
             seeds = [edit_seed(request.seed, -1 - view) for view in range(self.num_views)]
             parts = relevance_maps(
                 editor,
-                self._captured.float() / 255,
+                self._reference.float() / 255,
                 request.instruction,
                 noise_level=request.noise_level,
                 draws=request.draws,
@@ -201,7 +220,11 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             )
             batches = -(-self.num_views // batch_size)
             bar = track(parts, description="Relevance maps of the views", total=batches, console=CONSOLE)
-            raw = torch.cat([part.cpu() for part in bar])
+            made: list[Tensor] = []
+            for part in bar:
+                made.append(part.cpu())
+                report(sum(map(len, made)), self.num_views)
+            raw = torch.cat(made)
             self._keep_maps(folder, request, raw)
         maps = relevance.resize(relevance.normalize(raw, normalization, outlier_factor), *self.view_size).clamp(0, 1)
         for name, view_map in zip(self.view_names, maps):
@@ -257,6 +280,10 @@ class WysDataManager(VanillaDataManager[InputDataset]):
 
     # --------------------------------------------------------------------------------------------------------- edits
 
+    def forget_relevance(self) -> None:
+        """Relevance is of another instruction: ray batches come without it."""
+        self.cached_batch.pop("relevance", None)
+
     def edit_views(
         self,
         editor: Editor,
@@ -269,7 +296,26 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         start_timestep: int,
         seeds: Sequence[int],
     ) -> None:
-        """Edits views: from the current renders, on condition of the captured views, which also hold outside the masks.
+        """Edits views and puts the results in their places."""
+        edited = self.edited(
+            editor, views, renders, masks, instruction, settings, start_timestep=start_timestep, seeds=seeds
+        )
+        for view, image in zip(views, edited):
+            self.set_view(view, image)
+
+    def edited(
+        self,
+        editor: Editor,
+        views: Sequence[int],
+        renders: Float[Tensor, "b h w 3"],
+        masks: Bool[Tensor, "b h w"],
+        instruction: str,
+        settings: EditSettings,
+        *,
+        start_timestep: int,
+        seeds: Sequence[int],
+    ) -> Float[Tensor, "b h w 3"]:
+        """Edits views: from the current renders, on condition of the reference views, which also hold outside the masks.
 
         Args:
             editor: The editor.
@@ -281,19 +327,17 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             start_timestep: Timestep that the renders are noised to.
             seeds: One per view.
         """
-        captured = self.captured_views(views)
-        edited = edit_images(
+        reference = self.reference_views(views)
+        return edit_images(
             editor,
-            renders.to(captured),
-            captured,
-            masks.to(captured.device),
+            renders.to(reference),
+            reference,
+            masks.to(reference.device),
             instruction,
             settings,
             start_timestep=start_timestep,
             seeds=seeds,
         )
-        for view, image in zip(views, edited):
-            self.set_view(view, image)
 
     def set_view(self, view: int, image: Float[Tensor, "h w 3"]) -> None:
         """Puts an image in a view's place, in 8 bits as it is written to disk; the next ray batch sees it."""
@@ -301,13 +345,55 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         self.cached_batch["image"][view] = pixels.float() / 255
         self.edited_views.add(view)
 
+    def reference_digest(self) -> str:
+        """Short digest of the reference views; empty if these are the captured ones."""
+        if self._reference is self._captured:
+            return ""
+        return hashlib.sha256(self._reference.cpu().numpy().tobytes()).hexdigest()[:16]
+
+    def state(self) -> dict[str, Any]:
+        """Current and reference views (None if captured) on the CPU, in 8 bit, and which are edited; for `set_state`."""
+        own_reference = self._reference is not self._captured
+        return {
+            "current": torch.from_numpy(to_uint8(self.cached_batch["image"])),
+            "reference": self._reference.cpu().clone() if own_reference else None,
+            "edited": sorted(self.edited_views),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Returns to views as of `state`."""
+        current, reference = state["current"], state["reference"]
+        self.cached_batch["image"][:] = current.to(self._captured.device).float() / 255
+        self._reference = self._captured if reference is None else reference.to(self._captured.device)
+        self.edited_views = set(state["edited"])
+
+    def start_from_captured(self) -> None:
+        """Takes back all edits."""
+        self.set_state({"current": self._captured, "reference": None, "edited": []})
+
+    def start_from_current(self) -> None:
+        """Takes the views as they are now for the reference of the edits to come."""
+        self._reference = torch.from_numpy(to_uint8(self.cached_batch["image"])).to(self._captured.device)
+
     def save_edits(self, folder: Path) -> None:
-        """Writes every edited view as it is now."""
-        for view in self.edited_views:
-            write_png(folder / f"{self.view_names[view]}.png", self.current_views([view])[0])
+        """Writes every edited view as it is now, and removes what an undone edit left."""
+        for view, name in enumerate(self.view_names):
+            if view in self.edited_views:
+                write_png(folder / f"{name}.png", self.current_views([view])[0])
+            else:
+                (folder / f"{name}.png").unlink(missing_ok=True)
+        if self._reference is self._captured:
+            shutil.rmtree(folder.parent / REFERENCE_VIEWS, ignore_errors=True)
+        else:
+            for name, view in zip(self.view_names, self._reference):
+                write_png(folder.parent / REFERENCE_VIEWS / f"{name}.png", view.float() / 255)
 
     def load_edits(self, folder: Path) -> int:
-        """Puts edited views from a folder in place; returns how many there were."""
+        """Puts edited views from a folder in place, and the reference views beside it; returns how many were edited."""
+        beside = folder.parent / REFERENCE_VIEWS
+        if beside.is_dir():
+            views = torch.stack([read_png(beside / f"{name}.png") for name in self.view_names])
+            self._reference = (views * 255).round().to(self._captured)
         count = 0
         for view, name in enumerate(self.view_names):
             if (folder / f"{name}.png").is_file():

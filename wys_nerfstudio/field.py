@@ -66,6 +66,13 @@ class WysField(NerfactoField):
         """Parameters of the relevance head; all others belong to the scene."""
         return list(self.mlp_relevance.parameters())
 
+    @torch.no_grad()
+    def reset_relevance(self) -> None:
+        """Starts the relevance head anew, for another instruction."""
+        for module in self.mlp_relevance.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+
     def scene_parameters(self) -> list[nn.Parameter]:
         """Parameters of backbone and radiance head, in nerfacto's order."""
         relevance = {id(p) for p in self.relevance_parameters()}

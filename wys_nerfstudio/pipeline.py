@@ -7,10 +7,10 @@ autocast and without an autograd graph in memory.
 import json
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Any, Literal, Optional, get_args
 
 import torch
 import tyro
@@ -24,17 +24,26 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from wys_nerfstudio import relevance, schedule
-from wys_nerfstudio.checkpoint import CAPTURED_SCENE, RunState, edit_records, load_base
-from wys_nerfstudio.datamanager import RelevanceRequest, WysDataManager, WysDataManagerConfig
+from wys_nerfstudio.checkpoint import (
+    CAPTURED_SCENE,
+    RunState,
+    edit_records,
+    load_base,
+    model_state,
+    read_checkpoint,
+)
+from wys_nerfstudio.controls import LIVE_SETTINGS, Controls
+from wys_nerfstudio.datamanager import REFERENCE_VIEWS, RelevanceRequest, WysDataManager, WysDataManagerConfig
 from wys_nerfstudio.editing import Editor, EditSettings, load_editor
 from wys_nerfstudio.errors import WysError
+from wys_nerfstudio.history import HISTORY_FILE, SNAPSHOTS
 from wys_nerfstudio.model import WysModel, WysModelConfig
 from wys_nerfstudio.perceptual import SMALLEST_LPIPS_PATCH
 from wys_nerfstudio.pictures import contact_sheet, heat, spread, write_png
 from wys_nerfstudio.schedule import Phase, Plan
 
 WARM_UP_STEPS = 50
-"""Steps over which learning rates rise at the start of the edit phase."""
+"""Steps over which learning rates rise when editing begins."""
 
 Localization = Literal["relevance-field", "relevance-map", "masks", "none"]
 
@@ -219,6 +228,15 @@ class WysPipeline(VanillaPipeline):
         self.plan = config.plan()
         self.edits = 0
         """Edits begun so far; the next edit's number."""
+        self.skipped = 0
+        """Edits of this process that were skipped, because their mask was empty."""
+        self.seconds_per_edit: Optional[float] = None
+        """Mean over the latest edits."""
+        self.editing_paused = False
+        """Whether no further views are edited for the time being."""
+        self.report: Callable[[str], None] = lambda text: None
+        """Told what long work has come to."""
+        self._warm_from = 0
         self._editor: Optional[Editor] = None
         self._phase: Optional[Phase] = None
         self._masks: Optional[Tensor] = None
@@ -226,6 +244,16 @@ class WysPipeline(VanillaPipeline):
         self._folder = Path()
         self.scene_model.mask_threshold = config.mask_threshold
         self.scene_model.localized = config.localization != "none"
+        self.controls = Controls(
+            config.instruction,
+            self.live_settings(),
+            [name for name in get_args(Localization) if name != "masks" or config.masks_dir is not None],
+            live=test_mode == "val",
+            set_threshold=self._set_threshold,
+        )
+
+    def _set_threshold(self, value: float) -> None:
+        self.scene_model.mask_threshold = value
 
     @property
     def scene_model(self) -> WysModel:
@@ -242,6 +270,7 @@ class WysPipeline(VanillaPipeline):
         assert trainer is not None
         self._folder = trainer.base_dir / "wys"
         self._optimizers = training_callback_attributes.optimizers
+        self._train_lock = trainer.train_lock
         self._check_what_editing_needs()
         if self.config.resume_from is not None:
             self._resume(trainer._start_step)
@@ -285,11 +314,12 @@ class WysPipeline(VanillaPipeline):
                 "resume from the run's newest checkpoint, without --load-step."
             )
         self._folder.mkdir(parents=True, exist_ok=True)
-        for name in ("relevance", "edits", "masks"):
+        for name in ("relevance", "edits", "masks", REFERENCE_VIEWS, SNAPSHOTS):
             if (old / "wys" / name).is_dir() and old / "wys" != self._folder:
                 shutil.copytree(old / "wys" / name, self._folder / name, dirs_exist_ok=True)
-        if (old / "wys" / CAPTURED_SCENE).is_file() and old / "wys" != self._folder:
-            shutil.copy2(old / "wys" / CAPTURED_SCENE, self._folder / CAPTURED_SCENE)
+        for name in (CAPTURED_SCENE, HISTORY_FILE):
+            if (old / "wys" / name).is_file() and old / "wys" != self._folder:
+                shutil.copy2(old / "wys" / name, self._folder / name)
         records = edit_records(old / "wys", before_step=start_step)
         (self._folder / "edits.jsonl").write_text("".join(f"{line}\n" for line in records), "utf8")
         self.edits = state.edits
@@ -312,19 +342,29 @@ class WysPipeline(VanillaPipeline):
     def _before_step(self, step: int) -> None:
         phase = self.plan.phase(step)
         if phase is not self._phase:
-            self._enter(phase)
-        if phase is Phase.EDIT:
-            self._warm_up(step)
-        if phase is Phase.EDIT and self.plan.edits_due(step, self.config.edit_every):
+            self.enter(phase)
+        if phase is not Phase.EDIT:
+            return
+        self._warm_up(step)
+        if self.plan.edits_due(step, self.config.edit_every) and not self.editing_paused:
             self._edit(step)
 
-    def _enter(self, phase: Phase) -> None:
+    @property
+    def phase(self) -> Optional[Phase]:
+        """The phase that the run is in; None before its first step, and right after an instruction was applied."""
+        return self._phase
+
+    def enter(self, phase: Phase) -> None:
+        """Makes everything ready for a phase; relevance maps are made or found here."""
         CONSOLE.print(f"Phase: {phase.value}.")
         if phase is not Phase.RECONSTRUCT:
             self._prepare_relevance()
         if phase is Phase.EDIT:
             self.datamanager.start_editing(in_patches=self.config.model.lpips_loss_mult > 0)
             self._keep_captured_scene()
+            self._warm_from = max(self._warm_from, self.plan.edit_start)
+        else:
+            self.datamanager.stop_editing()
         self._phase = phase
         self.scene_model.phase = phase
 
@@ -335,10 +375,10 @@ class WysPipeline(VanillaPipeline):
         error: at the full rate its first step would throw the scene out of place, with old moments as with new ones.
         """
         assert self._optimizers is not None
-        share = (step + 1 - self.plan.edit_start) / WARM_UP_STEPS
+        share = (step + 1 - self._warm_from) / WARM_UP_STEPS
         for name in ("fields", "proposal_networks"):
             optimizer = self._optimizers.optimizers[name]
-            if step == self.plan.edit_start:
+            if step == self._warm_from:
                 optimizer.state.clear()
             # A scheduler sets the rate anew after each step, so this one's factor does not pile up.
             if share < 1 and name in self._optimizers.schedulers:
@@ -354,7 +394,7 @@ class WysPipeline(VanillaPipeline):
 
     def _prepare_relevance(self) -> None:
         config = self.config
-        if "relevance" in self.datamanager.cached_batch or config.localization == "none":
+        if "relevance" in self.datamanager.cached_batch or not self.scene_model.localized:
             return
         if self._masks is not None:
             self.datamanager.set_relevance(self._masks.float())
@@ -366,6 +406,7 @@ class WysPipeline(VanillaPipeline):
             draws=config.relevance_draws,
             seed=config.seed,
             long_side=config.edit_long_side,
+            reference=self.datamanager.reference_digest(),
         )
         self.datamanager.make_relevance_maps(
             self.editor(),
@@ -374,6 +415,7 @@ class WysPipeline(VanillaPipeline):
             config.relevance_outlier_factor,
             self._folder / "relevance",
             config.editor_batch_size,
+            lambda done, total: self.report(f"relevance map {done} of {total}"),
         )
 
     @torch.no_grad()
@@ -381,8 +423,7 @@ class WysPipeline(VanillaPipeline):
         config, data = self.config, self.datamanager
         numbers = range(self.edits, self.edits + config.edit_count)
         views = [schedule.view_of_edit(config.seed, number, data.num_views) for number in numbers]
-        level = schedule.noise_level_of_edit(config.seed, self.edits, config.min_noise_level, config.max_noise_level)
-        t = max(1, round(level * (self.editor().num_train_timesteps - 1)))
+        t = self._start_timestep(self.edits)
         self.edits += config.edit_count
         began = time.perf_counter()
         renders = [self.scene_model.render_view(data.train_dataset.cameras, view) for view in views]
@@ -401,8 +442,43 @@ class WysPipeline(VanillaPipeline):
             )
         steps = len(schedule.timesteps(t, config.diffusion_steps, self.editor().num_train_timesteps))
         seconds = (time.perf_counter() - began) / len(views)
+        self.skipped += len(views) - len(chosen)
+        if chosen:
+            self.seconds_per_edit = 0.8 * (self.seconds_per_edit or seconds) + 0.2 * seconds
         self._record(step, numbers, views, masks, t, steps, seconds)
         self._show(step, views[0], renders[0], masks[0])
+
+    def _start_timestep(self, edit_number: int) -> int:
+        config = self.config
+        level = schedule.noise_level_of_edit(config.seed, edit_number, config.min_noise_level, config.max_noise_level)
+        return max(1, round(level * (self.editor().num_train_timesteps - 1)))
+
+    @torch.no_grad()
+    def preview(self, view: int) -> tuple[Float[Tensor, "h w 3"], Bool[Tensor, "h w"], Float[Tensor, "h w 3"]]:
+        """What the next edit would make of a view: as it was, the mask, edited. Nothing is kept.
+
+        Raises:
+            WysError: If nothing in this view is relevant.
+        """
+        config, data = self.config, self.datamanager
+        render = self.scene_model.render_view(data.train_dataset.cameras, view)
+        mask = self.masks_of([view], [render])
+        reference = data.reference_views([view])
+        if not mask.any():
+            raise WysError(
+                f"Nothing in {data.view_names[view]} is relevant at this threshold: lower it, or look elsewhere."
+            )
+        edited = data.edited(
+            self.editor(),
+            [view],
+            render["rgb"][None],
+            mask,
+            config.instruction,
+            config.edit_settings(),
+            start_timestep=self._start_timestep(self.edits),
+            seeds=[schedule.edit_seed(config.seed, self.edits)],
+        )
+        return reference[0].cpu(), mask[0].cpu(), edited[0].cpu()
 
     def masks_of(self, views: Sequence[int], renders: Sequence[dict[str, Tensor]]) -> Bool[Tensor, "b h w"]:
         """Where views may be edited, according to the chosen localisation.
@@ -411,7 +487,7 @@ class WysPipeline(VanillaPipeline):
             views: Which views.
             renders: The model's outputs for them.
         """
-        if self.config.localization == "none":
+        if self.config.localization == "none" or not self.scene_model.localized:
             shape = (len(views), *self.datamanager.view_size)
             return torch.ones(shape, dtype=torch.bool, device=self.model.device)
         maps = torch.stack([self.datamanager.relevance_of(view) for view in views])
@@ -428,6 +504,110 @@ class WysPipeline(VanillaPipeline):
         # Masks from a folder are 0 or 1 and no matter of a threshold, not even of tau = 0.
         tau = 0.5 if self.config.localization == "masks" else self.config.mask_threshold
         return relevance.threshold(maps, tau)
+
+    # ------------------------------------------------------------------------------------- other instructions, and back
+
+    def live_settings(self) -> dict[str, Any]:
+        """Present values of what can be changed while the run goes on."""
+        return {name: getattr(self.config, name) for name in LIVE_SETTINGS}
+
+    def change(self, name: str, value: Any) -> None:
+        """Changes a live setting.
+
+        Raises:
+            WysError: If the value cannot work; the old one stays.
+        """
+        old = getattr(self.config, name)
+        setattr(self.config, name, value)
+        try:
+            self.config.check()
+        except WysError:
+            setattr(self.config, name, old)
+            raise
+        self.scene_model.mask_threshold = self.config.mask_threshold
+
+    def snapshot(self, step: int) -> dict[str, Any]:
+        """Everything that `restore` needs, on the CPU; for torch's weights-only loader.
+
+        Args:
+            step: The step that has just been trained.
+        """
+        model = {name: value.detach().cpu().clone() for name, value in self.scene_model.state_dict().items()}
+        data = self.datamanager
+        relevance_maps = data.cached_batch.get("relevance")
+        return {
+            "step": step,
+            "model": model,
+            # No weight, but it decides where samples lie while a scene is young.
+            "anneal": self.scene_model.proposal_sampler._anneal,
+            "views": data.state(),
+            "relevance": None if relevance_maps is None else relevance_maps.detach().cpu().clone(),
+            "plan": asdict(self.plan),
+            "edits": self.edits,
+            "instruction": self.config.instruction,
+            "settings": self.live_settings(),
+        }
+
+    def restore(self, state: dict[str, Any], step: int) -> None:
+        """Returns to a snapshot; what was left of its plan then is what is left now.
+
+        Args:
+            state: As of `snapshot`.
+            step: The step that has just been trained.
+        """
+        self.scene_model.load_state_dict(state["model"])
+        self.scene_model.proposal_sampler.set_anneal(state["anneal"])
+        self.datamanager.set_state(state["views"])
+        self.datamanager.forget_relevance()
+        if state["relevance"] is not None:
+            self.datamanager.set_relevance(state["relevance"][..., 0])
+        plan = Plan(**state["plan"])
+        self.plan = Plan(plan.reconstruct_steps + step - state["step"], plan.localize_steps, plan.edit_steps)
+        self.edits = state["edits"]
+        self.config.instruction = state["instruction"]
+        for name, value in state["settings"].items():
+            setattr(self.config, name, value)
+        self.scene_model.mask_threshold = self.config.mask_threshold
+        self.scene_model.localized = self.config.localization != "none"
+        self._start_over(step)
+
+    def reset(self, step: int) -> None:
+        """Returns to the captured scene and the captured views; nothing is left to do.
+
+        Args:
+            step: The step that has just been trained.
+        """
+        self.scene_model.load_state_dict(model_state(read_checkpoint(self._folder / CAPTURED_SCENE)))
+        self.datamanager.start_from_captured()
+        self._start_over(step)
+
+    def apply(self, instruction: str, on_top: bool, step: int) -> None:
+        """Begins anew with another instruction: relevance maps, relevance head, edits.
+
+        Args:
+            instruction: What to change.
+            on_top: Start from the scene and the views as they are now, not as they were captured.
+            step: The step that has just been trained.
+        """
+        if on_top:
+            self.datamanager.start_from_current()
+        else:
+            self.reset(step)
+        config = self.config
+        config.instruction = instruction
+        self.datamanager.forget_relevance()
+        self.scene_model.field.reset_relevance()
+        self.scene_model.localized = config.localization != "none"
+        localize = config.localize_steps if self.scene_model.localized else 0
+        self.plan = Plan(step + 1, localize, config.edit_steps)
+        self._start_over(step)
+
+    def _start_over(self, step: int) -> None:
+        assert self._optimizers is not None
+        for optimizer in self._optimizers.optimizers.values():
+            optimizer.state.clear()
+        self._warm_from = step + 1
+        self._phase = None
 
     # ------------------------------------------------------------------------------------------- the run's folder
 
@@ -478,7 +658,9 @@ class WysPipeline(VanillaPipeline):
         RunState(step, self.plan, self.config.instruction, self.edits).write(self._folder)
 
     def _after_train(self, step: int) -> None:
-        self._write_contact_sheet()
+        # The viewer draws from other threads, and a training view is rendered in that view's own appearance.
+        with self._train_lock:
+            self._write_contact_sheet()
         count = len(self.datamanager.edited_views)
         CONSOLE.print(
             f"{count} of {self.datamanager.num_views} views are edited; see {self._folder}/contact_sheet.png."

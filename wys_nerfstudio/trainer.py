@@ -2,6 +2,7 @@
 errors that are sentences instead of tracebacks."""
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -11,12 +12,18 @@ from typing import Any, Literal, Optional
 import torch
 import tyro
 import yaml
+from nerfstudio.engine.callbacks import TrainingCallbackLocation
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
+from nerfstudio.utils import writer
+from nerfstudio.utils.misc import step_check
 from nerfstudio.utils.rich_utils import CONSOLE
+from nerfstudio.utils.writer import EventName, TimeWriter
+from nerfstudio.viewer.viewer import Viewer
 
 from wys_nerfstudio.checkpoint import find_checkpoint, is_wys, read_checkpoint
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.pipeline import WysPipeline, WysPipelineConfig
+from wys_nerfstudio.steering import Steering
 
 
 @dataclass
@@ -136,10 +143,12 @@ def recipe_arguments(recipe: Path) -> list[str]:
 
 
 class WysTrainer(Trainer):
-    """nerfstudio's trainer with the total number of steps as its measure."""
+    """nerfstudio's trainer with the total number of steps as its measure, which the viewer's panel can move."""
 
     config: WysTrainerConfig
     pipeline: WysPipeline  # type: ignore
+    last_step: int
+    """The run's last step; it moves when instructions are applied and taken back."""
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """As nerfstudio's; what fails here fails before the first step."""
@@ -147,27 +156,114 @@ class WysTrainer(Trainer):
             super().setup(test_mode)
 
     def train(self) -> None:
-        """Trains what is left of the run. nerfstudio 1.1.5 counts `max_num_iterations` from the resumed step on."""
-        total = self.config.max_num_iterations
-        assert total is not None
-        left = total - self._start_step
+        """Trains what is left of the run, and what is asked for in the viewer after that.
+
+        A loop of its own: nerfstudio 1.1.5 counts `max_num_iterations` from the resumed step on, cannot be given more
+        or less to do once it has begun, and hears nothing while it is paused.
+        """
+        assert self.config.max_num_iterations is not None
+        self.step, self.last_step, self.stop_training = self._start_step - 1, self.config.max_num_iterations - 1, False
         with errors_as_sentences():
-            if left <= 0:
-                raise WysError(
-                    f"The run is through: it has {self._start_step} of {total} steps. For more editing raise "
-                    "--pipeline.edit-steps; for another edit give this run to --base-run."
-                )
-            self.config.max_num_iterations = left
-            try:
-                super().train()
-            finally:
-                self.config.max_num_iterations = total
+            self._steering = Steering(self)
+            if self._steering.was_reset:
+                self.last_step = self.step
+            if self._left() <= 0:
+                self._reopen()
+            outputs = self.pipeline.datamanager.train_dataparser_outputs
+            outputs.save_dataparser_transform(self.base_dir / "dataparser_transforms.json")
+            self._init_viewer_state()
+            while self._left() > 0 and not self.stop_training:
+                with TimeWriter(writer, EventName.TOTAL_TRAIN_TIME):
+                    self._train_steps()
+                self._after_train()
+
+    def _left(self) -> int:
+        return self.last_step - self.step
+
+    def _train_steps(self) -> None:
+        while self._left() > 0 and not self.stop_training:
+            self._train_step(self.step + 1)
+            self._steering.take_requests(self.step)
+            while self.training_state == "paused" and not self.stop_training:
+                time.sleep(0.02)
+                self._steering.take_requests(self.step)
+
+    def _train_step(self, step: int) -> None:
+        """One step, with all that nerfstudio does around it."""
+        self.step = step
+        with self.train_lock, TimeWriter(writer, EventName.ITER_TRAIN_TIME, step=step) as timer:
+            self.pipeline.train()
+            for callback in self.callbacks:
+                callback.run_callback_at_location(step, location=TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
+            loss, losses, metrics = self.train_iteration(step)
+            for callback in self.callbacks:
+                callback.run_callback_at_location(step, location=TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
+        if step > 1:  # the first ones are slow
+            rays = self.world_size * self.pipeline.datamanager.get_train_rays_per_batch()
+            rate = rays / max(0.001, timer.duration)
+            writer.put_time(EventName.TRAIN_RAYS_PER_SEC, rate, step=step, avg_over_steps=True)
+        self._update_viewer_state(step)
+        if step_check(step, self.config.logging.steps_per_log, run_at_zero=True):
+            writer.put_scalar("Train Loss", loss, step)
+            writer.put_dict("Train Loss Dict", losses, step)
+            writer.put_dict("Train Metrics Dict", metrics, step)
+            writer.put_scalar("GPU Memory (MB)", torch.cuda.max_memory_allocated() / 2**20, step)
+        if self.pipeline.datamanager.eval_dataset:
+            with self.train_lock:
+                self.eval_iteration(step)
+        if step_check(step, self.config.steps_per_save):
+            self.save_checkpoint(step)
+        writer.write_out_storage()
+
+    def _reopen(self) -> None:
+        """A finished run has nothing to train, but with a viewer other instructions can be applied to it."""
+        if self.viewer_state is None or self.config.viewer.quit_on_train_completion:
+            raise WysError(
+                f"The run is through: it has {self.step + 1} of {self.last_step + 1} steps. For more editing raise "
+                "--pipeline.edit-steps; for another edit give this run to --base-run."
+            )
+        self.pipeline.enter(self.pipeline.plan.phase(self.step))
+        self._init_viewer_state()
+        self._train_complete_viewer()
+
+    def run_until(self, steps: int, paused: bool = False) -> None:
+        """Moves the run's end.
+
+        Args:
+            steps: Steps of the whole run.
+            paused: Whether training waits for nerfstudio's Resume Training; if not, it goes on.
+        """
+        self.last_step = steps - 1
+        paused = paused and self._left() > 0
+        self.training_state = "paused" if paused else "training"
+        if isinstance(self.viewer_state, Viewer):
+            self.viewer_state.pause_train.visible = not paused
+            self.viewer_state.resume_train.visible = paused
+
+    def _train_complete_viewer(self) -> None:
+        """Waits, as nerfstudio does, but for requests."""
+        if not isinstance(self.viewer_state, Viewer):
+            return
+        self.viewer_state.training_complete()
+        CONSOLE.print("Use ctrl+c to quit", justify="center")
+        while self._left() <= 0 and not self.stop_training:
+            self.training_state = "completed"
+            time.sleep(0.02)
+            self._steering.take_requests(self.step)
 
     def save_checkpoint(self, step: int) -> None:
         """Saves the weights and, to the same moment, the edited views and the run's state."""
         super().save_checkpoint(step)
         if self.local_rank == 0:
             self.pipeline.save_run_state(step)
+            if self._steering.changed:
+                self._save_config()
+
+    def _save_config(self) -> None:
+        """Writes config.yml again, so that whatever opens the run sees the settings that it ended with."""
+        total, self.config.max_num_iterations = self.config.max_num_iterations, self.last_step + 1
+        self.config.save_config()
+        self.config.max_num_iterations = total
 
 
 @contextmanager
