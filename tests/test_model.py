@@ -1,5 +1,6 @@
 """The model: whose gradient reaches what in which phase, the extra outputs, and nerfacto's losses."""
 
+import matplotlib
 import pytest
 import torch
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
@@ -245,16 +246,17 @@ def test_parameter_groups_cover_every_parameter_once():
 @pytest.mark.parametrize("phase", list(Phase))
 def test_eval_outputs_have_the_localisation_in_every_phase(phase):
     outputs = build(phase).render_view(cameras(), 1)
-    assert outputs["rgb"].shape == outputs["relevance_overlay"].shape == (HEIGHT, WIDTH, 3)
-    assert outputs["relevance"].shape == outputs["edit_mask"].shape == (HEIGHT, WIDTH, 1)
-    for name in ("rgb", "relevance", "relevance_overlay", "edit_mask"):
+    for name in ("rgb", "relevance", "relevance_overlay"):
+        assert outputs[name].shape == (HEIGHT, WIDTH, 3)
+    assert outputs["relevance_value"].shape == outputs["edit_mask"].shape == (HEIGHT, WIDTH, 1)
+    for name in ("rgb", "relevance", "relevance_value", "relevance_overlay", "edit_mask"):
         assert 0 <= float(outputs[name].min()) <= float(outputs[name].max()) <= 1
     assert {*outputs["edit_mask"].unique().tolist()} <= {0.0, 1.0}
 
 
 def test_the_edit_mask_follows_the_threshold():
     model = build()
-    relevance = model.render_view(cameras(), 0)["relevance"]
+    relevance = model.render_view(cameras(), 0)["relevance_value"]
     middle = float(relevance.median())
     assert float(relevance.min()) < middle < float(relevance.max())
     for threshold in (0.0, middle, 1.0):
@@ -267,12 +269,38 @@ def test_without_localisation_everything_is_to_be_edited():
     model.localized, model.mask_threshold = False, 0.9
     outputs = model.render_view(cameras(), 0)
     assert bool((outputs["edit_mask"] == 1).all())
-    assert bool((outputs["relevance"] == 1).all())
+    assert bool((outputs["relevance_value"] == 1).all())
+
+
+def test_relevance_has_colours_of_a_fixed_scale():
+    """Equal numbers have equal colours, whatever else is in the picture."""
+    model = build()
+    outputs = model.render_view(cameras(), 0)
+    for value, colour in zip(outputs["relevance_value"].flatten().tolist(), outputs["relevance"].flatten(0, 1)):
+        wanted = matplotlib.colormaps["inferno"].colors[int(value * 255)]
+        assert colour.tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_the_overlay_draws_the_masks_border_and_tints_what_is_within():
+    model = build()
+    model.mask_threshold = float(model.render_view(cameras(), 0)["relevance_value"].median())
+    outputs = model.render_view(cameras(), 0)
+    mask = outputs["edit_mask"][..., 0] > 0
+    inner = 0
+    for y in range(HEIGHT):
+        for x in range(WIDTH):
+            if not mask[y, x]:
+                continue
+            around = mask[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2]
+            inner += bool(around.all())
+            wanted = 0.5 * (outputs["rgb"][y, x] + outputs["relevance"][y, x]) if around.all() else torch.ones(3)
+            torch.testing.assert_close(outputs["relevance_overlay"][y, x], wanted)
+    assert 0 < inner < int(mask.sum())
 
 
 def test_the_overlay_darkens_what_stays():
     model = build()
-    model.mask_threshold = float(model.render_view(cameras(), 0)["relevance"].median())
+    model.mask_threshold = float(model.render_view(cameras(), 0)["relevance_value"].median())
     outputs = model.render_view(cameras(), 0)
     outside = outputs["edit_mask"][..., 0] == 0
     assert bool(outside.any())
@@ -339,7 +367,7 @@ def test_image_metrics_have_lpips_where_its_weights_are_at_hand(alexnet_file, tm
     for weights, wanted in ((None, {"psnr", "ssim"}), (alexnet_file, {"psnr", "ssim", "lpips"})):
         model = build(lpips_weights=weights)
         outputs = {"rgb": torch.rand(64, 64, 3), "depth": torch.rand(64, 64, 1), "accumulation": torch.rand(64, 64, 1)}
-        outputs |= {"relevance": torch.rand(64, 64, 1), "relevance_overlay": torch.rand(64, 64, 3)}
+        outputs |= {"relevance": torch.rand(64, 64, 3), "relevance_overlay": torch.rand(64, 64, 3)}
         metrics, images = model.get_image_metrics_and_images(outputs, truth)
         assert set(metrics) == wanted
         squared = (outputs["rgb"] - truth["image"]) ** 2

@@ -82,7 +82,7 @@ def look(trainer: WysTrainer) -> tuple[torch.Tensor, ...]:
     with trainer.train_lock:
         renders = [pipeline.scene_model.render_view(data.train_dataset.cameras, view) for view in (0, 5)]
         return (
-            *(render[name].clone() for render in renders for name in ("rgb", "relevance")),
+            *(render[name].clone() for render in renders for name in ("rgb", "relevance_value")),
             data.current_views(range(data.num_views)).clone(),
             data.reference_views(range(data.num_views)).clone(),
             data.cached_batch["relevance"].clone(),

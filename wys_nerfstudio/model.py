@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
@@ -161,7 +160,7 @@ class WysModel(NerfactoModel):
     # ------------------------------------------------------------------------------------------------- rendering
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
-        """Renders rays: nerfacto's outputs, and in eval mode `relevance`, `relevance_overlay` and `edit_mask`.
+        """Renders rays: nerfacto's outputs and `relevance`, one number in [0, 1] per ray.
 
         While only the relevance head is trained the scene is held fixed, and `relevance` is the only output.
         """
@@ -204,22 +203,34 @@ class WysModel(NerfactoModel):
         if self.training:
             outputs["weights_list"] = weights_list
             outputs["ray_samples_list"] = samples_list
-        else:
-            outputs.update(self._localization_outputs(outputs["rgb"], outputs["relevance"]))
+        elif not self.localized:
+            outputs["relevance"] = torch.ones_like(outputs["relevance"])
         return outputs
 
-    def _localization_outputs(
-        self, rgb: Float[Tensor, "rays 3"], relevance: Float[Tensor, "rays 1"]
-    ) -> dict[str, Tensor]:
-        if not self.localized:
-            relevance = torch.ones_like(relevance)
+    @torch.no_grad()
+    def get_outputs_for_camera_ray_bundle(self, camera_ray_bundle: RayBundle) -> dict[str, Tensor]:
+        """Renders a picture: nerfacto's outputs, and
+
+        - `relevance_value` (height, width, 1) in [0, 1];
+        - `relevance` (height, width, 3), the same as colours of a fixed scale: nerfstudio's viewer would stretch numbers
+          anew in every frame;
+        - `edit_mask` (height, width, 1), 1 where relevance is at least `mask_threshold`, else 0;
+        - `relevance_overlay` (height, width, 3), the render: tinted within the mask, dimmed outside, a white line between.
+        """
+        outputs = super().get_outputs_for_camera_ray_bundle(camera_ray_bundle)
+        relevance, rgb = outputs["relevance"], outputs["rgb"]
+        colours = colormaps.apply_float_colormap(relevance.clamp(0, 1), "inferno").to(rgb)
+        mask = relevance >= self.mask_threshold
+        overlay = torch.where(mask, 0.5 * rgb + 0.5 * colours, 0.4 * rgb)
         # Floats, not bools: nerfstudio paints bool outputs on the CPU whatever device they are on.
-        mask = (relevance >= self.mask_threshold).float()
-        tinted = 0.5 * rgb + 0.5 * colormaps.apply_float_colormap(relevance.clamp(0, 1), "inferno").to(rgb)
+        outside = (~mask).float().permute(2, 0, 1)
+        border = mask & (F.max_pool2d(outside, kernel_size=3, stride=1, padding=1).permute(1, 2, 0) > 0)
         return {
-            "relevance": relevance,
-            "relevance_overlay": torch.where(mask > 0, tinted, 0.4 * rgb),
-            "edit_mask": mask,
+            **outputs,
+            "relevance": colours,
+            "relevance_value": relevance,
+            "relevance_overlay": torch.where(border, torch.ones_like(rgb), overlay),
+            "edit_mask": mask.float(),
         }
 
     @contextmanager
@@ -307,7 +318,7 @@ class WysModel(NerfactoModel):
         images = {
             "img": torch.cat([truth, rgb], dim=1),
             "depth": colormaps.apply_depth_colormap(outputs["depth"], accumulation=outputs["accumulation"]),
-            "relevance": colormaps.apply_float_colormap(outputs["relevance"].clamp(0, 1), "inferno"),
+            "relevance": outputs["relevance"],
             "relevance_overlay": outputs["relevance_overlay"],
         }
         return metrics, images

@@ -492,7 +492,7 @@ class WysPipeline(VanillaPipeline):
             return torch.ones(shape, dtype=torch.bool, device=self.model.device)
         maps = torch.stack([self.datamanager.relevance_of(view) for view in views])
         if self.config.localization == "relevance-field":
-            field = torch.stack([render["relevance"][..., 0] for render in renders])
+            field = torch.stack([render["relevance_value"][..., 0] for render in renders])
             tau, height, width = self.config.mask_threshold, *self.datamanager.view_size
             cell = (
                 self.editor().latent_factor
@@ -646,7 +646,7 @@ class WysPipeline(VanillaPipeline):
         return [
             data.captured_views([view])[0],
             heat(view_map),
-            heat(render["relevance"][..., 0]),
+            heat(render["relevance_value"][..., 0]),
             mask.float()[..., None].expand(-1, -1, 3),
             data.current_views([view])[0],
             render["rgb"].clamp(0, 1),

@@ -100,7 +100,9 @@ def field_renders(pipeline: WysPipeline) -> torch.Tensor:
     """Rendered relevance of the held-out views."""
     pipeline.eval()
     cameras = pipeline.datamanager.eval_dataset.cameras
-    renders = [pipeline.model.get_outputs_for_camera(cameras[i : i + 1])["relevance"] for i in range(len(cameras))]
+    renders = [
+        pipeline.model.get_outputs_for_camera(cameras[i : i + 1])["relevance_value"] for i in range(len(cameras))
+    ]
     return torch.stack(renders)[..., 0]
 
 

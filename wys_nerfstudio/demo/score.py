@@ -66,7 +66,7 @@ def render_views(pipeline: WysPipeline, cameras: Cameras) -> list[dict[str, Tens
     outputs = []
     for i in range(len(cameras)):
         render = pipeline.model.get_outputs_for_camera(cameras[i : i + 1].to(pipeline.device))
-        outputs.append({key: render[key].cpu() for key in ("rgb", "relevance", "edit_mask")})
+        outputs.append({key: render[key].cpu() for key in ("rgb", "relevance_value")})
     return outputs
 
 
@@ -131,7 +131,7 @@ def score(
         if not mask.any() or mask.all():
             continue
         # Localisation is judged on the captured geometry: that is what the masks of the first edits were cut from.
-        located = first["relevance"][..., 0]
+        located = first["relevance_value"][..., 0]
         rows.append(
             [
                 psnr(first["rgb"], wanted, ~mask),
