@@ -32,6 +32,9 @@ class Run(Protocol):
     def save_checkpoint(self, step: int) -> None:
         """Saves everything as of a step."""
 
+    def redraw(self) -> None:
+        """Lets the viewer draw the scene anew, whatever it is drawing."""
+
     def run_until(self, steps: int, paused: bool = False) -> None:
         """Moves the run's end to that many steps in all."""
 
@@ -77,6 +80,8 @@ class Steering:
         controls = self.pipeline.controls
         while not controls.requests.empty():
             request = controls.requests.get()
+            # A big picture is drawn for seconds with the lock held; drawing it anew lets the request in between.
+            self._run.redraw()
             with self._run.train_lock:
                 try:
                     self._message = self._carry_out(request, step)
@@ -85,6 +90,7 @@ class Steering:
                     self._message = str(error)
                     CONSOLE.print(f"wys: {error}")
             controls.show_settings(self.pipeline.config.instruction, self.pipeline.live_settings())
+            self._run.redraw()
             self._shown_at = 0.0
         self._measure(step)
         if time.monotonic() - self._shown_at > STATUS_SECONDS:

@@ -240,6 +240,11 @@ class WysTrainer(Trainer):
             self.viewer_state.pause_train.visible = not paused
             self.viewer_state.resume_train.visible = paused
 
+    def redraw(self) -> None:
+        """Lets the viewer draw the scene anew, whatever it is drawing."""
+        if isinstance(self.viewer_state, Viewer):
+            self.viewer_state._trigger_rerender()
+
     def _train_complete_viewer(self) -> None:
         """Waits, as nerfstudio does, but for requests."""
         if not isinstance(self.viewer_state, Viewer):
