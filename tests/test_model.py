@@ -246,9 +246,9 @@ def test_parameter_groups_cover_every_parameter_once():
 @pytest.mark.parametrize("phase", list(Phase))
 def test_eval_outputs_have_the_localisation_in_every_phase(phase):
     outputs = build(phase).render_view(cameras(), 1)
-    for name in ("rgb", "relevance", "relevance_overlay"):
+    for name in ("rgb", "relevance", "relevance_overlay", "edit_mask"):
         assert outputs[name].shape == (HEIGHT, WIDTH, 3)
-    assert outputs["relevance_value"].shape == outputs["edit_mask"].shape == (HEIGHT, WIDTH, 1)
+    assert outputs["relevance_value"].shape == (HEIGHT, WIDTH, 1)
     for name in ("rgb", "relevance", "relevance_value", "relevance_overlay", "edit_mask"):
         assert 0 <= float(outputs[name].min()) <= float(outputs[name].max()) <= 1
     assert {*outputs["edit_mask"].unique().tolist()} <= {0.0, 1.0}
@@ -261,7 +261,8 @@ def test_the_edit_mask_follows_the_threshold():
     assert float(relevance.min()) < middle < float(relevance.max())
     for threshold in (0.0, middle, 1.0):
         model.mask_threshold = threshold
-        assert torch.equal(model.render_view(cameras(), 0)["edit_mask"], (relevance >= threshold).float())
+        wanted = (relevance >= threshold).float().expand(-1, -1, 3)
+        assert torch.equal(model.render_view(cameras(), 0)["edit_mask"], wanted)
 
 
 def test_without_localisation_everything_is_to_be_edited():

@@ -214,7 +214,7 @@ class WysModel(NerfactoModel):
         - `relevance_value` (height, width, 1) in [0, 1];
         - `relevance` (height, width, 3), the same as colours of a fixed scale: nerfstudio's viewer would stretch numbers
           anew in every frame;
-        - `edit_mask` (height, width, 1), 1 where relevance is at least `mask_threshold`, else 0;
+        - `edit_mask` (height, width, 3), white where relevance is at least `mask_threshold`, else black;
         - `relevance_overlay` (height, width, 3), the render: tinted within the mask, dimmed outside, a white line between.
         """
         outputs = super().get_outputs_for_camera_ray_bundle(camera_ray_bundle)
@@ -222,7 +222,6 @@ class WysModel(NerfactoModel):
         colours = colormaps.apply_float_colormap(relevance.clamp(0, 1), "inferno").to(rgb)
         mask = relevance >= self.mask_threshold
         overlay = torch.where(mask, 0.5 * rgb + 0.5 * colours, 0.4 * rgb)
-        # Floats, not bools: nerfstudio paints bool outputs on the CPU whatever device they are on.
         outside = (~mask).float().permute(2, 0, 1)
         border = mask & (F.max_pool2d(outside, kernel_size=3, stride=1, padding=1).permute(1, 2, 0) > 0)
         return {
@@ -230,7 +229,7 @@ class WysModel(NerfactoModel):
             "relevance": colours,
             "relevance_value": relevance,
             "relevance_overlay": torch.where(border, torch.ones_like(rgb), overlay),
-            "edit_mask": mask.float(),
+            "edit_mask": mask.float().expand(-1, -1, 3),
         }
 
     @contextmanager

@@ -1,0 +1,156 @@
+"""The panel in a real browser, on a live run: headless Chromium against `ns-train wys-tiny` on the demo scene."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from wys_nerfstudio.demo.scene import write_demo_scene
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+
+PORT = 7431
+STEPS = ["--pipeline.reconstruct-steps=150", "--pipeline.localize-steps=60", "--pipeline.edit-steps=11"]
+
+
+def wait(condition: Callable[[], Any], seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def live_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folder of a run that has finished and whose viewer is open."""
+    folder = tmp_path_factory.mktemp("viewer")
+    write_demo_scene(folder / "scene")
+    command = ["wys-tiny", "--data", folder / "scene", "--output-dir", folder / "runs", "--machine.device-type=cpu"]
+    command += ["--instruction", "turn the bear into a panda", f"--viewer.websocket-port={PORT}", *STEPS]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "nerfstudio.scripts.train", *map(str, command)],
+            stdout=log, stderr=subprocess.STDOUT, env=environment,
+        )  # fmt: skip
+        try:
+            wait(lambda: process.poll() is not None or "Use ctrl+c" in (folder / "log.txt").read_text())
+            assert process.poll() is None, (folder / "log.txt").read_text()[-3000:]
+            yield next((folder / "runs").glob("*/*/*/config.yml")).parent
+        finally:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def page(live_run: Path) -> Iterator[Any]:
+    """The viewer's page."""
+    options = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=options)
+        page = browser.new_page(viewport={"width": 1100, "height": 1500})
+        page.goto(f"http://127.0.0.1:{PORT}")
+        page.get_by_text("Watch Your Steps").wait_for(timeout=60000)
+        yield page
+        browser.close()
+
+
+def panel(page: Any) -> str:
+    text = page.inner_text("body")
+    return text[text.index("Watch Your Steps") :]
+
+
+def choose_output(page: Any, name: str) -> None:
+    page.get_by_label("Output type").first.click()
+    page.get_by_role("option", name=name, exact=True).click()
+
+
+def set_threshold(page: Any, value: float) -> None:
+    box = page.get_by_text("Mask threshold").locator("xpath=following::input[@type='text'][1]")
+    box.fill(str(value))
+    box.press("Enter")
+
+
+def picture(page: Any) -> np.ndarray:
+    """The scene as it is shown when it changes no more, without the panel."""
+    last = np.zeros(0)
+    for _ in range(60):
+        shot = page.screenshot(clip={"x": 0, "y": 60, "width": 700, "height": 1400})
+        now = np.asarray(Image.open(io.BytesIO(shot)).convert("L"), dtype=float)
+        if last.shape == now.shape and np.abs(last - now).mean() < 0.05:
+            return now
+        last = now
+        page.wait_for_timeout(3000)
+    raise AssertionError("the picture never came to rest")
+
+
+def history(run: Path) -> list[dict]:
+    return json.loads((run / "wys" / "history.json").read_text())
+
+
+def edits(run: Path) -> int:
+    return len((run / "wys" / "edits.jsonl").read_text().splitlines())
+
+
+def test_the_panel_is_in_order(page: Any) -> None:
+    wanted = ["finished", "Instruction", "Apply", "on top", "instead", "Mask threshold", "Guidance scale",
+              "Image guidance scale", "Localization", "Edit every", "Edit count", "Pause editing", "Preview", "Undo",
+              "Reset"]  # fmt: skip
+    wait(lambda: "finished" in panel(page))
+    text = panel(page)
+    places = [text.index(label) for label in wanted]
+    assert places == sorted(places)
+
+
+def test_the_mask_shrinks_in_the_picture_as_the_threshold_rises(page: Any) -> None:
+    page.get_by_text("Hide Train Cams").click()
+    choose_output(page, "relevance_overlay")
+    choose_output(page, "edit_mask")
+    areas = []
+    for threshold in (0.0, 0.2, 0.5, 1.0):
+        set_threshold(page, threshold)
+        page.wait_for_timeout(1500)
+        areas.append(float((picture(page) > 128).mean()))
+    assert areas[0] > 0.9 and areas == sorted(areas, reverse=True) and areas[-1] < 0.5 * areas[0]
+    set_threshold(page, 0.3)
+
+
+def test_a_preview_appears_and_a_wrong_value_is_refused(page: Any) -> None:
+    set_threshold(page, 0.0)  # so short a run may find nothing relevant
+    page.get_by_role("button", name="Preview").click()
+    page.locator("img[alt=preview]").wait_for(timeout=60000)
+    every = page.get_by_text("Edit every").locator("xpath=following::input[1]")
+    every.fill("0")
+    wait(lambda: "--pipeline.edit-every must be at least 1, not 0" in panel(page), 60)
+    wait(lambda: every.input_value() == "5", 60)
+
+
+def test_apply_and_undo(page: Any, live_run: Path) -> None:
+    choose_output(page, "rgb")
+    before, count = picture(page), edits(live_run)
+    box = page.get_by_text("Instruction").locator("xpath=following::input[1]")
+    box.fill("make the ball blue")
+    box.press("Enter")
+    page.wait_for_timeout(1000)
+    page.get_by_role("button", name="instead").click()
+    wait(lambda: len(history(live_run)) == 2)
+    wait(lambda: "finished" in panel(page) and edits(live_run) > count)
+    assert [entry["instruction"] for entry in history(live_run)] == ["turn the bear into a panda", "make the ball blue"]
+    page.get_by_role("button", name="Undo").click()
+    wait(lambda: len(history(live_run)) == 1)
+    wait(lambda: '"make the ball blue" is undone' in panel(page))
+    assert box.input_value() == "turn the bear into a panda"
+    page.wait_for_timeout(1500)
+    assert np.abs(picture(page) - before).mean() < 0.5
