@@ -160,7 +160,8 @@ class WysModel(NerfactoModel):
     # ------------------------------------------------------------------------------------------------- rendering
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
-        """Renders rays: nerfacto's outputs and `relevance`, one number in [0, 1] per ray.
+        """Renders rays: nerfacto's outputs, `relevance`, one number in [0, 1] per ray, and in eval mode
+        `relevance_overlay`, colours without the mask's border, which nerfstudio's point clouds can take.
 
         While only the relevance head is trained the scene is held fixed, and `relevance` is the only output.
         """
@@ -203,9 +204,15 @@ class WysModel(NerfactoModel):
         if self.training:
             outputs["weights_list"] = weights_list
             outputs["ray_samples_list"] = samples_list
-        elif not self.localized:
-            outputs["relevance"] = torch.ones_like(outputs["relevance"])
+        else:
+            if not self.localized:
+                outputs["relevance"] = torch.ones_like(outputs["relevance"])
+            outputs["relevance_overlay"] = self._overlay(outputs["rgb"], outputs["relevance"])
         return outputs
+
+    def _overlay(self, rgb: Float[Tensor, "*bs 3"], relevance: Float[Tensor, "*bs 1"]) -> Float[Tensor, "*bs 3"]:
+        colours = colormaps.apply_float_colormap(relevance.clamp(0, 1), "inferno").to(rgb)
+        return torch.where(relevance >= self.mask_threshold, 0.5 * rgb + 0.5 * colours, 0.4 * rgb)
 
     @torch.no_grad()
     def get_outputs_for_camera_ray_bundle(self, camera_ray_bundle: RayBundle) -> dict[str, Tensor]:
@@ -221,14 +228,13 @@ class WysModel(NerfactoModel):
         relevance, rgb = outputs["relevance"], outputs["rgb"]
         colours = colormaps.apply_float_colormap(relevance.clamp(0, 1), "inferno").to(rgb)
         mask = relevance >= self.mask_threshold
-        overlay = torch.where(mask, 0.5 * rgb + 0.5 * colours, 0.4 * rgb)
         outside = (~mask).float().permute(2, 0, 1)
         border = mask & (F.max_pool2d(outside, kernel_size=3, stride=1, padding=1).permute(1, 2, 0) > 0)
         return {
             **outputs,
             "relevance": colours,
             "relevance_value": relevance,
-            "relevance_overlay": torch.where(border, torch.ones_like(rgb), overlay),
+            "relevance_overlay": torch.where(border, torch.ones_like(rgb), outputs["relevance_overlay"]),
             "edit_mask": mask.float().expand(-1, -1, 3),
         }
 
