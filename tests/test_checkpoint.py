@@ -304,14 +304,16 @@ def test_cameras_in_another_place_or_scale_are_refused(tmp_path, change):
 
 
 def test_a_runs_state_is_read_as_it_was_written(tmp_path):
-    state = RunState(step=1234, plan=Plan(1000, 200, 4000), instruction='Turn it into "snow" – now', edits=17)
+    asked = {"instruction": 'Turn it into "snow" – now', "mask_threshold": 0.5}
+    state = RunState(1234, Plan(1000, 200, 4000), edits=17, settings={**asked, "mask_threshold": 0.25}, asked=asked)
     state.write(tmp_path / "run" / "wys")
     assert RunState.read(tmp_path / "run" / "wys") == state
     assert [path.name for path in (tmp_path / "run" / "wys").iterdir()] == ["state.json"]
 
 
 @pytest.mark.parametrize(
-    "content", [None, "", "{", "[]", "7", '{"step": 1}', '{"step": 1, "plan": [], "instruction": "", "edits": 0}']
+    "content",
+    [None, "", "{", "[]", "7", '{"step": 1}', '{"step": 1, "plan": [], "edits": 0, "settings": {}, "asked": {}}'],
 )
 def test_a_missing_or_damaged_state_is_refused_with_the_way_out(tmp_path, content):
     (tmp_path / "wys").mkdir()

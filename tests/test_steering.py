@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from test_pipeline import small_config
 
 from wys_nerfstudio.controls import INSTEAD, ON_TOP, Request
@@ -246,6 +247,69 @@ def test_a_preview_is_what_the_next_edit_would_be_and_leaves_no_trace(
 
     with running(small_config(ring_scene, editor_folder, tmp_path, **OPTIONS), then):
         pass
+
+
+def test_a_preview_of_what_is_typed_asks_the_editor_about_that_view_alone(
+    ring_scene: Path, editor_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    shown: list = []
+
+    def then(trainer: WysTrainer) -> None:
+        wait(lambda: finished(trainer))
+        pipeline = trainer.pipeline
+        data = pipeline.datamanager
+        monkeypatch.setattr(pipeline.controls, "show_preview", lambda *arguments: shown.append(arguments))
+        before = look(trainer)
+        camera = data.train_dataset.cameras.camera_to_worlds[3]
+        where = (*camera[:, 3].tolist(), *(-camera[:, 2]).tolist())
+        ask(trainer, "preview", "make the bear red", where)
+        assert pipeline.config.instruction == "make the ball blue" and same(look(trainer), before)
+        ((caption, (_, mask, _)),) = shown
+        assert caption.startswith('"make the bear red" in frame')
+        # The very mask that an Apply of this instruction would give this view without the field.
+        ask(trainer, "set", "localization", "relevance-map")
+        ask(trainer, "apply", INSTEAD, "make the bear red")
+        wait(lambda: finished(trainer) and trainer.step == 49)
+        assert torch.equal(mask[..., 0] > 0, data.relevance_of(3) >= pipeline.config.mask_threshold)
+
+    with running(small_config(ring_scene, editor_folder, tmp_path, **OPTIONS), then):
+        pass
+
+
+def test_apply_goes_on_although_training_was_paused(ring_scene: Path, editor_folder: Path, tmp_path: Path) -> None:
+    def then(trainer: WysTrainer) -> None:
+        wait(lambda: trainer.pipeline.phase is Phase.EDIT and trainer.step > 26)
+        pause(trainer)
+        ask(trainer, "apply", ON_TOP, "make the bear red")
+        wait(lambda: finished(trainer) and trainer.pipeline.config.instruction == "make the bear red")
+
+    with running(small_config(ring_scene, editor_folder, tmp_path, **OPTIONS), then):
+        pass
+
+
+def test_live_changes_outlive_the_process_unless_typed_otherwise(
+    ring_scene: Path, editor_folder: Path, tmp_path: Path
+) -> None:
+    def then(trainer: WysTrainer) -> None:
+        wait(lambda: finished(trainer))
+        ask(trainer, "set", "mask_threshold", 0.45)
+        ask(trainer, "set", "guidance_scale", 2.5)
+        ask(trainer, "apply", ON_TOP, "make the bear red")
+        wait(lambda: finished(trainer) and trainer.step == 49)
+
+    with running(small_config(ring_scene, editor_folder, tmp_path / "a", **OPTIONS), then) as trainer:
+        folder = trainer.base_dir
+    kept = yaml.load((folder / "config.yml").read_text(), Loader=yaml.Loader)
+    assert kept.pipeline.mask_threshold == 0.45 and kept.pipeline.instruction == "make the bear red"
+    assert kept.max_num_iterations == 50
+
+    # The same command once more, but for one setting.
+    config = small_config(ring_scene, editor_folder, tmp_path / "b", **OPTIONS)
+    assert (config.pipeline.instruction, config.pipeline.mask_threshold) == ("make the ball blue", 0.2)
+    config.pipeline.guidance_scale, config.load_dir = 7.0, folder / "nerfstudio_models"
+    config.set_timestamp()
+    assert (config.pipeline.instruction, config.pipeline.mask_threshold) == ("make the bear red", 0.45)
+    assert config.pipeline.guidance_scale == 7.0
 
 
 @pytest.mark.parametrize("seed", [0])

@@ -137,6 +137,29 @@ def test_a_preview_appears_and_a_wrong_value_is_refused(page: Any) -> None:
     wait(lambda: every.input_value() == "5", 60)
 
 
+def test_two_outputs_side_by_side(page: Any) -> None:
+    choose_output(page, "rgb")
+    alone = picture(page)
+    switch = page.get_by_text("Enable", exact=True).locator("xpath=following::input[@type='checkbox'][1]")
+    switch.check(force=True)
+    page.get_by_label("Output render split").click()
+    page.get_by_role("option", name="edit_mask", exact=True).click()
+    page.wait_for_timeout(1500)
+    both = picture(page)
+    half = alone.shape[1] // 3  # the split is in the middle of the window, which the panel covers in part
+    assert np.abs(both[:, :half] - alone[:, :half]).mean() < 3
+    switch.uncheck(force=True)
+
+
+def test_what_is_typed_stays_until_it_is_applied(page: Any) -> None:
+    box = page.get_by_text("Instruction").locator("xpath=following::input[1]")
+    box.fill("make the ball red")
+    box.press("Enter")
+    set_threshold(page, 0.25)
+    page.wait_for_timeout(2000)
+    assert box.input_value() == "make the ball red"
+
+
 def test_apply_and_undo(page: Any, live_run: Path) -> None:
     choose_output(page, "rgb")
     before, count = picture(page), edits(live_run)

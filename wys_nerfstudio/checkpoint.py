@@ -257,10 +257,12 @@ class RunState:
     """The checkpoint's step."""
     plan: Plan
     """Phases of the run."""
-    instruction: str
-    """What to change."""
     edits: int
     """Edits begun so far, skipped ones included; the next edit's number."""
+    settings: dict[str, Any]
+    """Instruction and live settings as they are now."""
+    asked: dict[str, Any]
+    """The same as the run was started with; what is typed otherwise when it is resumed wins over `settings`."""
 
     def write(self, folder: Path) -> None:
         """Writes the state into a run's `wys` folder, whole or not at all."""

@@ -43,7 +43,7 @@ class Request:
     action: Literal["set", "pause", "apply", "preview", "undo", "reset"]
     """What to do: change a setting, pause or go on editing, ..."""
     name: str = ""
-    """The setting; for "apply" the start, `ON_TOP` or `INSTEAD`."""
+    """The setting; for "apply" the start, `ON_TOP` or `INSTEAD`; for "preview" the instruction, the run's if empty."""
     value: Any = None
     """Its value; for "apply" the instruction, for "preview" the camera's position and direction, six numbers."""
 
@@ -107,7 +107,12 @@ class Controls(ViewerElement[None]):
             pause = gui.add_checkbox("Pause editing", False, hint="Train on, but edit no further views")
             pause.on_update(lambda event: self._put(event, "pause", value=pause.value))
             preview = gui.add_button("Preview", hint="Edit the training view nearest to the camera, without using it")
-            preview.on_click(lambda event: self._put(event, "preview", value=event.client and camera_of(event.client)))
+
+            def preview_clicked(event: viser.GuiEvent) -> None:
+                camera = event.client and camera_of(event.client)
+                self._put(event, "preview", self._value("instruction"), camera)
+
+            preview.on_click(preview_clicked)
             self._preview = gui.add_markdown("")
             undo = gui.add_button("Undo", hint="Return to the moment before the last Apply or Reset")
             undo.on_click(lambda event: self._put(event, "undo"))
@@ -151,8 +156,11 @@ class Controls(ViewerElement[None]):
             self._status.content = text
 
     def show_settings(self, instruction: str, settings: dict[str, Any]) -> None:
-        """Shows what is really in force, for instance after a value was refused."""
-        for name, value in {"instruction": instruction, **settings}.items():
+        """Shows what is really in force, for instance after a value was refused. What is being typed as the next instruction
+        stays, unless the run's has changed."""
+        shown = settings if instruction == self._instruction else {"instruction": instruction, **settings}
+        self._instruction = instruction
+        for name, value in shown.items():
             handle = self._handles.get(name)
             if handle is not None and handle.value != value:
                 handle.value = value

@@ -7,7 +7,7 @@ from one cached stack of images, so an edit is a write into that stack.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -207,17 +207,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         """
         raw = self._find_maps(folder, request)
         if raw is None:
-            seeds = [edit_seed(request.seed, -1 - view) for view in range(self.num_views)]
-            parts = relevance_maps(
-                editor,
-                self._reference.float() / 255,
-                request.instruction,
-                noise_level=request.noise_level,
-                draws=request.draws,
-                seeds=seeds,
-                long_side=request.long_side,
-                batch_size=batch_size,
-            )
+            parts = self._raw_maps(editor, range(self.num_views), request, batch_size)
             batches = -(-self.num_views // batch_size)
             bar = track(parts, description="Relevance maps of the views", total=batches, console=CONSOLE)
             made: list[Tensor] = []
@@ -226,10 +216,43 @@ class WysDataManager(VanillaDataManager[InputDataset]):
                 report(sum(map(len, made)), self.num_views)
             raw = torch.cat(made)
             self._keep_maps(folder, request, raw)
-        maps = relevance.resize(relevance.normalize(raw, normalization, outlier_factor), *self.view_size).clamp(0, 1)
+        maps = self._normalized(raw, normalization, outlier_factor)
         for name, view_map in zip(self.view_names, maps):
             write_png(folder / f"{name}.png", heat(view_map))
         self.set_relevance(maps)
+
+    def relevance_map(
+        self, editor: Editor, view: int, request: RelevanceRequest, outlier_factor: float
+    ) -> Float[Tensor, "h w"]:
+        """The relevance map of one view, normalised by itself; nothing is kept.
+
+        Args:
+            editor: The editor that is asked.
+            view: Which view.
+            request: As for `make_relevance_maps`.
+            outlier_factor: As in `relevance.normalize`.
+        """
+        raw = torch.cat(list(self._raw_maps(editor, [view], request, batch_size=1)))
+        return self._normalized(raw, "view", outlier_factor)[0]
+
+    def _raw_maps(
+        self, editor: Editor, views: Sequence[int], request: RelevanceRequest, batch_size: int
+    ) -> Iterator[Float[Tensor, "n lh lw"]]:
+        return relevance_maps(
+            editor,
+            self.reference_views(views),
+            request.instruction,
+            noise_level=request.noise_level,
+            draws=request.draws,
+            seeds=[edit_seed(request.seed, -1 - view) for view in views],
+            long_side=request.long_side,
+            batch_size=batch_size,
+        )
+
+    def _normalized(
+        self, raw: Float[Tensor, "n lh lw"], normalization: Literal["view", "scene"], outlier_factor: float
+    ) -> Float[Tensor, "n h w"]:
+        return relevance.resize(relevance.normalize(raw, normalization, outlier_factor), *self.view_size).clamp(0, 1)
 
     def _find_maps(self, folder: Path, request: RelevanceRequest) -> Optional[Float[Tensor, "n lh lw"]]:
         from safetensors import safe_open

@@ -120,11 +120,17 @@ class WysPipelineConfig(VanillaPipelineConfig):
 
     resume_from: tyro.conf.Suppress[Optional[Path]] = None
     """Folder of the run that --load-dir resumes; set by the trainer's options."""
+    asked: tyro.conf.Suppress[dict[str, Any]] = field(default_factory=dict)
+    """Instruction and live settings as they were typed; they can change while the run goes on."""
 
     def plan(self) -> Plan:
         """The phases that these options ask for."""
         localize = 0 if self.localization == "none" else self.localize_steps
         return Plan(0 if self.base_run is not None else self.reconstruct_steps, localize, self.edit_steps)
+
+    def live_settings(self) -> dict[str, Any]:
+        """Present values of what can be changed while the run goes on."""
+        return {name: getattr(self, name) for name in LIVE_SETTINGS}
 
     def edit_settings(self) -> EditSettings:
         """The part of the options that concerns a single edit."""
@@ -139,13 +145,16 @@ class WysPipelineConfig(VanillaPipelineConfig):
         """Takes over what must be as it was in the run that is resumed."""
         assert self.resume_from is not None
         state = RunState.read(self.resume_from / "wys")
-        if not self.instruction:
-            self.instruction = state.instruction
-        if self.instruction != state.instruction:
+        instruction = state.settings["instruction"]
+        if self.instruction not in ("", instruction, state.asked["instruction"]):
             raise WysError(
-                f'--load-dir resumes a run whose instruction is "{state.instruction}": leave out --instruction, or give the '
+                f'--load-dir resumes a run whose instruction is "{instruction}": leave out --instruction, or give the '
                 "run to --base-run to apply another instruction to its scene."
             )
+        self.instruction = instruction
+        for name in LIVE_SETTINGS:
+            if getattr(self, name) == state.asked[name]:
+                setattr(self, name, state.settings[name])
         self.base_run = None
         self.reconstruct_steps, self.localize_steps = state.plan.reconstruct_steps, state.plan.localize_steps
 
@@ -246,7 +255,7 @@ class WysPipeline(VanillaPipeline):
         self.scene_model.localized = config.localization != "none"
         self.controls = Controls(
             config.instruction,
-            self.live_settings(),
+            config.live_settings(),
             [name for name in get_args(Localization) if name != "masks" or config.masks_dir is not None],
             live=test_mode == "val",
             set_threshold=self._set_threshold,
@@ -399,23 +408,26 @@ class WysPipeline(VanillaPipeline):
         if self._masks is not None:
             self.datamanager.set_relevance(self._masks.float())
             return
-        request = RelevanceRequest(
-            editor=config.editor,
-            instruction=config.instruction,
-            noise_level=config.relevance_noise_level,
-            draws=config.relevance_draws,
-            seed=config.seed,
-            long_side=config.edit_long_side,
-            reference=self.datamanager.reference_digest(),
-        )
         self.datamanager.make_relevance_maps(
             self.editor(),
-            request,
+            self._relevance_request(config.instruction),
             config.relevance_normalization,
             config.relevance_outlier_factor,
             self._folder / "relevance",
             config.editor_batch_size,
             lambda done, total: self.report(f"relevance map {done} of {total}"),
+        )
+
+    def _relevance_request(self, instruction: str) -> RelevanceRequest:
+        config = self.config
+        return RelevanceRequest(
+            editor=config.editor,
+            instruction=instruction,
+            noise_level=config.relevance_noise_level,
+            draws=config.relevance_draws,
+            seed=config.seed,
+            long_side=config.edit_long_side,
+            reference=self.datamanager.reference_digest(),
         )
 
     @torch.no_grad()
@@ -454,15 +466,27 @@ class WysPipeline(VanillaPipeline):
         return max(1, round(level * (self.editor().num_train_timesteps - 1)))
 
     @torch.no_grad()
-    def preview(self, view: int) -> tuple[Float[Tensor, "h w 3"], Bool[Tensor, "h w"], Float[Tensor, "h w 3"]]:
+    def preview(
+        self, view: int, instruction: str
+    ) -> tuple[Float[Tensor, "h w 3"], Bool[Tensor, "h w"], Float[Tensor, "h w 3"]]:
         """What the next edit would make of a view: as it was, the mask, edited. Nothing is kept.
+
+        Args:
+            view: Which view.
+            instruction: What to change. If it is not the run's, the mask comes from a relevance map of this view alone.
 
         Raises:
             WysError: If nothing in this view is relevant.
         """
         config, data = self.config, self.datamanager
         render = self.scene_model.render_view(data.train_dataset.cameras, view)
-        mask = self.masks_of([view], [render])
+        if instruction == config.instruction or config.localization in ("none", "masks"):
+            mask = self.masks_of([view], [render])
+        else:
+            view_map = data.relevance_map(
+                self.editor(), view, self._relevance_request(instruction), config.relevance_outlier_factor
+            )
+            mask = relevance.threshold(view_map[None], config.mask_threshold)
         reference = data.reference_views([view])
         if not mask.any():
             raise WysError(
@@ -473,7 +497,7 @@ class WysPipeline(VanillaPipeline):
             [view],
             render["rgb"][None],
             mask,
-            config.instruction,
+            instruction,
             config.edit_settings(),
             start_timestep=self._start_timestep(self.edits),
             seeds=[schedule.edit_seed(config.seed, self.edits)],
@@ -506,10 +530,6 @@ class WysPipeline(VanillaPipeline):
         return relevance.threshold(maps, tau)
 
     # ------------------------------------------------------------------------------------- other instructions, and back
-
-    def live_settings(self) -> dict[str, Any]:
-        """Present values of what can be changed while the run goes on."""
-        return {name: getattr(self.config, name) for name in LIVE_SETTINGS}
 
     def change(self, name: str, value: Any) -> None:
         """Changes a live setting.
@@ -545,7 +565,7 @@ class WysPipeline(VanillaPipeline):
             "plan": asdict(self.plan),
             "edits": self.edits,
             "instruction": self.config.instruction,
-            "settings": self.live_settings(),
+            "settings": self.config.live_settings(),
         }
 
     def restore(self, state: dict[str, Any], step: int) -> None:
@@ -655,7 +675,8 @@ class WysPipeline(VanillaPipeline):
     def save_run_state(self, step: int) -> None:
         """Writes edited views and state as of a step whose checkpoint has just been written."""
         self.datamanager.save_edits(self._folder / "edits")
-        RunState(step, self.plan, self.config.instruction, self.edits).write(self._folder)
+        now = {"instruction": self.config.instruction, **self.config.live_settings()}
+        RunState(step, self.plan, self.edits, now, self.config.asked).write(self._folder)
 
     def _after_train(self, step: int) -> None:
         # The viewer draws from other threads, and a training view is rendered in that view's own appearance.

@@ -49,7 +49,7 @@ class Steering:
     def __init__(self, run: Run) -> None:
         self._run = run
         self.changed = False
-        """Whether instruction or settings are no longer those that the run began with."""
+        """Whether anything was asked for that config.yml does not tell yet."""
         self._message = ""
         self._shown_at = 0.0
         self._step_seconds: Optional[float] = None
@@ -58,7 +58,7 @@ class Steering:
         pipeline.report = self._show
         self.history = History(run.base_dir / "wys")
         if not self.history.entries:
-            first, settings = pipeline.plan.reconstruct_steps, pipeline.live_settings()
+            first, settings = pipeline.plan.reconstruct_steps, pipeline.config.live_settings()
             self.history.add(pipeline.config.instruction, "captured", settings, first, before=None)
 
     @property
@@ -89,7 +89,8 @@ class Steering:
                 except WysError as error:
                     self._message = str(error)
                     CONSOLE.print(f"wys: {error}")
-            controls.show_settings(self.pipeline.config.instruction, self.pipeline.live_settings())
+            config = self.pipeline.config
+            controls.show_settings(config.instruction, config.live_settings())
             self._run.redraw()
             self._shown_at = 0.0
         self._measure(step)
@@ -122,7 +123,7 @@ class Steering:
         pipeline.editor().encode_text(instruction)
         on_top = request.name == ON_TOP
         start = "on top" if on_top else "instead"
-        self.history.add(instruction, start, pipeline.live_settings(), step + 1, pipeline.snapshot(step))
+        self.history.add(instruction, start, pipeline.config.live_settings(), step + 1, pipeline.snapshot(step))
         pipeline.apply(instruction, on_top, step)
         self._run.run_until(pipeline.plan.total_steps)
         return ""
@@ -143,7 +144,7 @@ class Steering:
         pipeline = self.pipeline
         if self.was_reset:
             raise WysError("This is the captured scene already.")
-        instruction, settings = pipeline.config.instruction, pipeline.live_settings()
+        instruction, settings = pipeline.config.instruction, pipeline.config.live_settings()
         self.history.add(instruction, "reset", settings, step + 1, pipeline.snapshot(step))
         pipeline.reset(step)
         self._run.run_until(step + 1)
@@ -157,9 +158,12 @@ class Steering:
         distance = (poses[:, :, 3] - wanted[:3]).norm(dim=-1) + (-poses[:, :, 2] - wanted[3:]).norm(dim=-1)
         view = int(distance.argmin())
         self._show("editing a view for the preview")
-        captured, mask, edited = self.pipeline.preview(view)
+        instruction = request.name.strip() or self.pipeline.config.instruction
+        captured, mask, edited = self.pipeline.preview(view, instruction)
         pictures = [captured, mask[..., None].expand(-1, -1, 3).float(), edited]
-        self.pipeline.controls.show_preview(f"{data.view_names[view]}: before, mask, edited", pictures)
+        self.pipeline.controls.show_preview(
+            f'"{instruction}" in {data.view_names[view]}: before, mask, edited', pictures
+        )
         return ""
 
     # ------------------------------------------------------------------------------------------------------- the status

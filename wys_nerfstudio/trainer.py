@@ -52,6 +52,7 @@ class WysTrainerConfig(TrainerConfig):
         if self.recipe is not None:
             self._take_recipe(self.recipe)
         self._take_prompt()
+        self.pipeline.asked = {"instruction": self.pipeline.instruction, **self.pipeline.live_settings()}
         self._choose_device()
         self._take_load_dir()
         self.pipeline.check()

@@ -45,7 +45,9 @@ class Options:
     """Noise draws per map."""
     noise_level: float = 0.8
     """t_rel."""
-    steps: int = 150
+    outlier_factor: float = wys_tiny.config.pipeline.relevance_outlier_factor  # type: ignore
+    """Maps are clamped at Q3 + this many interquartile ranges."""
+    steps: int = wys_tiny.config.pipeline.localize_steps  # type: ignore
     """Training steps of the relevance head."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of maps and heads."""
@@ -111,7 +113,7 @@ def figures(maps: torch.Tensor, truth: Truth, names: list[str]) -> dict[str, flo
     masks = [truth.mask(name) for name in names]
     seen = [i for i, mask in enumerate(masks) if mask.any()]
     rows = {"AP": [average_precision(maps[i], masks[i]) for i in seen]}
-    for tau in (0.4, 0.5, 0.6, 0.7):
+    for tau in (0.25, 0.35, 0.5, 0.7):
         rows[f"IoU {tau}"] = [intersection_over_union(relevance.threshold(maps[i], tau), masks[i]) for i in seen]
     return {name: sum(values) / len(values) for name, values in rows.items()}
 
@@ -131,7 +133,7 @@ def main(options: Options) -> None:
                 names = [path.name for path in data.eval_dataset.image_filenames]
                 raw = raw_maps(options, editor, pipeline, instruction, seed)
                 for normalization in NORMALIZATIONS:
-                    maps = relevance.resize(relevance.normalize(raw, normalization), *data.view_size)
+                    maps = relevance.resize(relevance.normalize(raw, normalization, options.outlier_factor), *data.view_size)
                     start = copy.deepcopy(pipeline.scene_model.field.mlp_relevance.state_dict())
                     train_head(pipeline, maps[: data.num_views], options.steps)
                     key = {"seed": seed, "edit": slug, "normalization": normalization}
