@@ -133,7 +133,9 @@ def main(options: Options) -> None:
                 names = [path.name for path in data.eval_dataset.image_filenames]
                 raw = raw_maps(options, editor, pipeline, instruction, seed)
                 for normalization in NORMALIZATIONS:
-                    maps = relevance.resize(relevance.normalize(raw, normalization, options.outlier_factor), *data.view_size)
+                    maps = relevance.resize(
+                        relevance.normalize(raw, normalization, options.outlier_factor), *data.view_size
+                    )
                     start = copy.deepcopy(pipeline.scene_model.field.mlp_relevance.state_dict())
                     train_head(pipeline, maps[: data.num_views], options.steps)
                     key = {"seed": seed, "edit": slug, "normalization": normalization}
