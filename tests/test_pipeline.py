@@ -2,6 +2,7 @@
 
 import copy
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,9 @@ def build_trainer(config: WysTrainerConfig) -> WysTrainer:
 
 def step(trainer: WysTrainer, number: int) -> dict[str, torch.Tensor]:
     trainer.pipeline.train()
-    for callback in trainer.callbacks:
-        callback.run_callback_at_location(number, TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
+    with trainer.train_lock:
+        for callback in trainer.callbacks:
+            callback.run_callback_at_location(number, TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
     losses = trainer.train_iteration(number)[1]
     for callback in trainer.callbacks:
         callback.run_callback_at_location(number, TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
@@ -125,12 +127,37 @@ def test_edits_are_the_same_whatever_was_drawn_before(ring_scene: Path, editor_f
     for run in range(2):
         options = {"reconstruct_steps": 0, "localize_steps": 1, "mask_threshold": 0.0, "seed": 5}
         trainer = build_trainer(small_config(ring_scene, editor_folder, tmp_path / str(run), **options))
-        trainer.pipeline.enter(Phase.EDIT)
+        with trainer.train_lock:
+            trainer.pipeline.enter(Phase.EDIT)
         torch.rand(run * 100)
         trainer.pipeline._edit(1)
         (view,) = trainer.pipeline.datamanager.edited_views
         edits.append((view, trainer.pipeline.datamanager.current_views([view])))
     assert edits[0][0] == edits[1][0] and torch.equal(edits[0][1], edits[1][1])
+
+
+def test_the_viewer_can_draw_while_relevance_maps_are_made(
+    ring_scene: Path, editor_folder: Path, tmp_path: Path
+) -> None:
+    trainer = build_trainer(small_config(ring_scene, editor_folder, tmp_path, editor_batch_size=1))
+    made, drawn = [], []
+
+    def draw() -> None:
+        with trainer.train_lock:
+            drawn.append(len(made))
+
+    viewer = threading.Thread(target=draw)
+
+    def report(text: str) -> None:
+        made.append(text)
+        if len(made) == 1:
+            viewer.start()
+
+    trainer.pipeline.report = report
+    with trainer.train_lock:
+        trainer.pipeline.enter(Phase.LOCALIZE)
+        assert drawn and drawn[0] < len(made) == trainer.pipeline.datamanager.num_views
+    viewer.join()
 
 
 def test_the_first_steps_of_editing_do_not_throw_the_scene_out_of_place(

@@ -364,7 +364,7 @@ class WysPipeline(VanillaPipeline):
         return self._phase
 
     def enter(self, phase: Phase) -> None:
-        """Makes everything ready for a phase; relevance maps are made or found here."""
+        """Makes everything ready for a phase; relevance maps are made or found here. The caller holds the train lock."""
         CONSOLE.print(f"Phase: {phase.value}.")
         if phase is not Phase.RECONSTRUCT:
             self._prepare_relevance()
@@ -415,8 +415,15 @@ class WysPipeline(VanillaPipeline):
             config.relevance_outlier_factor,
             self._folder / "relevance",
             config.editor_batch_size,
-            lambda done, total: self.report(f"relevance map {done} of {total}"),
+            self._maps_made,
         )
+
+    def _maps_made(self, done: int, total: int) -> None:
+        self.report(f"relevance map {done} of {total}")
+        # Maps do not touch the scene, and all of them take long: the viewer may draw in between.
+        self._train_lock.release()
+        time.sleep(0.02)
+        self._train_lock.acquire()
 
     def _relevance_request(self, instruction: str) -> RelevanceRequest:
         config = self.config

@@ -223,7 +223,8 @@ class WysTrainer(Trainer):
                 f"The run is through: it has {self.step + 1} of {self.last_step + 1} steps. For more editing raise "
                 "--pipeline.edit-steps; for another edit give this run to --base-run."
             )
-        self.pipeline.enter(self.pipeline.plan.phase(self.step))
+        with self.train_lock:
+            self.pipeline.enter(self.pipeline.plan.phase(self.step))
         self._init_viewer_state()
         self._train_complete_viewer()
 
