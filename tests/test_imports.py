@@ -20,7 +20,7 @@ ROOMS = [
     {"steering"},
     {"pipeline"},
     {"controls", "datamanager", "model", "checkpoint", "history"},
-    {"field", "editing", "perceptual", "metrics", "pictures"},
+    {"field", "editing", "perceptual", "metrics", "clip", "pictures"},
     {"relevance", "schedule"},
     {"errors"},
 ]
@@ -30,7 +30,7 @@ STEPS = {
     "schedule": "wys_nerfstudio.schedule",
     "relevance": "wys_nerfstudio.relevance",
     "editing": "wys_nerfstudio.editing.loading",
-    "pictures": "wys_nerfstudio.perceptual, wys_nerfstudio.pictures",
+    "pictures": "wys_nerfstudio.perceptual, wys_nerfstudio.pictures, wys_nerfstudio.metrics, wys_nerfstudio.clip",
     "config": "wys_nerfstudio.config",
 }
 """What one fresh process imports, in this order."""

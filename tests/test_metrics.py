@@ -8,7 +8,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wys_nerfstudio.metrics import average_precision, intersection_over_union, psnr, roc_auc
+from wys_nerfstudio.metrics import (
+    average_precision,
+    direction_consistency,
+    direction_similarity,
+    frame_consistency,
+    image_similarity,
+    intersection_over_union,
+    psnr,
+    roc_auc,
+    ssim,
+    text_image_similarity,
+)
 
 
 def maps_and_truths(values: st.SearchStrategy[float]) -> st.SearchStrategy[tuple[torch.Tensor, torch.Tensor]]:
@@ -110,3 +121,87 @@ def test_the_ranking_is_all_that_counts():
     relevance, truth = torch.tensor([values]), torch.rand(1, 40, generator=torch.Generator().manual_seed(1)) > 0.6
     assert average_precision(relevance**3, truth) == pytest.approx(average_precision(relevance, truth), abs=1e-6)
     assert roc_auc(relevance**3, truth) == pytest.approx(roc_auc(relevance, truth), abs=1e-6)
+
+
+def test_psnr_of_large_differences_does_not_wrap_as_in_8_bits():
+    bright, dark = torch.full((4, 4, 3), 251 / 255), torch.full((4, 4, 3), 10 / 255)
+    assert psnr(bright, dark) == pytest.approx(-20 * math.log10(241 / 255), abs=1e-5)
+    wrapped = (251 - 10) ** 2 % 256
+    assert psnr(bright, dark) < 10 * math.log10(255**2 / wrapped) - 20
+
+
+def slow_ssim(x: list[list[float]], y: list[list[float]]) -> float:
+    """Mean over all places of an 11 x 11 Gaussian window (sigma 1.5); pictures are mirrored at their borders."""
+    kernel = [math.exp(-((i - 5) ** 2) / (2 * 1.5**2)) for i in range(11)]
+    weight = [[a * b / sum(kernel) ** 2 for a in kernel] for b in kernel]
+    n = len(x)
+
+    def mirrored(i: int) -> int:
+        return -i if i < 0 else 2 * (n - 1) - i if i >= n else i
+
+    total = 0.0
+    for row in range(n):
+        for column in range(n):
+            window = [
+                (weight[i][j], x[mirrored(row + i - 5)][mirrored(column + j - 5)], y[mirrored(row + i - 5)][mirrored(column + j - 5)])
+                for i in range(11) for j in range(11)
+            ]  # fmt: skip
+            mx, my = sum(w * a for w, a, _ in window), sum(w * b for w, _, b in window)
+            xx, yy = sum(w * a * a for w, a, _ in window) - mx**2, sum(w * b * b for w, _, b in window) - my**2
+            xy = sum(w * a * b for w, a, b in window) - mx * my
+            c1, c2 = 0.01**2, 0.03**2
+            total += (2 * mx * my + c1) * (2 * xy + c2) / ((mx**2 + my**2 + c1) * (xx + yy + c2))
+    return total / n**2
+
+
+def test_ssim_equals_its_formula():
+    torch.manual_seed(3)
+    x = torch.rand(16, 16)
+    y = (x + 0.3 * torch.rand(16, 16)).clamp(0, 1)
+    first, second = (picture[..., None].expand(-1, -1, 3) for picture in (x, y))
+    assert ssim(first, second) == pytest.approx(slow_ssim(x.tolist(), y.tolist()), abs=2e-3)
+    assert ssim(first, first) == pytest.approx(1.0)
+
+
+def slow_cosine(a: list[float], b: list[float]) -> float:
+    lengths = math.sqrt(sum(v * v for v in a)) * math.sqrt(sum(v * v for v in b))
+    return sum(v * w for v, w in zip(a, b)) / lengths if lengths else 0.0
+
+
+def minus(a: list[float], b: list[float]) -> list[float]:
+    return [v - w for v, w in zip(a, b)]
+
+
+@given(st.integers(0, 1000))
+def test_similarities_equal_their_formulas(seed: int):
+    draw = torch.Generator().manual_seed(seed)
+    before, after = torch.randn(2, 4, 5, generator=draw)
+    text_before, text_after = torch.randn(2, 5, generator=draw)
+    b, a, tb, ta = before.tolist(), after.tolist(), text_before.tolist(), text_after.tolist()
+    expected = {
+        "image": ([slow_cosine(x, y) for x, y in zip(a, b)], image_similarity(before, after)),
+        "text": ([slow_cosine(x, ta) for x in a], text_image_similarity(after, text_after)),
+        "direction": (
+            [slow_cosine(minus(x, y), minus(ta, tb)) for x, y in zip(a, b)],
+            direction_similarity(before, after, text_before, text_after),
+        ),
+        "consistency": (
+            [slow_cosine(minus(a[k], b[k]), minus(a[k + 1], b[k + 1])) for k in range(3)],
+            direction_consistency(before, after),
+        ),
+        "frames": ([slow_cosine(a[k], a[k + 1]) for k in range(3)], frame_consistency(after)),
+    }
+    for name, (slow, fast) in expected.items():
+        assert fast.tolist() == pytest.approx(slow, abs=1e-5), name
+        assert bool((fast.abs() <= 1 + 1e-6).all())
+
+
+def test_known_similarities():
+    same = torch.tensor([[0.6, 0.8], [1.0, 0.0]])
+    captions = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
+    assert image_similarity(same, same).tolist() == pytest.approx([1.0, 1.0])
+    assert direction_similarity(same, same, *captions).tolist() == [0.0, 0.0], "what did not change has no direction"
+    moved = same + torch.tensor([0.5, -0.5])
+    assert direction_similarity(same, moved, *captions).tolist() == pytest.approx([1.0, 1.0])
+    assert direction_similarity(moved, same, *captions).tolist() == pytest.approx([-1.0, -1.0])
+    assert direction_consistency(same, moved).tolist() == pytest.approx([1.0])

@@ -7,6 +7,7 @@ The classes and the folder's layout are InstructPix2Pix's own, only the sizes di
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,16 +43,19 @@ def words() -> list[str]:
     return sorted({*text.replace("don't", "don 't").split(), *".,!?", "colour", "please"})
 
 
-def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def vocabulary(known_words: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Byte pair encoding in which every known word is one token.
+
+    Args:
+        known_words: All of them, without repetition.
 
     Returns:
         The vocabulary (CLIP's word ends included) and its merges. Known words come first, so that the letters and
         pieces of unknown words have the last numbers.
     """
     merges: list[tuple[str, str]] = []
-    known = [word + "</w>" for word in words()]
-    for word in words():
+    known = [word + "</w>" for word in known_words]
+    for word in known_words:
         pieces = [*word[:-1], word[-1] + "</w>"]
         while len(pieces) > 1:
             ranks = [merges.index(pair) if pair in merges else len(merges) for pair in zip(pieces, pieces[1:])]
@@ -66,15 +70,21 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {entry: number for number, entry in enumerate(entries)}, merges
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Writes the files that CLIPTokenizer.from_pretrained reads."""
+def write_tokenizer(folder: Path, known_words: Sequence[str], tokens: int = TOKENS) -> None:
+    """Writes the files that CLIPTokenizer.from_pretrained reads.
+
+    Args:
+        folder: where they go.
+        known_words: what is read as whole words.
+        tokens: longest text in tokens, start and end included.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    entries, merges = vocabulary()
+    entries, merges = vocabulary(known_words)
     (folder / "vocab.json").write_text(json.dumps(entries, ensure_ascii=False, indent=0) + "\n")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
     special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": UNKNOWN}
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
-    config = {**special, "tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, "do_lower_case": True}
+    config = {**special, "tokenizer_class": "CLIPTokenizer", "model_max_length": tokens, "do_lower_case": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -111,7 +121,7 @@ def build_unet_and_text_encoder() -> tuple[UNet2DConditionModel, CLIPTextModel]:
         attention_head_dim=4,
         norm_num_groups=16,
     )
-    entries, _ = vocabulary()
+    entries, _ = vocabulary(words())
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(entries),
@@ -169,7 +179,7 @@ def write_editor(folder: Path, networks: Networks) -> None:
         # Where the networks lay during training is nobody's business.
         entries = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
         config.write_text(json.dumps(entries, indent=2) + "\n")
-    write_tokenizer(partial / "tokenizer")
+    write_tokenizer(partial / "tokenizer", words())
     build_scheduler().save_pretrained(partial / "scheduler")
     index = {
         "_class_name": "StableDiffusionInstructPix2PixPipeline",

@@ -34,6 +34,7 @@ from wys_nerfstudio.demo.networks import (
     build_scheduler,
     build_unet_and_text_encoder,
     load_tokenizer,
+    words,
     write_editor,
     write_tokenizer,
 )
@@ -405,7 +406,7 @@ def main(options: Options) -> None:
     codes = encode_data_set(vae, pictures, work / "latents")
     data = [load_latents(*files) for files in zip(pictures, codes)]
     check = load_latents(held_out[0], encode_data_set(vae, held_out[:1], work / "validation-latents")[0])
-    write_tokenizer(work / "tokenizer")
+    write_tokenizer(work / "tokenizer", words())
     trainer = Trainer(options, vae, tokenise(work))
     if (work / "editor.pt").exists():
         trainer.load(work / "editor.pt")
