@@ -226,7 +226,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
                 report(sum(map(len, made)), self.num_views)
             raw = torch.cat(made)
             self._keep_maps(folder, request, raw)
-        maps = relevance.resize(relevance.normalize(raw, normalization, outlier_factor), *self.view_size).clamp(0, 1)
+        maps = relevance.at_pixels(raw, *self.view_size, normalization, outlier_factor)
         for name, view_map in zip(self.view_names, maps):
             write_png(folder / f"{name}.png", heat(view_map))
         self.set_relevance(maps)
