@@ -19,8 +19,8 @@ ROOMS = [
     {"trainer"},
     {"steering"},
     {"pipeline"},
-    {"controls", "datamanager", "model", "checkpoint", "history"},
-    {"field", "editing", "perceptual", "metrics", "pictures"},
+    {"controls", "datamanager", "model", "checkpoint", "history", "image_edits"},
+    {"field", "editing", "perceptual", "metrics", "pictures", "image_files"},
     {"relevance", "schedule"},
     {"errors"},
 ]

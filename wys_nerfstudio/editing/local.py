@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal, Optional
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
