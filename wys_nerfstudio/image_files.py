@@ -24,7 +24,7 @@ SMALLEST_SIDE = 16
 EXTRAS = ("relevance", "mask", "side_by_side")
 """What is written beside an edited picture `x.png`: `x_relevance.png` and so on."""
 
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP")
+_FORMATS = ("PNG", "JPEG", "WEBP")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -65,6 +65,7 @@ def read_picture(path: Path) -> Picture:
                     f'"{path}" has 16 bits per channel and edits have 8: convert it first, for instance with '
                     "`magick IN.png -depth 8 OUT.png`."
                 )
+            # A phone's JPEG may hold further pictures (MPO); the first is what is shown.
             if opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1:
                 raise WysError(f'"{path}" is an animation: give its frames as single pictures.')
             if opened.mode == "CMYK":

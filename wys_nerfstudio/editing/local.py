@@ -75,7 +75,7 @@ def edit_image(
     instruction: str,
     settings: Optional[LocalEditSettings] = None,
     *,
-    mask: Optional[Bool[Tensor, "h w"]] = None,
+    mask: Optional[Bool[Tensor, "mask_h mask_w"]] = None,
     seed: int = 0,
     report: Report = silent,
 ) -> LocalEdit:
