@@ -58,7 +58,8 @@ def edit_files(
     settings.check()
     if not instruction.strip():
         raise WysError('There is no instruction: say what to change, for instance "turn the bear into a panda".')
-    if Path(instruction).exists():
+    # Not Path.exists, which fails on a text that is too long for a file name.
+    if os.path.exists(instruction):
         raise WysError(f'The instruction comes after the pictures, and "{instruction}" is a file: say what to change.')
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _refuse_device(device)
@@ -133,4 +134,5 @@ def side_by_side(picture: Picture, edit: LocalEdit, name: str) -> Image.Image:
     height, width = picture.size
     scale = min(1.0, _SHEET_LONG_SIDE / max(height, width))
     cells = resize_images(cells, max(1, round(height * scale)), max(1, round(width * scale)))
-    return contact_sheet(["captured", "relevance", "mask", "edited"], [(name, list(cells))])
+    titles = ["captured", "relevance", "mask", "edited"]
+    return contact_sheet(titles, [(name, list(cells))], min_height=160 if scale == 1 else 1)

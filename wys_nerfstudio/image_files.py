@@ -45,7 +45,7 @@ class Picture:
         return self.rgb.shape[0], self.rgb.shape[1]
 
 
-def read_picture(path: Path) -> Picture:
+def read_picture(path: "str | Path") -> Picture:
     """Reads a PNG, JPEG or WebP file of 8 bits per channel, turned upright as its EXIF orientation says.
 
     Grey and palette pictures become RGB, since an edit may bring colour.
@@ -53,6 +53,7 @@ def read_picture(path: Path) -> Picture:
     Raises:
         WysError: If there is no such file, it cannot be read, has another bit depth or colour space, moves, or is too small.
     """
+    path = Path(path)
     if not path.is_file():
         raise WysError(f'There is no picture "{path}".')
     try:
@@ -89,7 +90,7 @@ def read_picture(path: Path) -> Picture:
     return Picture(rgb, pixels[..., 3].copy() if channels == 4 else None, profile)
 
 
-def write_picture(path: Path, rgb: Float[Tensor, "h w 3"], like: Optional[Picture] = None) -> None:
+def write_picture(path: "str | Path", rgb: Float[Tensor, "h w 3"], like: Optional[Picture] = None) -> None:
     """Writes colours in [0, 1] as an 8-bit PNG, whole or not at all.
 
     Args:
@@ -100,7 +101,7 @@ def write_picture(path: Path, rgb: Float[Tensor, "h w 3"], like: Optional[Pictur
     pixels = to_uint8(rgb)
     if like is not None and like.alpha is not None:
         pixels = np.concatenate([pixels, like.alpha[..., None]], axis=-1)
-    save_png(path, Image.fromarray(pixels), icc_profile=None if like is None else like.icc_profile)
+    save_png(Path(path), Image.fromarray(pixels), icc_profile=None if like is None else like.icc_profile)
 
 
 def read_mask(path: Path) -> Bool[Tensor, "h w"]:
