@@ -1,11 +1,12 @@
 """The `wys` command: what the method offers beside ns-train, one subcommand each."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Union
 
 import tyro
 
+from wys_nerfstudio.editing import LocalEditSettings
 from wys_nerfstudio.errors import WysError
 
 
@@ -56,9 +57,55 @@ class DemoScene:
         )
 
 
+@dataclass
+class EditImage:
+    """Edits pictures by an instruction, only where the instruction is about. Beside each edited picture OUT.png come
+    OUT_relevance.png, OUT_mask.png and OUT_side_by_side.png; pixels outside the mask are the input's, bit for bit."""
+
+    # One list, because a list of files before the instruction would swallow it.
+    words: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar='IN... "INSTRUCTION"')]
+    """Pictures (PNG, JPEG, WebP) or folders of pictures, and at last what to change: "turn the bear into a panda"."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """A .png file for a single picture, a folder for several."""
+    editor: str = "timbrooks/instruct-pix2pix"
+    """InstructPix2Pix-type checkpoint: a hub id, a local folder in diffusers format, or "embedded" for the small editor of
+    toy pictures that comes with the package."""
+    mask: Path | None = None
+    """A picture of the input's size, bright where it may be edited, instead of the mask that the relevance map gives."""
+    seed: int = 0
+    """Seed of the noise; equal seeds give equal edits."""
+    device: str | None = None
+    """Where the editor runs, such as cuda:1; by default the GPU if there is one, else the CPU."""
+    settings: Annotated[LocalEditSettings, tyro.conf.arg(name="")] = field(default_factory=LocalEditSettings)
+    """How to edit."""
+
+    def main(self) -> None:
+        """Edits the pictures."""
+        from wys_nerfstudio.image_edits import edit_files
+
+        if len(self.words) < 2:
+            raise WysError(
+                'wys edit-image takes pictures and an instruction: wys edit-image IN.png "turn the bear into a panda" '
+                "-o OUT.png."
+            )
+        *inputs, instruction = self.words
+        outputs = edit_files(
+            [Path(path) for path in inputs],
+            instruction,
+            self.output,
+            self.settings,
+            editor_name=self.editor,
+            mask_file=self.mask,
+            seed=self.seed,
+            device=self.device,
+        )
+        print(f"Wrote {', '.join(str(file) for file in outputs)}; the comparison is in *_side_by_side.png.")
+
+
 Command = Union[
     Annotated[Demo, tyro.conf.subcommand("demo")],
     Annotated[DemoScene, tyro.conf.subcommand("demo-scene")],
+    Annotated[EditImage, tyro.conf.subcommand("edit-image")],
 ]
 
 

@@ -216,7 +216,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
                 report(sum(map(len, made)), self.num_views)
             raw = torch.cat(made)
             self._keep_maps(folder, request, raw)
-        maps = self._normalized(raw, normalization, outlier_factor)
+        maps = relevance.at_pixels(raw, *self.view_size, normalization, outlier_factor)
         for name, view_map in zip(self.view_names, maps):
             write_png(folder / f"{name}.png", heat(view_map))
         self.set_relevance(maps)
@@ -233,7 +233,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             outlier_factor: As in `relevance.normalize`.
         """
         raw = torch.cat(list(self._raw_maps(editor, [view], request, batch_size=1)))
-        return self._normalized(raw, "view", outlier_factor)[0]
+        return relevance.at_pixels(raw, *self.view_size, "view", outlier_factor)[0]
 
     def _raw_maps(
         self, editor: Editor, views: Sequence[int], request: RelevanceRequest, batch_size: int
@@ -248,11 +248,6 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             long_side=request.long_side,
             batch_size=batch_size,
         )
-
-    def _normalized(
-        self, raw: Float[Tensor, "n lh lw"], normalization: Literal["view", "scene"], outlier_factor: float
-    ) -> Float[Tensor, "n h w"]:
-        return relevance.resize(relevance.normalize(raw, normalization, outlier_factor), *self.view_size).clamp(0, 1)
 
     def _find_maps(self, folder: Path, request: RelevanceRequest) -> Optional[Float[Tensor, "n lh lw"]]:
         from safetensors import safe_open

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import torch
@@ -19,10 +20,14 @@ def to_uint8(image: Tensor) -> np.ndarray:
 
 def write_png(path: Path, image: Tensor) -> None:
     """Writes an image (h, w), (h, w, 1) or (h, w, 3) in [0, 1] as an 8-bit PNG, whole or not at all."""
+    save_png(path, Image.fromarray(to_uint8(image.squeeze(-1) if image.shape[-1] == 1 else image)))
+
+
+def save_png(path: Path, image: Image.Image, icc_profile: Optional[bytes] = None) -> None:
+    """Saves a picture as PNG, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = to_uint8(image.squeeze(-1) if image.shape[-1] == 1 else image)
     partial = path.with_suffix(".partial")
-    Image.fromarray(pixels).save(partial, format="PNG")
+    image.save(partial, format="PNG", icc_profile=icc_profile)
     os.replace(partial, path)
 
 

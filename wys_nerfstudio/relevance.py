@@ -84,6 +84,18 @@ def resize(relevance: Float[Tensor, "b h w"], height: int, width: int) -> Float[
     return F.interpolate(relevance[:, None], size=(height, width), mode="bilinear", align_corners=False)[:, 0]
 
 
+def at_pixels(
+    raw: Float[Tensor, "b h w"],
+    height: int,
+    width: int,
+    over: Literal["view", "scene"] = "view",
+    outlier_factor: float = OUTLIER_FACTOR,
+) -> Float[Tensor, "b height width"]:
+    """Relevance in [0, 1] at the images' size, from raw maps at the latents' size; arguments as in `normalize`."""
+    # Interpolation rounds, by which it may leave the range.
+    return resize(normalize(raw, over, outlier_factor), height, width).clamp(0, 1)
+
+
 def threshold(relevance: Float[Tensor, "*batch h w"], tau: float) -> Bool[Tensor, "*batch h w"]:
     """The edit mask R >= tau. With tau = 0 it is every pixel, hence plain InstructPix2Pix (supplement A)."""
     return relevance >= tau

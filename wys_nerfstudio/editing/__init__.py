@@ -7,5 +7,16 @@ transformers are loaded by `load_editor`.
 from wys_nerfstudio.editing.editor import Editor
 from wys_nerfstudio.editing.images import EditSettings, edit_images, relevance_maps
 from wys_nerfstudio.editing.loading import EMBEDDED, load_editor
+from wys_nerfstudio.editing.local import LocalEdit, LocalEditSettings, edit_image
 
-__all__ = ["EMBEDDED", "EditSettings", "Editor", "edit_images", "load_editor", "relevance_maps"]
+__all__ = [
+    "EMBEDDED",
+    "EditSettings",
+    "Editor",
+    "LocalEdit",
+    "LocalEditSettings",
+    "edit_image",
+    "edit_images",
+    "load_editor",
+    "relevance_maps",
+]

@@ -13,6 +13,13 @@ from torch import Tensor
 NoisePredictor = Callable[[Tensor, int], Tensor]
 """From noisy latents (b, c, h, w) and their timestep to the predicted noise, of the latents' shape."""
 
+Report = Callable[[int, int], None]
+"""Is told how many steps are done, and of how many."""
+
+
+def silent(done: int, total: int) -> None:
+    """The report that nobody reads."""
+
 
 def add_noise(
     latents: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], alpha: Float[Tensor, ""]
@@ -59,6 +66,7 @@ def masked_denoise(
     alphas: Float[Tensor, " train_timesteps"],
     final_alpha: Float[Tensor, ""],
     predict_noise: NoisePredictor,
+    report: Report = silent,
 ) -> Float[Tensor, "b c h w"]:
     """Noises `start` to the first timestep and denoises it, holding what lies outside the mask to the reference.
 
@@ -74,6 +82,7 @@ def masked_denoise(
         alphas: Cumulative products of the noise schedule, indexed by timestep.
         final_alpha: Level after the last step: 1, or that of timestep 0 (diffusers' `set_alpha_to_one`).
         predict_noise: The guided noise prediction.
+        report: Called after each step.
 
     Returns:
         Clean edited latents.
@@ -86,4 +95,5 @@ def masked_denoise(
         if mask is not None:
             background = reference if last else add_noise(reference, noise, next_alpha)
             latents = torch.where(mask[:, None], latents, background)
+        report(i + 1, len(timesteps))
     return latents

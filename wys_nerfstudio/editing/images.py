@@ -12,8 +12,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from wys_nerfstudio import relevance, schedule
-from wys_nerfstudio.editing.denoise import add_noise, guide, masked_denoise
+from wys_nerfstudio.editing.denoise import Report, add_noise, guide, masked_denoise, silent
 from wys_nerfstudio.editing.editor import Editor, resize_images
+from wys_nerfstudio.editing.sds import sds_descend
 
 
 @dataclass
@@ -93,6 +94,7 @@ def edit_images(
     *,
     start_timestep: int,
     seeds: Sequence[int],
+    report: Report = silent,
 ) -> Float[Tensor, "b h w 3"]:
     """Edits images inside a mask.
 
@@ -105,31 +107,97 @@ def edit_images(
         settings: Guidance, steps, resolution.
         start_timestep: Timestep that `images` are noised to, in [1, num_train_timesteps).
         seeds: One per image.
+        report: Called after each step.
 
     Returns:
         Edited images in [0, 1] on the device of `images`; outside the mask equal to `captured`, bit for bit.
     """
-    height, width = images.shape[1:3]
-    edit_height, edit_width = settings.size_for(editor, height, width)
     scale = editor.vae.config.scaling_factor
-    start, condition = (
-        editor.encode_images(resize_images(x.to(editor.device), edit_height, edit_width)) for x in (images, captured)
-    )
-    latent_mask = None
-    if not bool(mask.all()):
-        latent_mask = relevance.latent_mask(mask.to(editor.device), *start.shape[-2:])
+    start, condition = (_encode(editor, x, settings) for x in (images, captured))
     edited = masked_denoise(
         start=start * scale,
         reference=condition * scale,
-        mask=latent_mask,
+        mask=_latent_mask(mask, condition),
         noise=seeded_noise(seeds, start.shape[1:], editor.device),
         timesteps=schedule.timesteps(start_timestep, settings.diffusion_steps, editor.num_train_timesteps),
         alphas=editor.alphas,
         final_alpha=editor.final_alpha,
         predict_noise=_Guided(editor, condition, instruction, settings),
+        report=report,
     )
-    pixels = resize_images(editor.decode(edited / scale), height, width).to(images.device)
-    return relevance.composite(pixels, captured, mask)
+    return _decode(editor, edited / scale, captured, mask)
+
+
+def sds_edit_images(
+    editor: Editor,
+    captured: Float[Tensor, "b h w 3"],
+    mask: Bool[Tensor, "b h w"],
+    instruction: str,
+    settings: EditSettings,
+    *,
+    seeds: Sequence[int],
+    report: Report = silent,
+) -> Float[Tensor, "b h w 3"]:
+    """Edits images by descending along their signed relevance (supplement E, eq. 13) instead of denoising them.
+
+    The latents are optimised, not the pixels: a gradient through the VAE's encoder draws chequered patterns that only the
+    encoder sees as the edit. `diffusion_steps` steps of size `guidance_scale / diffusion_steps` each; there is no guidance
+    by the image, which eq. 13 has in both of its terms. Eq. 13 knows no mask; the mask confines the result as it does that
+    of `edit_images`.
+
+    Args:
+        editor: The editor.
+        captured: The input: start, condition, and what holds outside the mask.
+        mask: Where the images may change. All True is eq. 13 as it stands.
+        instruction: What to change.
+        settings: Step size, steps, resolution.
+        seeds: One per image.
+        report: Called after each step.
+
+    Returns:
+        Edited images in [0, 1] on the device of `captured`; outside the mask equal to `captured`, bit for bit.
+    """
+    scale = editor.vae.config.scaling_factor
+    condition = _encode(editor, captured, settings)
+    states = torch.cat([editor.encode_text(text) for text in (instruction, "")])
+    states = states.repeat_interleave(len(condition), dim=0)
+
+    def signed_relevance(latents: Tensor, t: int) -> Tensor:
+        both = editor.predict_noise(latents.repeat(2, 1, 1, 1), t, condition.repeat(2, 1, 1, 1), states)
+        with_instruction, without = both.chunk(2)
+        return with_instruction - without
+
+    last = editor.num_train_timesteps - 1
+    timesteps = schedule.timesteps(last, settings.diffusion_steps, editor.num_train_timesteps)
+    noise = seeded_noise(seeds, (len(timesteps), *condition.shape[1:]), editor.device)
+    edited = sds_descend(
+        start=condition * scale,
+        mask=_latent_mask(mask, condition),
+        noise=noise.transpose(0, 1),
+        timesteps=timesteps,
+        alphas=editor.alphas,
+        signed_relevance=signed_relevance,
+        step_size=settings.guidance_scale / len(timesteps),
+        report=report,
+    )
+    return _decode(editor, edited / scale, captured, mask)
+
+
+def _encode(editor: Editor, images: Tensor, settings: EditSettings) -> Tensor:
+    """Unscaled latents at the editing resolution."""
+    size = settings.size_for(editor, *images.shape[1:3])
+    return editor.encode_images(resize_images(images.to(editor.device), *size))
+
+
+def _latent_mask(mask: Tensor, latents: Tensor) -> Optional[Tensor]:
+    """The mask at the latents' size; None for a mask of everything."""
+    return None if bool(mask.all()) else relevance.latent_mask(mask.to(latents.device), *latents.shape[-2:])
+
+
+def _decode(editor: Editor, latents: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+    """Images of unscaled latents inside the mask, the reference outside."""
+    pixels = resize_images(editor.decode(latents), *reference.shape[1:3]).to(reference.device)
+    return relevance.composite(pixels, reference, mask)
 
 
 class _Guided:

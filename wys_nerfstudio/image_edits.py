@@ -1,0 +1,138 @@
+"""`wys edit-image`: picture files in, edited files out, each with its relevance map, its mask and a comparison."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+import torch
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from wys_nerfstudio.editing import LocalEdit, LocalEditSettings, edit_image, load_editor
+from wys_nerfstudio.editing.editor import resize_images
+from wys_nerfstudio.errors import WysError
+from wys_nerfstudio.image_files import (
+    Picture,
+    extra_file,
+    find_pictures,
+    place_outputs,
+    read_mask,
+    read_picture,
+    write_picture,
+)
+from wys_nerfstudio.pictures import contact_sheet, heat, save_png, write_png
+
+_SHEET_LONG_SIDE = 512
+
+
+def edit_files(
+    given: Sequence[Path],
+    instruction: str,
+    output: Path,
+    settings: LocalEditSettings,
+    *,
+    editor_name: str,
+    mask_file: Optional[Path] = None,
+    seed: int = 0,
+    device: Optional[str] = None,
+) -> list[Path]:
+    """Edits picture files and shows a progress bar. All that can be refused is refused before the editor is loaded.
+
+    Args:
+        given: Files and folders.
+        instruction: What to change.
+        output: A .png file for a single picture, else a folder.
+        settings: How to edit.
+        editor_name: As in `load_editor`.
+        mask_file: A mask for all pictures, instead of theirs.
+        seed: Of the noise, the same for every picture, so that a picture is edited alike whatever its company.
+        device: The editor's; by default the GPU if there is one, else the CPU.
+
+    Returns:
+        The edited files.
+
+    Raises:
+        WysError: If any of this cannot work.
+    """
+    settings.check()
+    if not instruction.strip():
+        raise WysError('There is no instruction: say what to change, for instance "turn the bear into a panda".')
+    # Not Path.exists, which fails on a text that is too long for a file name.
+    if os.path.exists(instruction):
+        raise WysError(f'The instruction comes after the pictures, and "{instruction}" is a file: say what to change.')
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _refuse_device(device)
+    pictures = find_pictures(given)
+    mask = None if mask_file is None else read_mask(mask_file)
+    for path in pictures:
+        height, width = read_picture(path).size
+        if mask is not None and mask.shape != (height, width):
+            raise WysError(
+                f'The mask "{mask_file}" has {mask.shape[1]}x{mask.shape[0]} pixels and "{path}" {width}x{height}: a mask '
+                "has the size of its picture."
+            )
+    outputs = place_outputs(given, pictures, output)
+    _make_folder(outputs[0].parent)
+
+    editor = load_editor(editor_name, device)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn()) as bar:
+        steps = settings.relevance_draws + settings.diffusion_steps
+        task = bar.add_task("", total=len(pictures) * steps)
+        for i, (path, file) in enumerate(zip(pictures, outputs)):
+            bar.update(task, description=f"{path.name} ({i + 1} of {len(pictures)})")
+            picture = read_picture(path)
+            edit = edit_image(
+                editor,
+                picture.rgb,
+                instruction,
+                settings,
+                mask=mask,
+                seed=seed,
+                report=lambda done, _: bar.update(task, completed=i * steps + done),
+            )
+            _write(file, path.name, picture, edit, instruction)
+            bar.update(task, completed=(i + 1) * steps)
+            if not edit.mask.any():
+                bar.print(
+                    f"{path.name}: nothing is relevant at this threshold, so nothing was edited; lower --mask-threshold.",
+                    markup=False,
+                    highlight=False,
+                )
+    return outputs
+
+
+def _refuse_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise WysError(f'The device "{device}" cannot be used here: --device takes cpu, cuda or cuda:1.') from error
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WysError(f'The folder "{folder}" cannot be made ({error.strerror}): give -o another place.') from error
+    if not os.access(folder, os.W_OK):
+        raise WysError(f'The folder "{folder}" cannot be written to: give -o another place.')
+
+
+def _write(file: Path, name: str, picture: Picture, edit: LocalEdit, instruction: str) -> None:
+    write_picture(file, edit.edited, like=picture)
+    write_png(extra_file(file, "relevance"), edit.relevance)
+    write_png(extra_file(file, "mask"), edit.mask.float())
+    save_png(extra_file(file, "side_by_side"), side_by_side(picture, edit, f"{name}: {instruction}"))
+
+
+def side_by_side(picture: Picture, edit: LocalEdit, name: str) -> Image.Image:
+    """Input, relevance in colours, mask and edited picture beside each other, large pictures reduced."""
+    cells = torch.stack(
+        [picture.rgb, heat(edit.relevance), edit.mask[..., None].expand(-1, -1, 3).float(), edit.edited]
+    )
+    height, width = picture.size
+    scale = min(1.0, _SHEET_LONG_SIDE / max(height, width))
+    cells = resize_images(cells, max(1, round(height * scale)), max(1, round(width * scale)))
+    titles = ["captured", "relevance", "mask", "edited"]
+    return contact_sheet(titles, [(name, list(cells))], min_height=160 if scale == 1 else 1)
