@@ -19,8 +19,8 @@ ROOMS = [
     {"trainer"},
     {"steering"},
     {"pipeline"},
-    {"controls", "datamanager", "model", "checkpoint", "history", "image_edits"},
-    {"field", "editing", "perceptual", "metrics", "clip", "pictures", "image_files"},
+    {"controls", "datamanager", "model", "checkpoint", "history", "image_edits", "evaluation"},
+    {"field", "editing", "perceptual", "metrics", "clip", "pictures", "image_files", "truth"},
     {"relevance", "schedule"},
     {"errors"},
 ]

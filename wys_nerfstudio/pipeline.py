@@ -23,7 +23,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from wys_nerfstudio import relevance, schedule
+from wys_nerfstudio import evaluation, relevance, schedule
 from wys_nerfstudio.checkpoint import (
     CAPTURED_SCENE,
     RunState,
@@ -32,15 +32,17 @@ from wys_nerfstudio.checkpoint import (
     model_state,
     read_checkpoint,
 )
+from wys_nerfstudio.clip import load_clip
 from wys_nerfstudio.controls import LIVE_SETTINGS, Controls
 from wys_nerfstudio.datamanager import REFERENCE_VIEWS, RelevanceRequest, WysDataManager, WysDataManagerConfig
 from wys_nerfstudio.editing import Editor, EditSettings, load_editor
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.history import HISTORY_FILE, SNAPSHOTS
 from wys_nerfstudio.model import WysModel, WysModelConfig
-from wys_nerfstudio.perceptual import SMALLEST_LPIPS_PATCH
+from wys_nerfstudio.perceptual import SMALLEST_LPIPS_PATCH, lpips_is_cached
 from wys_nerfstudio.pictures import contact_sheet, heat, spread, write_png
 from wys_nerfstudio.schedule import Phase, Plan
+from wys_nerfstudio.truth import Truth
 
 WARM_UP_STEPS = 50
 """Steps over which learning rates rise when editing begins."""
@@ -115,6 +117,12 @@ class WysPipelineConfig(VanillaPipelineConfig):
     """Steps from one edit to the next."""
     edit_count: int = 1
     """Views that are edited together."""
+    clip: Optional[str] = "openai/clip-vit-base-patch32"
+    """CLIP that ns-eval asks about the edit: a hub id, a local folder, or "embedded"; None leaves its measures out."""
+    caption_before: str = ""
+    """What the captured scene shows, such as "a stone bear in a garden"; for ns-eval."""
+    caption_after: str = ""
+    """What the edited scene shows, such as "a panda in a garden"; for ns-eval."""
     seed: int = 0
     """Seed of everything that the editor draws; order of views, noise and noise levels."""
 
@@ -199,6 +207,8 @@ class WysPipelineConfig(VanillaPipelineConfig):
                 f"--pipeline.datamanager.edit-patch-size must be at least {SMALLEST_LPIPS_PATCH} for the perceptual loss, not "
                 f"{self.datamanager.edit_patch_size}; --pipeline.model.lpips-loss-mult 0 trains without it."
             )
+        if bool(self.caption_before) != bool(self.caption_after):
+            raise WysError("--pipeline.caption-before and --pipeline.caption-after go together: give both or none.")
         if self.model.predict_normals:
             raise WysError("--pipeline.model.predict-normals is not supported: leave it out, in the base run too.")
 
@@ -635,6 +645,53 @@ class WysPipeline(VanillaPipeline):
             optimizer.state.clear()
         self._warm_from = step + 1
         self._phase = None
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+
+    @torch.no_grad()
+    def get_average_eval_image_metrics(
+        self, step: Optional[int] = None, output_path: Optional[Path] = None, get_std: bool = False
+    ) -> dict[str, Any]:
+        """nerfstudio's figures of the held-out views; for ns-eval also `edit`, what became of the training views.
+
+        `edit` holds `mean` and `views`, the measures of `evaluation` as means and per view (those of neighbours under the
+        first view's name).
+        """
+        results: dict[str, Any] = super().get_average_eval_image_metrics(step, output_path, get_std)
+        if self.test_mode == "val":
+            return results
+        self.eval()
+        figures = self._edit_figures()
+        views = {
+            name: {measure: values[i] for measure, values in figures.items() if i < len(values)}
+            for i, name in enumerate(self.datamanager.view_names)
+        }
+        results["edit"] = {"mean": evaluation.means(figures), "views": views}
+        return results
+
+    def _edit_figures(self) -> evaluation.Figures:
+        config, data = self.config, self.datamanager
+        everything = range(data.num_views)
+        captured = data.captured_views(everything).cpu()
+        cameras = data.train_dataset.cameras
+        renders = [self.scene_model.render_view(cameras, view)["rgb"].clamp(0, 1).cpu() for view in everything]
+        edited = torch.stack(renders)
+        perceptual = None
+        if lpips_is_cached(config.model.lpips_weights) and min(data.view_size) >= SMALLEST_LPIPS_PATCH:
+            perceptual = self.scene_model.perceptual_distance().cpu()
+        figures = evaluation.edit_figures(captured, edited, perceptual)
+        truth = Truth.find(data.get_datapath(), config.instruction)
+        captions = (config.caption_before, config.caption_after) if config.caption_after else None
+        if truth is not None:
+            names = [path.name for path in data.train_dataset.image_filenames]
+            figures |= evaluation.truth_figures(truth, names, edited)
+            captions = captions or truth.captions
+        if config.clip is not None:
+            try:
+                figures |= evaluation.clip_figures(load_clip(config.clip), captured, edited, captions)
+            except WysError as error:
+                CONSOLE.print(f"CLIP's measures are left out. {error}", markup=False)
+        return figures
 
     # ------------------------------------------------------------------------------------------- the run's folder
 

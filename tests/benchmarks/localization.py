@@ -20,12 +20,12 @@ from nerfstudio.cameras.rays import RayBundle
 from wys_nerfstudio import relevance
 from wys_nerfstudio.checkpoint import load_base
 from wys_nerfstudio.config import wys_tiny
-from wys_nerfstudio.demo.score import Truth
 from wys_nerfstudio.editing import EMBEDDED, Editor, load_editor, relevance_maps
 from wys_nerfstudio.field import RelevanceInput
 from wys_nerfstudio.metrics import average_precision, intersection_over_union
 from wys_nerfstudio.pipeline import WysPipeline
 from wys_nerfstudio.schedule import Phase, edit_seed
+from wys_nerfstudio.truth import Truth
 
 EDITS = ("panda", "polar-bear", "hat", "sunglasses", "ball-blue", "block-red")
 NORMALIZATIONS = ("view", "scene")

@@ -22,10 +22,11 @@ from rich.progress import track
 from torch import Tensor
 
 from wys_nerfstudio.demo.scene import write_demo_scene
-from wys_nerfstudio.demo.score import Truth, load_captured_scene, render_views, score
+from wys_nerfstudio.demo.score import load_captured_scene, render_views, score
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.pictures import read_png, spread, to_uint8
 from wys_nerfstudio.pipeline import WysPipeline
+from wys_nerfstudio.truth import Truth
 
 FRAMES = 24
 FRAMES_PER_SECOND = 10

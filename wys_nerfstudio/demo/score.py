@@ -3,55 +3,20 @@
 Needs a scene written by `scene.py` (or one of the same layout) and a finished run; draws nothing.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
-from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
 from wys_nerfstudio import relevance
 from wys_nerfstudio.checkpoint import CAPTURED_SCENE, model_state, read_checkpoint
 from wys_nerfstudio.metrics import average_precision, intersection_over_union, psnr
-from wys_nerfstudio.pictures import read_png
 from wys_nerfstudio.pipeline import WysPipeline
-
-
-@dataclass
-class Truth:
-    """The ground truth of one edit: per view, what it should look like and which pixels change."""
-
-    folder: Path
-    """Folder of the edit, with `images` and `masks`."""
-
-    @staticmethod
-    def find(scene: Path, instruction: str) -> "Truth | None":
-        """The truth of an instruction, whatever its case and punctuation; None if the scene has none."""
-        index = scene / "ground_truth" / "edits.json"
-        if not index.is_file():
-            return None
-        for edit in json.loads(index.read_text("utf8")):
-            if _plain(instruction) == _plain(edit["instruction"]):
-                return Truth(scene / "ground_truth" / edit["slug"])
-        return None
-
-    def edited(self, name: str) -> Float[Tensor, "h w 3"]:
-        """A view as it should look."""
-        return read_png(self.folder / "images" / name)
-
-    def mask(self, name: str) -> Bool[Tensor, "h w"]:
-        """Which pixels of a view change."""
-        with Image.open(self.folder / "masks" / name) as image:
-            return torch.from_numpy(np.array(image.convert("L"))) > 127
-
-
-def _plain(instruction: str) -> str:
-    return " ".join("".join(c for c in instruction.lower() if c.isalnum() or c.isspace() or c == "'").split())
+from wys_nerfstudio.truth import Truth
 
 
 def load_captured_scene(pipeline: WysPipeline, run: Path) -> None:

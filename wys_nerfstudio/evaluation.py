@@ -1,0 +1,101 @@
+"""What an edit did to the views of a scene: the paper's measures, per view, and against the truth where there is one.
+
+Only puts `metrics`, `clip` and `perceptual` together; rendering the views is the pipeline's business.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Optional
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from wys_nerfstudio import metrics
+from wys_nerfstudio.clip import Clip
+from wys_nerfstudio.perceptual import Lpips
+from wys_nerfstudio.truth import Truth
+
+Figures = dict[str, list[float]]
+"""Per measure one number per view, or per pair of neighbouring views; NaN where a measure says nothing."""
+
+
+def edit_figures(
+    captured: Float[Tensor, "n h w 3"], edited: Float[Tensor, "n h w 3"], perceptual: Optional[Lpips] = None
+) -> Figures:
+    """How far the edited views are from the captured ones.
+
+    Args:
+        captured: Views as captured, in [0, 1].
+        edited: The same views of the edited scene.
+        perceptual: For `edit_lpips`, which is left out without it.
+
+    Returns:
+        `edit_psnr` in dB (the paper's Edit PSNR, in floating point), `edit_ssim`, `edit_lpips`.
+    """
+    pairs = list(zip(edited, captured))
+    figures: Figures = {
+        "edit_psnr": [metrics.psnr(after, before) for after, before in pairs],
+        "edit_ssim": [metrics.ssim(after, before) for after, before in pairs],
+    }
+    if perceptual is not None:
+        channels_first = [(after.permute(2, 0, 1)[None], before.permute(2, 0, 1)[None]) for after, before in pairs]
+        figures["edit_lpips"] = [float(perceptual(after, before)) for after, before in channels_first]
+    return figures
+
+
+def clip_figures(
+    clip: Clip,
+    captured: Float[Tensor, "n h w 3"],
+    edited: Float[Tensor, "n h w 3"],
+    captions: Optional[tuple[str, str]],
+) -> Figures:
+    """What CLIP says of the edit.
+
+    Args:
+        clip: The judge.
+        captured: Views as captured, in [0, 1], in the order in which a camera would pass them.
+        edited: The same views of the edited scene.
+        captions: What the scene shows before and after; without them the measures that need text are left out.
+
+    Returns:
+        `clip_image_similarity`, `clip_text_image_similarity`, `clip_direction_similarity` per view,
+        `clip_direction_consistency`, `clip_frame_consistency` per pair of neighbours.
+
+    Raises:
+        WysError: If a caption is longer than CLIP reads.
+    """
+    before, after = (torch.cat([clip.embed_images(view[None]) for view in views]) for views in (captured, edited))
+    figures: dict[str, Tensor] = {"clip_image_similarity": metrics.image_similarity(before, after)}
+    if captions is not None:
+        texts = clip.embed_texts(captions)
+        figures["clip_text_image_similarity"] = metrics.text_image_similarity(after, texts[1])
+        figures["clip_direction_similarity"] = metrics.direction_similarity(before, after, texts[0], texts[1])
+    figures["clip_direction_consistency"] = metrics.direction_consistency(before, after)
+    figures["clip_frame_consistency"] = metrics.frame_consistency(after)
+    return {name: values.tolist() for name, values in figures.items()}
+
+
+def truth_figures(truth: Truth, names: Sequence[str], edited: Float[Tensor, "n h w 3"]) -> Figures:
+    """How far the edited views are from what they should be.
+
+    Args:
+        truth: The edit's ground truth.
+        names: File names of the views.
+        edited: The views of the edited scene.
+
+    Returns:
+        `truth_psnr_inside` and `truth_psnr_outside` the true mask, in dB; NaN where that part of a view is empty.
+    """
+    figures: Figures = {"truth_psnr_inside": [], "truth_psnr_outside": []}
+    for name, view in zip(names, edited):
+        wanted, mask = truth.edited(name), truth.mask(name)
+        figures["truth_psnr_inside"].append(metrics.psnr(view, wanted, mask))
+        figures["truth_psnr_outside"].append(metrics.psnr(view, wanted, ~mask))
+    return figures
+
+
+def means(figures: Figures) -> dict[str, float]:
+    """Mean of each measure over the views of which it says something; measures that say nothing are left out."""
+    said = {name: [value for value in values if not math.isnan(value)] for name, values in figures.items()}
+    return {name: sum(values) / len(values) for name, values in said.items() if values}
