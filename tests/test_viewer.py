@@ -121,7 +121,7 @@ def edits(run: Path) -> int:
 
 
 def test_the_panel_is_in_order(page: Any) -> None:
-    wanted = ["finished", "Instruction", "Apply", "on top", "instead", "Mask threshold", "Guidance scale",
+    wanted = ["finished", "Instruction", "Apply on top", "Apply instead", "Mask threshold", "Guidance scale",
               "Image guidance scale", "Localization", "Edit every", "Edit count", "Pause editing", "Preview", "Undo",
               "Reset"]  # fmt: skip
     wait(lambda: "finished" in panel(page))
@@ -187,17 +187,23 @@ def test_what_is_typed_stays_until_it_is_applied(page: Any) -> None:
 
 def test_apply_and_undo(page: Any, live_run: Path) -> None:
     choose_output(page, "rgb")
-    before, count = picture(page), edits(live_run)
+    before = picture(page)
     box = page.get_by_text("Instruction").locator("xpath=following::input[1]")
     box.fill("make the ball blue")
     box.press("Enter")
     page.wait_for_timeout(1000)
-    page.get_by_role("button", name="instead").click()
-    wait(lambda: len(history(live_run)) == 2)
-    wait(lambda: "finished" in panel(page) and edits(live_run) > count)
-    assert [entry["instruction"] for entry in history(live_run)] == ["turn the bear into a panda", "make the ball blue"]
-    page.get_by_role("button", name="Undo").click()
-    wait(lambda: len(history(live_run)) == 1)
+    for number, start in enumerate(["on top", "instead", "instead"]):
+        count = edits(live_run)
+        page.get_by_role("button", name=f"Apply {start}").click()
+        wait(lambda: len(history(live_run)) == number + 2)
+        wait(lambda: edits(live_run) > count and "finished" in panel(page))
+    first, *applied = history(live_run)
+    assert first["instruction"] == "turn the bear into a panda"
+    assert {entry["instruction"] for entry in applied} == {"make the ball blue"}
+    assert [entry["start"] for entry in applied] == ["on top", "instead", "instead"]
+    for number in (3, 2, 1):
+        page.get_by_role("button", name="Undo").click()
+        wait(lambda: len(history(live_run)) == number)
     wait(lambda: '"make the ball blue" is undone' in panel(page))
     assert box.input_value() == "turn the bear into a panda"
     page.wait_for_timeout(1500)

@@ -88,10 +88,11 @@ class Controls(ViewerElement[None]):
                 return
             self._status = gui.add_markdown("starting")
             self._handles["instruction"] = gui.add_text("Instruction", self._instruction)
-            apply = gui.add_button_group(
-                "Apply", (ON_TOP, INSTEAD), hint="Edit the scene as it is now, or start again from the captured one"
-            )
-            apply.on_click(lambda event: self._put(event, "apply", event.target.value, self._value("instruction")))
+            # Two buttons: of a group, viser 0.2 passes on only clicks that change the group's value.
+            on_top = gui.add_button("Apply on top", hint="Edit the scene as it is now")
+            on_top.on_click(lambda event: self._put(event, "apply", ON_TOP, self._value("instruction")))
+            instead = gui.add_button("Apply instead", hint="Start again from the captured scene")
+            instead.on_click(lambda event: self._put(event, "apply", INSTEAD, self._value("instruction")))
             self._add_threshold(gui)
             self._add("guidance_scale", gui.add_number("Guidance scale", settings["guidance_scale"], min=0.0, step=0.1))
             self._add(
