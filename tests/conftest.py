@@ -19,7 +19,7 @@ from PIL import Image
 settings.register_profile("wys", deadline=None)
 settings.load_profile("wys")
 
-WORDS = "a the make turn paint give it bear ball block hat red blue green panda polar snow night into".split()
+WORDS = "a the make turn paint give it bear ball block hat red blue green panda polar snow night into of photo".split()
 
 
 def build_editor_folder(folder: Path, *, prediction_type: str = "epsilon", in_channels: int = 8, seed: int = 0) -> Path:
@@ -99,6 +99,24 @@ def build_editor_folder(folder: Path, *, prediction_type: str = "epsilon", in_ch
 def editor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained editor, once per session."""
     return build_editor_folder(tmp_path_factory.mktemp("editors") / "untrained")
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained CLIP of 12 tokens and 32 pixels."""
+    from transformers import CLIPConfig, CLIPModel
+
+    from wys_nerfstudio.demo.networks import vocabulary, write_tokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    write_tokenizer(folder, WORDS, tokens=12)
+    entries, _ = vocabulary(WORDS)
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**small, "vocab_size": len(entries), "max_position_embeddings": 12, "bos_token_id": 0, "eos_token_id": 1}
+    vision = {**small, "image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -6,27 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessor, CLIPTokenizer
 
 from wys_nerfstudio.clip import load_clip
-from wys_nerfstudio.demo.networks import vocabulary, write_tokenizer
 from wys_nerfstudio.errors import WysError
-
-WORDS = ["a", "ball", "bear", "of", "photo", "red"]
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained CLIP."""
-    folder = tmp_path_factory.mktemp("clip")
-    write_tokenizer(folder, WORDS, tokens=12)
-    entries, _ = vocabulary(WORDS)
-    torch.manual_seed(0)
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = {**small, "vocab_size": len(entries), "max_position_embeddings": 12, "bos_token_id": 0, "eos_token_id": 1}
-    vision = {**small, "image_size": 32, "patch_size": 8}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
-    return folder
 
 
 def test_pictures_are_prepared_as_by_its_own_image_processor(clip_folder: Path) -> None:

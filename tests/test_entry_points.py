@@ -158,6 +158,9 @@ def test_eval_needs_no_editor(finished_run: Path, tmp_path: Path) -> None:
     without_editor("eval", "--load-config", finished_run / "config.yml", "--output-path", tmp_path / "eval.json")
     results = json.loads((tmp_path / "eval.json").read_text())["results"]
     assert results["psnr"] > 0 and 0 <= results["ssim"] <= 1
+    mean, views = results["edit"]["mean"], results["edit"]["views"]
+    assert len(views) == 13 and {"edit_psnr", "edit_ssim"} <= set(mean)
+    assert mean["edit_psnr"] == pytest.approx(sum(view["edit_psnr"] for view in views.values()) / 13)
 
 
 def test_render_dataset_needs_no_editor(finished_run: Path, tmp_path: Path) -> None:
