@@ -17,6 +17,7 @@ from conftest import as_blender_scene, as_colmap_scene, write_ring_scene
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from wys_nerfstudio import cli
 from wys_nerfstudio.checkpoint import read_checkpoint, register_safe_globals
 
 register_safe_globals()
@@ -199,6 +200,16 @@ def test_export_needs_no_editor(finished_run: Path, tmp_path: Path) -> None:
                    "--num-points", "200", "--normal-method", "open3d", "--remove-outliers", "False",
                    "--rgb-output-name", "relevance_overlay")  # fmt: skip
     assert (tmp_path / "point_cloud.ply").stat().st_size > 1000
+
+
+def test_compare_puts_runs_beside_each_other(finished_run: Path, tmp_path: Path, monkeypatch) -> None:
+    again = shutil.copytree(finished_run, tmp_path / "again")
+    monkeypatch.setattr(sys, "argv", ["wys", "compare", str(finished_run), str(again), "-o", str(tmp_path / "out")])
+    cli.entrypoint()
+    figures = list(json.loads((tmp_path / "out" / "comparison.json").read_text())["figures"].values())
+    assert len(figures) == 2 and figures[0] == figures[1] and figures[0]["edit_psnr"] > 0
+    for picture in ("contact_sheet.png", "chart.png"):
+        assert Image.open(tmp_path / "out" / picture).width > 300
 
 
 def test_viewer_serves_a_finished_run_without_editor(finished_run: Path) -> None:

@@ -15,7 +15,7 @@ DIFFUSION = ("diffusers", "transformers")
 # Rooms from top to bottom; a module imports from rooms below its own, or from its own package's lower ones.
 ROOMS = [
     {"cli"},
-    {"config"},
+    {"config", "compare"},
     {"trainer"},
     {"steering"},
     {"pipeline"},

@@ -192,7 +192,7 @@ def test_apply_and_undo(page: Any, live_run: Path) -> None:
     box.fill("make the ball blue")
     box.press("Enter")
     page.wait_for_timeout(1000)
-    for number, start in enumerate(["on top", "instead", "instead"]):
+    for number, start in enumerate(["on top", "instead"]):
         count = edits(live_run)
         page.get_by_role("button", name=f"Apply {start}").click()
         wait(lambda: len(history(live_run)) == number + 2)
@@ -200,8 +200,8 @@ def test_apply_and_undo(page: Any, live_run: Path) -> None:
     first, *applied = history(live_run)
     assert first["instruction"] == "turn the bear into a panda"
     assert {entry["instruction"] for entry in applied} == {"make the ball blue"}
-    assert [entry["start"] for entry in applied] == ["on top", "instead", "instead"]
-    for number in (3, 2, 1):
+    assert [entry["start"] for entry in applied] == ["on top", "instead"]
+    for number in (2, 1):
         page.get_by_role("button", name="Undo").click()
         wait(lambda: len(history(live_run)) == number)
     wait(lambda: '"make the ball blue" is undone' in panel(page))

@@ -102,10 +102,27 @@ class EditImage:
         print(f"Wrote {', '.join(str(file) for file in outputs)}; the comparison is in *_side_by_side.png.")
 
 
+@dataclass
+class Compare:
+    """Puts finished wys runs on the same views beside each other: a table of ns-eval's figures, a contact sheet, a chart."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders or config.yml files of the runs."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("wys-compare")
+    """Folder for comparison.json, contact_sheet.png and chart.png."""
+
+    def main(self) -> None:
+        """Compares the runs."""
+        from wys_nerfstudio.compare import compare_runs
+
+        compare_runs(self.runs, self.output)
+
+
 Command = Union[
     Annotated[Demo, tyro.conf.subcommand("demo")],
     Annotated[DemoScene, tyro.conf.subcommand("demo-scene")],
     Annotated[EditImage, tyro.conf.subcommand("edit-image")],
+    Annotated[Compare, tyro.conf.subcommand("compare")],
 ]
 
 
