@@ -6,7 +6,6 @@ transformers is loaded by `load_clip`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wys_nerfstudio.errors import WysError
-
-EMBEDDED_CLIP = "embedded"
-"""Name of the small CLIP of toy pictures that comes with the package."""
-EMBEDDED_FOLDER = Path(__file__).parent / "demo" / "clip"
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_SPREAD = (0.26862954, 0.26130258, 0.27577711)
@@ -81,8 +76,7 @@ def load_clip(name: str, device: "str | torch.device" = "cpu") -> Clip:
     """Loads a CLIP; the first call imports transformers.
 
     Args:
-        name: Hub id such as openai/clip-vit-base-patch32, a local folder, or "embedded" for the small one that knows toy
-            pictures.
+        name: Hub id such as openai/clip-vit-base-patch32, or a local folder.
         device: Where it goes.
 
     Raises:
@@ -91,14 +85,13 @@ def load_clip(name: str, device: "str | torch.device" = "cpu") -> Clip:
     from safetensors import SafetensorError
     from transformers import CLIPModel, CLIPTokenizer
 
-    source = str(EMBEDDED_FOLDER) if name == EMBEDDED_CLIP else name
     try:
-        model: Any = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
-        tokenizer = CLIPTokenizer.from_pretrained(source)
+        model: Any = CLIPModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
+        tokenizer = CLIPTokenizer.from_pretrained(name)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise WysError(
             f'The CLIP "{name}" could not be loaded: {first_line}. Give a local folder with a CLIP in transformers format and '
-            f'safetensors, or "{EMBEDDED_CLIP}" for the small one that knows toy pictures.'
+            "safetensors."
         ) from error
     return Clip(name, model.to(device).eval().requires_grad_(False), tokenizer)

@@ -312,7 +312,7 @@ class WysModel(NerfactoModel):
         return self._lpips[0]
 
     def get_image_metrics_and_images(
-        self, outputs: dict[str, Tensor], batch: dict[str, Tensor]
+        self, outputs: dict[str, Tensor], batch: dict[str, Any]
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
         """PSNR, SSIM and, where its weights are at hand, LPIPS against an image; pictures for the writers."""
         truth = self.renderer_rgb.blend_background(batch["image"].to(self.device))

@@ -118,7 +118,7 @@ class WysPipelineConfig(VanillaPipelineConfig):
     edit_count: int = 1
     """Views that are edited together."""
     clip: Optional[str] = "openai/clip-vit-base-patch32"
-    """CLIP that ns-eval asks about the edit: a hub id, a local folder, or "embedded"; None leaves its measures out."""
+    """CLIP that ns-eval asks about the edit: a hub id or a local folder; None leaves its measures out."""
     caption_before: str = ""
     """What the captured scene shows, such as "a stone bear in a garden"; for ns-eval."""
     caption_after: str = ""
@@ -236,7 +236,7 @@ class WysPipeline(VanillaPipeline):
     def __init__(
         self,
         config: WysPipelineConfig,
-        device: str,
+        device: "str | torch.device",
         test_mode: Literal["test", "val", "inference"] = "val",
         world_size: int = 1,
         local_rank: int = 0,
