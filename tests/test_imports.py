@@ -19,6 +19,8 @@ ROOMS = [
     {"trainer"},
     {"steering"},
     {"pipeline"},
+    {"edit_loop"},
+    {"options", "run_folder"},
     {"controls", "datamanager", "model", "checkpoint", "history", "image_edits", "evaluation"},
     {"field", "editing", "perceptual", "metrics", "clip", "pictures", "image_files", "truth"},
     {"relevance", "schedule"},

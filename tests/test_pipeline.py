@@ -130,7 +130,7 @@ def test_edits_are_the_same_whatever_was_drawn_before(ring_scene: Path, editor_f
         with trainer.train_lock:
             trainer.pipeline.enter(Phase.EDIT)
         torch.rand(run * 100)
-        trainer.pipeline._edit(1)
+        trainer.pipeline.edit_loop.edit(1, trainer.base_dir / "wys")
         (view,) = trainer.pipeline.datamanager.edited_views
         edits.append((view, trainer.pipeline.datamanager.current_views([view])))
     assert edits[0][0] == edits[1][0] and torch.equal(edits[0][1], edits[1][1])

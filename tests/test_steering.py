@@ -232,17 +232,17 @@ def test_a_preview_is_what_the_next_edit_would_be_and_leaves_no_trace(
         wait(lambda: finished(trainer))
         pipeline = trainer.pipeline
         monkeypatch.setattr(pipeline.controls, "show_preview", lambda *arguments: shown.append(arguments))
-        before, edits = look(trainer), pipeline.edits
+        before, edits = look(trainer), pipeline.edit_loop.edits
         camera = pipeline.datamanager.train_dataset.cameras.camera_to_worlds[3]
         ask(trainer, "set", "mask_threshold", 0.0)
         ask(trainer, "preview", value=(*camera[:, 3].tolist(), *(-camera[:, 2]).tolist()))
-        assert pipeline.edits == edits and same(look(trainer), before)
+        assert pipeline.edit_loop.edits == edits and same(look(trainer), before)
         ((caption, (captured, mask, edited)),) = shown
         assert pipeline.datamanager.view_names[3] in caption
         assert torch.equal(captured, pipeline.datamanager.captured_views([3])[0]) and mask.all()
         monkeypatch.setattr("wys_nerfstudio.schedule.view_of_edit", lambda *arguments: 3)
         with trainer.train_lock:
-            pipeline._edit(trainer.step)
+            pipeline.edit_loop.edit(trainer.step, trainer.base_dir / "wys")
         assert torch.allclose(pipeline.datamanager.current_views([3])[0], edited, atol=0.5 / 255 + 1e-6)
 
     with running(small_config(ring_scene, editor_folder, tmp_path, **OPTIONS), then):

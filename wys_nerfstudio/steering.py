@@ -105,7 +105,7 @@ class Steering:
                 return "From the next Apply on: the present edit began without relevance."
             return ""
         if request.action == "pause":
-            pipeline.editing_paused = bool(request.value)
+            pipeline.edit_loop.paused = bool(request.value)
             return "No further views are edited until Pause editing is off." if request.value else ""
         if pipeline.plan.phase(step) is not Phase.EDIT:
             raise WysError(f"{request.action.capitalize()} is possible once editing has begun.")
@@ -159,7 +159,7 @@ class Steering:
         view = int(distance.argmin())
         self._show("editing a view for the preview")
         instruction = request.name.strip() or self.pipeline.config.instruction
-        captured, mask, edited = self.pipeline.preview(view, instruction)
+        captured, mask, edited = self.pipeline.edit_loop.preview(view, instruction)
         pictures = [captured, mask[..., None].expand(-1, -1, 3).float(), edited]
         self.pipeline.controls.show_preview(
             f'"{instruction}" in {data.view_names[view]}: before, mask, edited', pictures
@@ -176,15 +176,15 @@ class Steering:
         self._latest = (step, now)
 
     def _progress(self, step: int) -> str:
-        pipeline, last = self.pipeline, self._run.last_step
+        pipeline, edits, last = self.pipeline, self.pipeline.edit_loop, self._run.last_step
         phase = pipeline.plan.phase(step).value
         left = last - step
         parts = ["finished" if left <= 0 else f"{phase}, step {step + 1} of {last + 1}"]
         if self._run.training_state == "paused":
             parts[0] += " (paused)"
-        parts.append(f"{pipeline.edits - pipeline.skipped} edits, {pipeline.skipped} skipped")
-        if pipeline.seconds_per_edit is not None:
-            parts.append(f"{pipeline.seconds_per_edit:.2f} s per edit")
+        parts.append(f"{edits.edits - edits.skipped} edits, {edits.skipped} skipped")
+        if edits.seconds_per_edit is not None:
+            parts.append(f"{edits.seconds_per_edit:.2f} s per edit")
         if left > 0 and self._step_seconds is not None:
             minutes, seconds = divmod(round(left * self._step_seconds), 60)
             parts.append(f"{minutes}:{seconds:02d} left")

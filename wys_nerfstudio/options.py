@@ -1,0 +1,207 @@
+"""The options of an edit: what nerfstudio's command line shows, and which values of them cannot work.
+
+The pipeline's parts read them too; that is why they stand below it, in a file of their own.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional
+
+import tyro
+from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
+
+from wys_nerfstudio import relevance
+from wys_nerfstudio.checkpoint import RunState
+from wys_nerfstudio.controls import LIVE_SETTINGS
+from wys_nerfstudio.datamanager import RelevanceRequest, WysDataManagerConfig
+from wys_nerfstudio.editing import EditSettings
+from wys_nerfstudio.errors import WysError
+from wys_nerfstudio.model import WysModelConfig
+from wys_nerfstudio.perceptual import SMALLEST_LPIPS_PATCH
+from wys_nerfstudio.schedule import Plan
+
+Localization = Literal["relevance-field", "relevance-map", "masks", "none"]
+
+
+@dataclass
+class WysOptions(VanillaPipelineConfig):
+    """Options of scene, data and edit; `WysPipelineConfig` makes them a pipeline's."""
+
+    datamanager: WysDataManagerConfig = field(default_factory=WysDataManagerConfig)
+    """Options of the training views."""
+    model: WysModelConfig = field(default_factory=WysModelConfig)
+    """Options of the scene's model."""
+
+    instruction: Annotated[str, tyro.conf.arg(aliases=["--instruction"])] = ""
+    """What to change, in words: "Turn the bear into a panda"."""
+    base_run: Annotated[Optional[Path], tyro.conf.arg(aliases=["--base-run"])] = None
+    """Folder or config.yml of a nerfacto or wys run whose scene is edited; without it the scene is reconstructed first."""
+
+    editor: Annotated[str, tyro.conf.arg(aliases=["--editor"])] = "timbrooks/instruct-pix2pix"
+    """InstructPix2Pix-type checkpoint: a hub id, a local folder in diffusers format, or "embedded" for the small editor of
+    toy pictures that comes with the package."""
+    editor_device: Optional[str] = None
+    """Device of the editor, such as cuda:1; by default the training device."""
+    editor_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the editor; auto is bfloat16 (or float16) on a GPU and float32 on the CPU."""
+    editor_batch_size: int = 8
+    """Views per pass of the editor while relevance maps are made."""
+    edit_long_side: Optional[int] = None
+    """Longer side in pixels at which views are edited; by default the editor's own (512 for InstructPix2Pix)."""
+
+    localization: Annotated[Localization, tyro.conf.arg(aliases=["--localization"])] = "relevance-field"
+    """What confines the edits: renders of the relevance field, the views' own relevance maps, a folder of masks, or
+    nothing (which is Instruct-NeRF2NeRF)."""
+    mask_threshold: Annotated[float, tyro.conf.arg(aliases=["--mask-threshold"])] = 0.5
+    """Pixels of at least this relevance are edited (tau); 0 edits everything, higher is more local."""
+    mask_growth: int = 1
+    """How far the field's mask spreads into what the view's own relevance map adds to it, in cells of the editor's
+    latents; lets an edit grow where there is only air yet, such as a hat."""
+    masks_dir: Optional[Path] = None
+    """Folder with one mask per view, named as the view, for --localization masks; bright is edited."""
+    relevance_noise_level: float = 0.8
+    """Noise level at which the editor is asked what is relevant (t_rel), as a share of the diffusion."""
+    relevance_draws: int = 1
+    """Noise draws averaged in a relevance map; more is less noisy and as much slower."""
+    relevance_normalization: Literal["view", "scene"] = "view"
+    """Stretch relevance to [0, 1] in each view by itself, or over all views of the scene."""
+    relevance_outlier_factor: float = relevance.OUTLIER_FACTOR
+    """Relevance is clamped at Q3 + this many interquartile ranges; more suits editors whose maps are clean and small."""
+
+    guidance_scale: Annotated[float, tyro.conf.arg(aliases=["--guidance-scale"])] = 7.5
+    """How strongly edits follow the instruction (S_T)."""
+    image_guidance_scale: Annotated[float, tyro.conf.arg(aliases=["--image-guidance-scale"])] = 1.5
+    """How strongly edits keep to the captured view (S_I)."""
+    diffusion_steps: int = 20
+    """DDIM steps of an edit from pure noise; an edit that starts from less noise takes its share of them."""
+    min_noise_level: float = 0.02
+    """Least noise that an edit starts from, as a share of the diffusion."""
+    max_noise_level: float = 0.98
+    """Most noise that an edit starts from, as a share of the diffusion."""
+
+    reconstruct_steps: int = 30000
+    """Steps of plain reconstruction; none if there is a base run."""
+    localize_steps: int = 500
+    """Steps in which only the relevance head is trained."""
+    edit_steps: int = 4000
+    """Steps of training on edited views."""
+    edit_every: int = 10
+    """Steps from one edit to the next."""
+    edit_count: int = 1
+    """Views that are edited together."""
+    clip: Optional[str] = "openai/clip-vit-base-patch32"
+    """CLIP that ns-eval asks about the edit: a hub id or a local folder; None leaves its measures out."""
+    caption_before: str = ""
+    """What the captured scene shows, such as "a stone bear in a garden"; for ns-eval."""
+    caption_after: str = ""
+    """What the edited scene shows, such as "a panda in a garden"; for ns-eval."""
+    seed: int = 0
+    """Seed of everything that the editor draws; order of views, noise and noise levels."""
+
+    resume_from: tyro.conf.Suppress[Optional[Path]] = None
+    """Folder of the run that --load-dir resumes; set by the trainer's options."""
+    asked: tyro.conf.Suppress[dict[str, Any]] = field(default_factory=dict)
+    """Instruction and live settings as they were typed; they can change while the run goes on."""
+
+    def plan(self) -> Plan:
+        """The phases that these options ask for."""
+        localize = 0 if self.localization == "none" else self.localize_steps
+        return Plan(0 if self.base_run is not None else self.reconstruct_steps, localize, self.edit_steps)
+
+    def live_settings(self) -> dict[str, Any]:
+        """Present values of what can be changed while the run goes on."""
+        return {name: getattr(self, name) for name in LIVE_SETTINGS}
+
+    def edit_settings(self) -> EditSettings:
+        """The part of the options that concerns a single edit."""
+        return EditSettings(
+            guidance_scale=self.guidance_scale,
+            image_guidance_scale=self.image_guidance_scale,
+            diffusion_steps=self.diffusion_steps,
+            long_side=self.edit_long_side,
+        )
+
+    def relevance_request(self, instruction: str, reference: str) -> RelevanceRequest:
+        """What the relevance maps of an instruction depend on.
+
+        Args:
+            instruction: What to change.
+            reference: As of `WysDataManager.reference_digest`.
+        """
+        return RelevanceRequest(
+            editor=self.editor,
+            instruction=instruction,
+            noise_level=self.relevance_noise_level,
+            draws=self.relevance_draws,
+            seed=self.seed,
+            long_side=self.edit_long_side,
+            reference=reference,
+        )
+
+    def adopt_resumed_run(self) -> None:
+        """Takes over what must be as it was in the run that is resumed."""
+        assert self.resume_from is not None
+        state = RunState.read(self.resume_from / "wys")
+        instruction = state.settings["instruction"]
+        if self.instruction not in ("", instruction, state.asked["instruction"]):
+            raise WysError(
+                f'--load-dir resumes a run whose instruction is "{instruction}": leave out --instruction, or give the '
+                "run to --base-run to apply another instruction to its scene."
+            )
+        self.instruction = instruction
+        for name in LIVE_SETTINGS:
+            if getattr(self, name) == state.asked[name]:
+                setattr(self, name, state.settings[name])
+        self.base_run = None
+        self.reconstruct_steps, self.localize_steps = state.plan.reconstruct_steps, state.plan.localize_steps
+
+    def check(self) -> None:
+        """Refuses options that cannot work, before anything is built.
+
+        Raises:
+            WysError: For the first such option.
+        """
+        if not self.instruction.strip():
+            raise WysError(
+                'There is no instruction: say what to change, as in --instruction "Turn the bear into a panda".'
+            )
+        shares = ("mask_threshold", "relevance_noise_level", "min_noise_level", "max_noise_level")
+        for name in shares:
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise WysError(f"{_flag(name)} must be between 0 and 1, not {value}.")
+        if not self.relevance_outlier_factor >= 0:
+            raise WysError(
+                f"{_flag('relevance_outlier_factor')} must be at least 0, not {self.relevance_outlier_factor}."
+            )
+        for name in ("relevance_noise_level", "min_noise_level", "max_noise_level"):
+            if not 0 < getattr(self, name) < 1:
+                raise WysError(f"{_flag(name)} must be above 0 and below 1, not {getattr(self, name)}.")
+        if self.min_noise_level > self.max_noise_level:
+            raise WysError(
+                f"{_flag('min_noise_level')} {self.min_noise_level} is above {_flag('max_noise_level')} "
+                f"{self.max_noise_level}: swap them."
+            )
+        counts = {"edit_every": 1, "edit_count": 1, "diffusion_steps": 1, "relevance_draws": 1, "editor_batch_size": 1}
+        counts |= {"reconstruct_steps": 0, "localize_steps": 0, "edit_steps": 1, "mask_growth": 0}
+        for name, least in counts.items():
+            if getattr(self, name) < least:
+                raise WysError(f"{_flag(name)} must be at least {least}, not {getattr(self, name)}.")
+        if self.localization == "relevance-field" and self.localize_steps == 0:
+            raise WysError("--localization relevance-field needs --pipeline.localize-steps above 0 to train the field.")
+        if (self.localization == "masks") != (self.masks_dir is not None):
+            raise WysError("--localization masks and --pipeline.masks-dir FOLDER go together: give both or none.")
+        if self.model.lpips_loss_mult > 0 and self.datamanager.edit_patch_size < SMALLEST_LPIPS_PATCH:
+            raise WysError(
+                f"--pipeline.datamanager.edit-patch-size must be at least {SMALLEST_LPIPS_PATCH} for the perceptual loss, not "
+                f"{self.datamanager.edit_patch_size}; --pipeline.model.lpips-loss-mult 0 trains without it."
+            )
+        if bool(self.caption_before) != bool(self.caption_after):
+            raise WysError("--pipeline.caption-before and --pipeline.caption-after go together: give both or none.")
+        if self.model.predict_normals:
+            raise WysError("--pipeline.model.predict-normals is not supported: leave it out, in the base run too.")
+
+
+def _flag(name: str) -> str:
+    short = ("mask_threshold", "guidance_scale", "image_guidance_scale")
+    return f"--{'' if name in short else 'pipeline.'}{name.replace('_', '-')}"
