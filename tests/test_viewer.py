@@ -23,15 +23,23 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 
-PORT = 7431
 STEPS = ["--pipeline.reconstruct-steps=150", "--pipeline.localize-steps=60", "--pipeline.edit-steps=11"]
 
 
-def wait(condition: Callable[[], Any], seconds: float = 240) -> None:
+def wait(condition: Callable[[], Any], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.2)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+PORT = free_port()
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +77,14 @@ def open_viewer(browser: Any, port: int) -> Any:
     page = browser.new_page(viewport={"width": 1100, "height": 1500})
     page.goto(f"http://127.0.0.1:{port}")
     page.get_by_text("Watch Your Steps").wait_for(timeout=60000)
+    set_number(page, "Max res", 64)  # a CPU draws larger pictures for many seconds
     return page
+
+
+def set_number(page: Any, label: str, value: float) -> None:
+    box = page.get_by_text(label, exact=True).locator("xpath=following::input[@type='text'][1]")
+    box.fill(str(value))
+    box.press("Enter")
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +104,7 @@ def choose_output(page: Any, name: str) -> None:
 
 
 def set_threshold(page: Any, value: float) -> None:
-    box = page.get_by_text("Mask threshold").locator("xpath=following::input[@type='text'][1]")
-    box.fill(str(value))
-    box.press("Enter")
+    set_number(page, "Mask threshold", value)
 
 
 def shown(page: Any) -> np.ndarray:
@@ -130,25 +143,31 @@ def test_the_panel_is_in_order(page: Any) -> None:
     assert places == sorted(places)
 
 
-def mask_areas(page: Any, thresholds: tuple[float, ...]) -> list[float]:
+def mask_area(page: Any) -> float:
+    return float((shown(page) > 128).mean())
+
+
+def check_that_the_mask_shrinks(page: Any, thresholds: tuple[float, ...]) -> None:
+    """Everything is white at 0, and each threshold shows less of it than the one before, or as much."""
     page.get_by_text("Hide Train Cams").click()
     choose_output(page, "relevance_overlay")
     choose_output(page, "edit_mask")
-    areas = []
+    set_threshold(page, 0.0)
+    # Waiting for the picture, not for a time: a busy machine draws late.
+    wait(lambda: mask_area(page) > 0.9)
+    areas = [mask_area(page)]
     for threshold in thresholds:
-        before = shown(page)
         set_threshold(page, threshold)
-        for _ in range(20):  # a busy machine draws late; a mask may also stay as it was
-            page.wait_for_timeout(1500)
-            if np.abs(shown(page) - before).mean() > 0.5:
-                break
+        page.wait_for_timeout(3000)
         areas.append(float((picture(page) > 128).mean()))
-    return areas
+    set_threshold(page, 1.0)
+    wait(lambda: mask_area(page) < 0.5 * areas[0])
+    areas.append(float((picture(page) > 128).mean()))
+    assert areas == sorted(areas, reverse=True)
 
 
 def test_the_mask_shrinks_in_the_picture_as_the_threshold_rises(page: Any) -> None:
-    areas = mask_areas(page, (0.0, 0.2, 0.5, 1.0))
-    assert areas[0] > 0.9 and areas == sorted(areas, reverse=True) and areas[-1] < 0.5 * areas[0]
+    check_that_the_mask_shrinks(page, (0.2, 0.5))
     set_threshold(page, 0.3)
 
 
@@ -204,24 +223,24 @@ def test_apply_and_undo(page: Any, live_run: Path) -> None:
     for number in (2, 1):
         page.get_by_role("button", name="Undo").click()
         wait(lambda: len(history(live_run)) == number)
-    wait(lambda: '"make the ball blue" is undone' in panel(page))
-    assert box.input_value() == "turn the bear into a panda"
-    page.wait_for_timeout(1500)
-    assert np.abs(picture(page) - before).mean() < 0.5
+    # The first undo leaves the same words in the status line, and the panel is told after the history is written.
+    wait(lambda: box.input_value() == "turn the bear into a panda")
+    assert '"make the ball blue" is undone' in panel(page)
+    wait(lambda: np.abs(picture(page) - before).mean() < 0.5)
 
 
 def test_a_finished_run_shows_its_outputs_and_the_threshold_without_an_editor(live_run: Path, browser: Any) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **NO_NETWORK}
-    arguments = ["--load-config", live_run / "config.yml", "--viewer.websocket-port", PORT + 1]
+    port = free_port()
+    arguments = ["--load-config", live_run / "config.yml", "--viewer.websocket-port", port]
     viewer = subprocess.Popen(editorless("viewer.run_viewer", *arguments), env=environment, stdout=subprocess.DEVNULL)
     try:
-        wait(lambda: viewer.poll() is not None or listens(PORT + 1))
-        page = open_viewer(browser, PORT + 1)
+        wait(lambda: viewer.poll() is not None or listens(port))
+        page = open_viewer(browser, port)
         text = panel(page)
         assert "Mask threshold" in text
         assert not any(label in text for label in ("Apply", "Guidance scale", "Preview", "Undo", "Reset"))
-        areas = mask_areas(page, (0.0, 0.4, 1.0))
-        assert areas[0] > 0.9 and areas == sorted(areas, reverse=True) and areas[-1] < 0.5 * areas[0]
+        check_that_the_mask_shrinks(page, (0.4,))
         assert viewer.poll() is None
         page.close()
     finally:
