@@ -4,7 +4,7 @@ The networks are handed in (see `loading`); this file does not read files. An `E
 pipeline that holds one neither saves nor moves its gigabytes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class Editor:
     """Level after the last denoising step."""
     prediction_type: str
     """"epsilon" or "v_prediction"."""
+    _texts: "dict[str, Tensor]" = field(default_factory=dict, repr=False)
+    """States of the instructions that were encoded before; a run asks for the same two at every edit."""
 
     @property
     def device(self) -> torch.device:
@@ -76,6 +78,11 @@ class Editor:
         Raises:
             WysError: If the instruction is longer than the text encoder takes, or has words it has never seen.
         """
+        if instruction not in self._texts:
+            self._texts[instruction] = self._encode_text(instruction)
+        return self._texts[instruction]
+
+    def _encode_text(self, instruction: str) -> Tensor:
         limit = self.tokenizer.model_max_length
         count = len(self.tokenizer(instruction).input_ids)
         if count > limit:

@@ -1,0 +1,65 @@
+"""The benchmarks run, and what they compare is the same work: the slow twins' pictures and maps are this package's."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+import speed
+
+from wys_nerfstudio import schedule
+from wys_nerfstudio.editing import Editor, EditSettings, edit_images, load_editor, relevance_maps
+
+
+@pytest.fixture(scope="module")
+def editor(editor_folder: Path) -> Editor:
+    return load_editor(str(editor_folder))
+
+
+@pytest.fixture
+def pictures() -> torch.Tensor:
+    return torch.rand(3, 32, 40, 3, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("scales", [(7.5, 1.5), (1.0, 1.0), (3.0, 1.0)])
+def test_the_slow_way_and_ours_make_the_same_edit(editor: Editor, pictures: torch.Tensor, scales) -> None:
+    start, slow = 700, speed.as_slow(editor)
+    ours = edit_images(
+        editor, pictures, pictures.flip(0), torch.ones(3, 32, 40, dtype=torch.bool), "make the ball blue",
+        EditSettings(*scales, diffusion_steps=10), start_timestep=start, seeds=[5, 6, 7],
+    )  # fmt: skip
+    # The slow way takes all steps wherever it starts, so it is told how many there are from here.
+    steps = len(schedule.timesteps(start, 10, 1000))
+    states = speed.slow_states(slow, "make the ball blue")
+    for view, seed in enumerate((5, 6, 7)):
+        render, captured = pictures[view : view + 1], pictures[2 - view : 3 - view]
+        settings = EditSettings(*scales, diffusion_steps=steps)
+        theirs = speed.slow_edit(slow, render, captured, states, settings, start, seed)[0]
+        assert (theirs - ours[view]).abs().max() < 1e-3
+    assert (ours - pictures.flip(0)).abs().mean() > 0.01
+
+
+def test_the_slow_way_and_ours_make_the_same_map(editor: Editor, pictures: torch.Tensor) -> None:
+    slow = speed.as_slow(editor)
+    ours = torch.cat(list(relevance_maps(editor, pictures, "make the ball blue", seeds=[1, 2, 3])))
+    states = speed.slow_states(slow, "make the ball blue")
+    for view, seed in enumerate((1, 2, 3)):
+        picture = pictures[view : view + 1]
+        theirs = speed.slow_map(slow, picture, picture, states, EditSettings(), seed)[0]
+        assert torch.allclose(theirs, ours[view], atol=1e-5) and theirs.max() > 1e-3
+
+
+def test_the_benchmark_of_speed_runs_and_writes_its_table(
+    ring_scene: Path, editor_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = speed.Options(ring_scene, editor=str(editor_folder), instruction="make the ball blue")
+    options.views, options.batch, options.repeats, options.output = 2, 2, 1, tmp_path / "speed.json"
+    speed.main(options)
+    assert capsys.readouterr().out.count("\n") == 5
+    result = json.loads(options.output.read_text())
+    assert [row["work"].split(",")[0] for row in result["rows"]] == ["edit", "relevance map of a visit", "edit"]
+    assert all(row["ratio"] == pytest.approx(row["slow"][1] / row["ours"][1]) for row in result["rows"])
+    assert result["unet_gflop"] > 0.01
