@@ -34,7 +34,7 @@ class Clip:
     @torch.no_grad()
     def embed_images(self, images: Float[Tensor, "b h w 3"]) -> Float[Tensor, "b d"]:
         """Unit vectors of RGB pictures in [0, 1]: the shorter side is resized to CLIP's size, the middle is cut out."""
-        pixels = _prepared(images.to(self.model.device), self.model.config.vision_config.image_size)
+        pixels = prepare_pixels(images.to(self.model.device), self.model.config.vision_config.image_size)
         seen = self.model.vision_model(pixel_values=pixels.to(self.model.dtype)).pooler_output
         return F.normalize(self.model.visual_projection(seen).float(), dim=-1)
 
@@ -58,7 +58,7 @@ class Clip:
         return F.normalize(self.model.text_projection(read).float(), dim=-1)
 
 
-def _prepared(images: Tensor, size: int) -> Tensor:
+def prepare_pixels(images: Tensor, size: int) -> Tensor:
     """Pictures as CLIP's own image processor would hand them over, (b, 3, size, size)."""
     height, width = images.shape[1:3]
     scale = size / min(height, width)

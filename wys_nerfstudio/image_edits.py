@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Optional
 
@@ -14,6 +15,7 @@ from wys_nerfstudio.editing.editor import resize_images
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.image_files import (
     Picture,
+    edit_origin,
     extra_file,
     find_pictures,
     place_outputs,
@@ -75,6 +77,8 @@ def edit_files(
     outputs = place_outputs(given, pictures, output)
     _make_folder(outputs[0].parent)
 
+    made = {**asdict(settings), "seed": seed, "mask": None if mask_file is None else mask_file.name}
+    origin = edit_origin(instruction, editor_name, made)
     editor = load_editor(editor_name, device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn()) as bar:
@@ -92,7 +96,7 @@ def edit_files(
                 seed=seed,
                 report=lambda done, _: bar.update(task, completed=i * steps + done),
             )
-            _write(file, path.name, picture, edit, instruction)
+            _write(file, path.name, picture, edit, instruction, origin)
             bar.update(task, completed=(i + 1) * steps)
             if not edit.mask.any():
                 bar.print(
@@ -119,11 +123,11 @@ def _make_folder(folder: Path) -> None:
         raise WysError(f'The folder "{folder}" cannot be written to: give -o another place.')
 
 
-def _write(file: Path, name: str, picture: Picture, edit: LocalEdit, instruction: str) -> None:
-    write_picture(file, edit.edited, like=picture)
+def _write(file: Path, name: str, picture: Picture, edit: LocalEdit, instruction: str, origin: dict[str, str]) -> None:
+    write_picture(file, edit.edited, like=picture, origin=origin)
     write_png(extra_file(file, "relevance"), edit.relevance)
     write_png(extra_file(file, "mask"), edit.mask.float())
-    save_png(extra_file(file, "side_by_side"), side_by_side(picture, edit, f"{name}: {instruction}"))
+    save_png(extra_file(file, "side_by_side"), side_by_side(picture, edit, f"{name}: {instruction}"), texts=origin)
 
 
 def side_by_side(picture: Picture, edit: LocalEdit, name: str) -> Image.Image:
