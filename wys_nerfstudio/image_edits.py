@@ -64,7 +64,7 @@ def edit_files(
     if os.path.exists(instruction):
         raise WysError(f'The instruction comes after the pictures, and "{instruction}" is a file: say what to change.')
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _refuse_device(device)
+    refuse_device(device)
     pictures = find_pictures(given)
     mask = None if mask_file is None else read_mask(mask_file)
     for path in pictures:
@@ -75,7 +75,7 @@ def edit_files(
                 "has the size of its picture."
             )
     outputs = place_outputs(given, pictures, output)
-    _make_folder(outputs[0].parent)
+    make_folder(outputs[0].parent)
 
     made = {**asdict(settings), "seed": seed, "mask": None if mask_file is None else mask_file.name}
     origin = edit_origin(instruction, editor_name, made)
@@ -107,14 +107,24 @@ def edit_files(
     return outputs
 
 
-def _refuse_device(device: str) -> None:
+def refuse_device(device: str) -> None:
+    """Refuses a device that is not here.
+
+    Raises:
+        WysError: If it is not.
+    """
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise WysError(f'The device "{device}" cannot be used here: --device takes cpu, cuda or cuda:1.') from error
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Makes a folder for results.
+
+    Raises:
+        WysError: If it cannot be made or written to.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
