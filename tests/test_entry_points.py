@@ -73,7 +73,7 @@ def finished_run(ring_scene: Path, editor_folder: Path, tmp_path_factory: pytest
     output = tmp_path_factory.mktemp("finished")
     done = train("wys-tiny", ring_scene, output, *SMALL_MODEL, *SHORT, "--instruction", "make the ball blue",
                  "--editor", editor_folder, "--pipeline.edit-every=5", "--mask-threshold=0.3",
-                 "--pipeline.edit-count=2")  # fmt: skip
+                 "--pipeline.edit-count=2", "--pipeline.clip", "None")  # fmt: skip
     assert [f"Phase: {phase}." in done.stdout for phase in ("reconstruct", "localize", "edit")] == [True] * 3
     return the_run(output)
 

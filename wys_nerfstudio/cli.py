@@ -64,7 +64,7 @@ class DemoPictures:
 
     output: tyro.conf.Positional[Path]
     """Folder to write."""
-    count: int = 24
+    count: int = 12
     """Number of pictures."""
 
     def main(self) -> None:
@@ -175,12 +175,32 @@ class Compare:
         compare_runs(self.runs, self.output)
 
 
+@dataclass
+class Ablate:
+    """Repeats the paper's ablations on the demo scene against its ground truth: edits confined by the relevance field, by 2D
+    relevance maps, by true masks and by nothing, from one reconstruction. What is there already is not run again."""
+
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("wys-ablations")
+    """Folder for scene, runs, ablations.json and contact_sheet.png."""
+    instruction: str = "turn the bear into a panda"
+    """What to change."""
+    seeds: int = 3
+    """Runs of each variant."""
+
+    def main(self) -> None:
+        """Runs the ablations."""
+        from wys_nerfstudio.demo.ablations import run_ablations
+
+        run_ablations(self.output, self.instruction, self.seeds)
+
+
 Command = Union[
     Annotated[Demo, tyro.conf.subcommand("demo")],
     Annotated[DemoScene, tyro.conf.subcommand("demo-scene")],
     Annotated[DemoPictures, tyro.conf.subcommand("demo-pictures")],
     Annotated[EditImage, tyro.conf.subcommand("edit-image")],
     Annotated[Sweep, tyro.conf.subcommand("sweep")],
+    Annotated[Ablate, tyro.conf.subcommand("ablate")],
     Annotated[Compare, tyro.conf.subcommand("compare")],
 ]
 

@@ -5,6 +5,8 @@ nothing to say about an edit of everything.
 """
 
 import csv
+from collections.abc import Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -36,22 +38,31 @@ def write_demo_pictures(folder: Path, count: int) -> Path:
         The list.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    seeds = iter(TEST_SEEDS[FIRST_SCENE:])
     with (folder / "list.csv").open("w", encoding="utf8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(COLUMNS)
-        for number in range(count):
-            chosen = LOCAL[number % len(LOCAL)]
-            edit, view = EDITS[chosen], _view(next(seeds))
-            while (view[chosen] != view[-1]).any(-1).float().mean() < SMALLEST_CHANGE:
-                view = _view(next(seeds))
+        for number, view in zip(range(count), held_out_views(LOCAL)):
+            edit = EDITS[LOCAL[number % len(LOCAL)]]
             name = f"{number:03d}_{edit.slug}.png"
             Image.fromarray(view[-1].numpy()).save(folder / name)
             table.writerow([name, edit.wordings[0], CAPTION, edit.caption])
     return folder / "list.csv"
 
 
-def _view(seed: int) -> UInt8[Tensor, "edits h w 3"]:
-    scene = sample_scenes([seed])
-    with torch.no_grad():
-        return render_edits(scene, sample_cameras(scene, [seed], SIDE, SIDE))[0]
+def held_out_views(edits: Sequence[int]) -> Iterator[UInt8[Tensor, "edits h w 3"]]:
+    """Test scenes after each of EDITS, the last one being the scene as it is: one for each of some edits in turn, such that
+    the edit shows in it.
+
+    Args:
+        edits: Indices into EDITS.
+    """
+    seeds = iter(TEST_SEEDS[FIRST_SCENE:])
+    for edit in cycle(edits):
+        shown = 0.0
+        while shown < SMALLEST_CHANGE:
+            seed = next(seeds)
+            scene = sample_scenes([seed])
+            with torch.no_grad():
+                view = render_edits(scene, sample_cameras(scene, [seed], SIDE, SIDE))[0]
+            shown = float((view[edit] != view[-1]).any(-1).float().mean())
+        yield view

@@ -33,7 +33,7 @@ TOKENS = 24
 """Longest caption in tokens, start and end included."""
 SIZE = 64
 """Sides of its pictures in pixels."""
-WIDTH = 128
+WIDTH = 96
 NO_CHANGE = len(EDITS) - 1
 
 
@@ -49,7 +49,7 @@ class Options:
     """Training scenes, one view each with all edits."""
     test_scenes: int = 208
     """Held-out scenes."""
-    steps: int = 1600
+    steps: int = 700
     """Optimizer steps."""
     batch_scenes: int = 8
     """Scenes per step, each with all edits."""
@@ -83,12 +83,12 @@ def words() -> list[str]:
 
 
 def build_clip() -> CLIPModel:
-    """The untrained CLIP, 1.2 M parameters."""
+    """The untrained CLIP, 0.4 M parameters."""
     entries, _ = vocabulary(words())
-    text = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 3}
     text |= {"vocab_size": len(entries), "max_position_embeddings": TOKENS}
     text |= {"bos_token_id": entries[START], "eos_token_id": entries[END], "pad_token_id": entries[END]}
-    vision = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 4, "num_attention_heads": 4}
+    vision = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 3, "num_attention_heads": 3}
     vision |= {"image_size": SIZE, "patch_size": 8}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
 
@@ -156,13 +156,16 @@ def evaluate(clip: Clip, pictures: UInt8[np.ndarray, "scenes edits h w 3"]) -> d
     """What a CLIP understands of the toy world, on scenes and their true edits.
 
     Returns:
-        `accuracy` per edit: how often the right one of the edits' captions is the nearest; `direction`: mean direction
-        similarity of each true edit, by its own captions and by those of the other edits.
+        `accuracy` per edit: how often the right one of the edits' captions is the nearest. `own_direction`: mean direction
+        similarity of each true edit by its own captions; `other_direction`: by those of the other edits;
+        `swapped_direction`: of a recoloured ball by the captions of the block in that colour, and the other way round.
     """
     images = torch.stack([clip.embed_images(torch.from_numpy(scene).float() / 255) for scene in pictures])
     texts = clip.embed_texts([edit.caption for edit in EDITS])
     right = (images @ texts.T).argmax(-1) == torch.arange(len(EDITS))
-    result: dict[str, Any] = {"scenes": len(pictures), "accuracy": {}, "own_direction": {}, "other_direction": {}}
+    slugs = [edit.slug for edit in EDITS]
+    names = ("accuracy", "own_direction", "other_direction", "swapped_direction")
+    result: dict[str, Any] = {"scenes": len(pictures), **{name: {} for name in names}}
     for number, edit in enumerate(EDITS):
         result["accuracy"][edit.slug] = round(right[:, number].float().mean().item(), 3)
         if number == NO_CHANGE:
@@ -174,7 +177,11 @@ def evaluate(clip: Clip, pictures: UInt8[np.ndarray, "scenes edits h w 3"]) -> d
         others = torch.arange(NO_CHANGE) != number
         result["own_direction"][edit.slug] = round(by_caption[number].mean().item(), 3)
         result["other_direction"][edit.slug] = round(by_caption[others].mean().item(), 3)
-    for name in ("accuracy", "own_direction", "other_direction"):
+        if edit.kind == "recolour":
+            other = "block" if edit.target == "ball" else "ball"
+            swapped = slugs.index(edit.slug.replace(edit.target, other))
+            result["swapped_direction"][edit.slug] = round(by_caption[swapped].mean().item(), 3)
+    for name in names:
         result[f"mean_{name}"] = round(float(np.mean(list(result[name].values()))), 3)
     return result
 
