@@ -37,18 +37,18 @@ def draw_curves(rows: Sequence[Row], file: Path) -> None:
 
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    for tau, points in mean_points(rows).items():
-        scales, directions, images = zip(*points)
+    curves = mean_points(rows)
+    for tau, points in curves.items():
+        _, directions, images = zip(*points)
         label = f"τ = {tau:g}" + (" (InstructPix2Pix)" if tau == 0 else "")
         axes.plot(directions, images, marker="o", markersize=4, label=label)
-        for i in {0, len(points) - 1}:
-            axes.annotate(
-                f"{scales[i]:g}", (directions[i], images[i]), fontsize=7, xytext=(4, 3), textcoords="offset points"
-            )
+    # All lines have the same image guidance scales, so one of them is marked.
+    for scale, direction, image in next(iter(curves.values())):
+        axes.annotate(f"{scale:g}", (direction, image), fontsize=7, xytext=(-4, -10), textcoords="offset points")
     cases = len({row.case for row in rows})
     axes.set_xlabel("CLIP text-image direction similarity")
     axes.set_ylabel("CLIP image similarity")
-    axes.set_title(f"{cases} edit{'s' if cases > 1 else ''}; the ends of a line are marked with their S_I", fontsize=9)
+    axes.set_title(f"{cases} edit{'s' if cases > 1 else ''}; small numbers: image guidance scale S_I", fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     partial = file.with_suffix(".partial")
