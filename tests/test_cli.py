@@ -116,14 +116,23 @@ def test_every_option_has_a_docstring() -> None:
 
 
 @pytest.mark.parametrize("recipe", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes_parse_through_the_command_line(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipes_parse_through_the_command_line(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method = "wys-tiny" if recipe.stem.startswith("demo") else "wys"
-    config = resolve(monkeypatch, method, "--recipe", recipe)
     content = yaml.safe_load(recipe.read_text())
-    assert config.pipeline.instruction == content["instruction"]
+    typed = [] if "instruction" in content else ["--instruction", "make it red"]
+    typed += ["--pipeline.masks-dir", str(tmp_path)] if recipe.stem == "masks" else []
+    config = resolve(monkeypatch, method, "--recipe", recipe, *typed)
+    assert config.pipeline.instruction == content.get("instruction", "make it red")
+    assert config.pipeline.localization == content.get("localization", "relevance-field")
+    config.pipeline.check()
     for option in ("guidance-scale", "image-guidance-scale", "mask-threshold"):
         if option in content:
             assert getattr(config.pipeline, option.replace("-", "_")) == content[option]
+
+
+def test_the_ablations_have_recipes() -> None:
+    recipes = [yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("relevance-map", "masks", "none")]
+    assert recipes == [{"localization": name} for name in ("relevance-map", "masks", "none")]
 
 
 @pytest.mark.parametrize(("scene", "guidance"), [("bear", 6.5), ("face", 7.5), ("farm", 12.5), ("fangzhou", 6.5)])

@@ -14,8 +14,8 @@ from wys_nerfstudio.compare import measures, table
 @pytest.mark.parametrize(
     ("runs", "sentence"),
     [
-        ([], "takes at least two runs"),
-        (["a"], "takes at least two runs"),
+        ([], "takes one run or several"),
+        (["a"], 'There is no config.yml in "a"'),
         (["a", "b"], 'There is no config.yml in "a"'),
     ],
 )

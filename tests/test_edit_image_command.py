@@ -1,6 +1,8 @@
 """`wys edit-image` through its command line: the files it leaves, and what it refuses before an editor is loaded."""
 
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from wys_nerfstudio import cli, image_edits
+from wys_nerfstudio import __version__, cli, image_edits
 from wys_nerfstudio.editing import edit_image, load_editor
 from wys_nerfstudio.image_files import read_picture
 
@@ -193,3 +195,26 @@ def test_what_the_editor_does_not_take_is_refused_in_a_sentence(tmp_path, monkey
     arguments = (source, instruction, "-o", tmp_path / "out.png", "--editor", editor, "--device", "cpu")
     assert words in refusal(monkeypatch, *arguments)
     assert [file.name for file in tmp_path.iterdir()] == ["in.png"]
+
+
+def test_an_edited_file_says_what_made_it(tmp_path, monkeypatch, quick, editor_folder):
+    instruction = 'クマ → „Pandabär“ 🐼 "now"'
+    source = save(tmp_path / "in.png", noise(24, 40, 3))
+    own = save(tmp_path / "own.png", np.full((24, 40), 255, np.uint8))
+    run(monkeypatch, source, instruction, "-o", tmp_path / "out.png", "--seed", 7, "--mask", own, *quick)
+    for name in ("out.png", "out_side_by_side.png"):
+        with Image.open(tmp_path / name) as written:
+            texts = written.text  # type: ignore
+        assert texts["Software"] == f"wys-nerfstudio {__version__}"
+        assert texts["Description"] == f'edited with wys-nerfstudio {__version__}: "{instruction}"'
+        made = json.loads(texts["wys-nerfstudio"])
+        assert made["instruction"] == instruction
+        assert made["editor"] == editor_folder.name, "where somebody's folders lie is nobody's business"
+        settings = image_edits.LocalEditSettings(diffusion_steps=2)
+        assert made == {
+            **asdict(settings),
+            "instruction": instruction,
+            "editor": editor_folder.name,
+            "seed": 7,
+            "mask": "own.png",
+        }

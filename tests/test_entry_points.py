@@ -10,6 +10,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -72,7 +73,7 @@ def finished_run(ring_scene: Path, editor_folder: Path, tmp_path_factory: pytest
     output = tmp_path_factory.mktemp("finished")
     done = train("wys-tiny", ring_scene, output, *SMALL_MODEL, *SHORT, "--instruction", "make the ball blue",
                  "--editor", editor_folder, "--pipeline.edit-every=5", "--mask-threshold=0.3",
-                 "--pipeline.edit-count=2")  # fmt: skip
+                 "--pipeline.edit-count=2", "--pipeline.clip", "None")  # fmt: skip
     assert [f"Phase: {phase}." in done.stdout for phase in ("reconstruct", "localize", "edit")] == [True] * 3
     return the_run(output)
 
@@ -208,8 +209,18 @@ def test_compare_puts_runs_beside_each_other(finished_run: Path, tmp_path: Path,
     cli.entrypoint()
     figures = list(json.loads((tmp_path / "out" / "comparison.json").read_text())["figures"].values())
     assert len(figures) == 2 and figures[0] == figures[1] and figures[0]["edit_psnr"] > 0
-    for picture in ("contact_sheet.png", "chart.png"):
+    for picture in ("contact_sheet.png", "chart.png", "relevance_A.png", "relevance_B.png"):
         assert Image.open(tmp_path / "out" / picture).width > 300
+
+
+def test_compare_shows_the_relevance_field_of_a_single_run(finished_run: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["wys", "compare", str(finished_run), "-o", str(tmp_path / "out")])
+    cli.entrypoint()
+    sheet = np.asarray(Image.open(tmp_path / "out" / "relevance_A.png").convert("RGB")).astype(int)
+    # Four columns of cells with a gap of four pixels: captured, render, relevance field, overlay.
+    cells = np.split(sheet[18 : 18 + 160, 4:], 4, axis=1)
+    assert all(cell.std() > 3 for cell in cells), "no cell is blank"
+    assert all((cells[i] != cells[k]).any() for i in range(4) for k in range(i))
 
 
 def test_viewer_serves_a_finished_run_without_editor(finished_run: Path) -> None:

@@ -15,13 +15,14 @@ DIFFUSION = ("diffusers", "transformers")
 # Rooms from top to bottom; a module imports from rooms below its own, or from its own package's lower ones.
 ROOMS = [
     {"cli"},
-    {"config", "compare"},
+    {"config", "compare", "sweep"},
     {"trainer"},
     {"steering"},
     {"pipeline"},
     {"edit_loop"},
     {"options", "run_folder"},
-    {"controls", "datamanager", "model", "checkpoint", "history", "image_edits", "evaluation"},
+    {"sweep_figures"},
+    {"controls", "datamanager", "model", "checkpoint", "history", "image_edits", "sweep_files", "evaluation"},
     {"field", "editing", "perceptual", "metrics", "clip", "pictures", "image_files", "truth"},
     {"relevance", "schedule"},
     {"errors"},

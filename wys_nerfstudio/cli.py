@@ -8,6 +8,7 @@ import tyro
 
 from wys_nerfstudio.editing import LocalEditSettings
 from wys_nerfstudio.errors import WysError
+from wys_nerfstudio.sweep import SweepSettings
 
 
 @dataclass
@@ -58,6 +59,25 @@ class DemoScene:
 
 
 @dataclass
+class DemoPictures:
+    """Writes pictures of the toy world that its editor has never seen, and list.csv with an edit for each, for wys sweep."""
+
+    output: tyro.conf.Positional[Path]
+    """Folder to write."""
+    count: int = 12
+    """Number of pictures."""
+
+    def main(self) -> None:
+        """Writes the pictures."""
+        from wys_nerfstudio.demo.pictures import write_demo_pictures
+
+        print(
+            f"Wrote {self.count} pictures. Edit them: wys sweep {write_demo_pictures(self.output, self.count)} -o OUT "
+            "--editor embedded --clip embedded"
+        )
+
+
+@dataclass
 class EditImage:
     """Edits pictures by an instruction, only where the instruction is about. Beside each edited picture OUT.png come
     OUT_relevance.png, OUT_mask.png and OUT_side_by_side.png; pixels outside the mask are the input's, bit for bit."""
@@ -103,13 +123,50 @@ class EditImage:
 
 
 @dataclass
+class Sweep:
+    """Edits a list of pictures over a grid of mask thresholds and image guidance scales, asks CLIP what became of them, and
+    draws the trade-off (the paper's Fig. 6, 12 and 13). A sweep that was stopped goes on where it was."""
+
+    edits: tyro.conf.Positional[Path]
+    """A .csv, .yaml or .json list with image (from the list's folder on), instruction, caption_before, caption_after."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder for sweep.csv, curves.png, grids/ and edits/."""
+    editor: str = "timbrooks/instruct-pix2pix"
+    """InstructPix2Pix-type checkpoint: a hub id, a local folder in diffusers format, or "embedded"."""
+    clip: str = "openai/clip-vit-large-patch14"
+    """CLIP that is asked: a hub id, a local folder, or "embedded" for the toy world's own."""
+    seed: int = 0
+    """Seed of the noise."""
+    device: str | None = None
+    """Where editor and CLIP run, such as cuda:1; by default the GPU if there is one, else the CPU."""
+    settings: Annotated[SweepSettings, tyro.conf.arg(name="")] = field(default_factory=SweepSettings)
+    """The grid, and how to edit."""
+
+    def main(self) -> None:
+        """Runs the sweep."""
+        from wys_nerfstudio.sweep import run_sweep
+
+        rows = run_sweep(
+            self.edits,
+            self.output,
+            self.settings,
+            editor_name=self.editor,
+            clip_name=self.clip,
+            seed=self.seed,
+            device=self.device,
+        )
+        print(f"{len(rows)} edits; see {self.output}/sweep.csv, {self.output}/curves.png and {self.output}/grids/.")
+
+
+@dataclass
 class Compare:
-    """Puts finished wys runs on the same views beside each other: a table of ns-eval's figures, a contact sheet, a chart."""
+    """Puts finished wys runs on the same views beside each other: a table of ns-eval's figures, a contact sheet, a chart,
+    and of every run a sheet of its relevance field. A single run is shown alone."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders or config.yml files of the runs."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("wys-compare")
-    """Folder for comparison.json, contact_sheet.png and chart.png."""
+    """Folder for comparison.json, contact_sheet.png, chart.png and relevance_A.png, relevance_B.png, ..."""
 
     def main(self) -> None:
         """Compares the runs."""
@@ -118,10 +175,32 @@ class Compare:
         compare_runs(self.runs, self.output)
 
 
+@dataclass
+class Ablate:
+    """Repeats the paper's ablations on the demo scene against its ground truth: edits confined by the relevance field, by 2D
+    relevance maps, by true masks and by nothing, from one reconstruction. What is there already is not run again."""
+
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("wys-ablations")
+    """Folder for scene, runs, ablations.json and contact_sheet.png."""
+    instruction: str = "turn the bear into a panda"
+    """What to change."""
+    seeds: int = 3
+    """Runs of each variant."""
+
+    def main(self) -> None:
+        """Runs the ablations."""
+        from wys_nerfstudio.demo.ablations import run_ablations
+
+        run_ablations(self.output, self.instruction, self.seeds)
+
+
 Command = Union[
     Annotated[Demo, tyro.conf.subcommand("demo")],
     Annotated[DemoScene, tyro.conf.subcommand("demo-scene")],
+    Annotated[DemoPictures, tyro.conf.subcommand("demo-pictures")],
     Annotated[EditImage, tyro.conf.subcommand("edit-image")],
+    Annotated[Sweep, tyro.conf.subcommand("sweep")],
+    Annotated[Ablate, tyro.conf.subcommand("ablate")],
     Annotated[Compare, tyro.conf.subcommand("compare")],
 ]
 

@@ -6,6 +6,7 @@ transformers is loaded by `load_clip`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from wys_nerfstudio.editing.loading import EMBEDDED
 from wys_nerfstudio.errors import WysError
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -34,7 +36,7 @@ class Clip:
     @torch.no_grad()
     def embed_images(self, images: Float[Tensor, "b h w 3"]) -> Float[Tensor, "b d"]:
         """Unit vectors of RGB pictures in [0, 1]: the shorter side is resized to CLIP's size, the middle is cut out."""
-        pixels = _prepared(images.to(self.model.device), self.model.config.vision_config.image_size)
+        pixels = prepare_pixels(images.to(self.model.device), self.model.config.vision_config.image_size)
         seen = self.model.vision_model(pixel_values=pixels.to(self.model.dtype)).pooler_output
         return F.normalize(self.model.visual_projection(seen).float(), dim=-1)
 
@@ -58,8 +60,8 @@ class Clip:
         return F.normalize(self.model.text_projection(read).float(), dim=-1)
 
 
-def _prepared(images: Tensor, size: int) -> Tensor:
-    """Pictures as CLIP's own image processor would hand them over, (b, 3, size, size)."""
+def prepare_pixels(images: Float[Tensor, "b h w 3"], size: int) -> Float[Tensor, "b 3 size size"]:
+    """Pictures in [0, 1] as CLIP's own image processor would hand them over."""
     height, width = images.shape[1:3]
     scale = size / min(height, width)
     resized = (max(size, int(height * scale)), max(size, int(width * scale)))
@@ -76,7 +78,7 @@ def load_clip(name: str, device: "str | torch.device" = "cpu") -> Clip:
     """Loads a CLIP; the first call imports transformers.
 
     Args:
-        name: Hub id such as openai/clip-vit-base-patch32, or a local folder.
+        name: Hub id such as openai/clip-vit-base-patch32, a local folder, or "embedded" for the toy world's own.
         device: Where it goes.
 
     Raises:
@@ -85,13 +87,14 @@ def load_clip(name: str, device: "str | torch.device" = "cpu") -> Clip:
     from safetensors import SafetensorError
     from transformers import CLIPModel, CLIPTokenizer
 
+    source = str(Path(__file__).parent / "demo" / "clip") if name == EMBEDDED else name
     try:
-        model: Any = CLIPModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
-        tokenizer = CLIPTokenizer.from_pretrained(name)
+        model: Any = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+        tokenizer = CLIPTokenizer.from_pretrained(source)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise WysError(
-            f'The CLIP "{name}" could not be loaded: {first_line}. Give a local folder with a CLIP in transformers format and '
-            "safetensors."
+            f'The CLIP "{name}" could not be loaded: {first_line}. Give a local folder with a CLIP in transformers format '
+            f'and safetensors, or "{EMBEDDED}" for the small one of toy pictures that comes with the package.'
         ) from error
     return Clip(name, model.to(device).eval().requires_grad_(False), tokenizer)

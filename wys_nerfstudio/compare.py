@@ -1,4 +1,5 @@
-"""`wys compare`: finished runs on the same views beside each other, as a table, a contact sheet and a chart.
+"""`wys compare`: finished runs on the same views beside each other, as a table, a contact sheet and a chart, and of each run
+its relevance field from several sides (the paper's Fig. 15).
 
 The figures are those of `ns-eval`. As there, a run's config.yml is opened by nerfstudio and must be one that you trust.
 """
@@ -18,6 +19,8 @@ from wys_nerfstudio.pictures import contact_sheet, spread
 from wys_nerfstudio.pipeline import WysPipeline
 
 SHOWN_VIEWS = 6
+RENDERS = {"rgb": "render", "relevance": "relevance field", "relevance_overlay": "overlay"}
+"""Outputs of the model that are shown, and their titles."""
 
 
 def find_config(run: Path) -> Path:
@@ -36,23 +39,24 @@ def find_config(run: Path) -> Path:
 
 
 def compare_runs(runs: Sequence[Path], output: Path) -> None:
-    """Prints a table of the runs' figures and leaves `comparison.json`, `contact_sheet.png` and `chart.png`.
+    """Prints a table of the runs' figures and leaves `comparison.json`, `contact_sheet.png`, `chart.png` and a
+    `relevance_A.png` per run.
 
     Args:
         runs: Folders or config.yml files of finished wys runs on the same views.
         output: Folder for the files.
 
     Raises:
-        WysError: If there are fewer than two runs, one is none of this method, or their views differ.
+        WysError: If there is no run, one is none of this method, or their views differ.
     """
-    if len(runs) < 2:
-        raise WysError("wys compare takes at least two runs: wys compare RUN_A RUN_B.")
+    if not runs:
+        raise WysError("wys compare takes one run or several: wys compare RUN_A RUN_B.")
     configs = [find_config(run) for run in runs]
     titles = [f"{chr(ord('A') + i)}: {config.parent.name}" for i, config in enumerate(configs)]
     names: list[str] = []
     figures: list[dict[str, float]] = []
     captured: list[Tensor] = []
-    renders: list[list[Tensor]] = []
+    renders: list[list[dict[str, Tensor]]] = []
     for config in configs:
         pipeline: Any = eval_setup(config, test_mode="test")[1]
         if not isinstance(pipeline, WysPipeline):
@@ -67,22 +71,23 @@ def compare_runs(runs: Sequence[Path], output: Path) -> None:
             )
         figures.append(pipeline.get_average_eval_image_metrics()["edit"]["mean"])
         cameras = data.train_dataset.cameras
-        shown = [pipeline.scene_model.render_view(cameras, view)["rgb"] for view in spread(SHOWN_VIEWS, len(names))]
-        renders.append([picture.clamp(0, 1).cpu() for picture in shown])
+        shown = [pipeline.scene_model.render_view(cameras, view) for view in spread(SHOWN_VIEWS, len(names))]
+        renders.append([{name: view[name].clamp(0, 1).cpu() for name in RENDERS} for view in shown])
 
     output.mkdir(parents=True, exist_ok=True)
     runs_as_said = {title: str(config.parent) for title, config in zip(titles, configs)}
     (output / "comparison.json").write_text(
         json.dumps({"runs": runs_as_said, "figures": dict(zip(titles, figures))}, indent=1), "utf8"
     )
-    rows = [
-        (names[view], [captured[i], *(pictures[i] for pictures in renders)])
-        for i, view in enumerate(spread(SHOWN_VIEWS, len(names)))
-    ]
+    shown_names = [names[view] for view in spread(SHOWN_VIEWS, len(names))]
+    rows = [(name, [captured[i], *(views[i]["rgb"] for views in renders)]) for i, name in enumerate(shown_names)]
     contact_sheet(["captured", *titles], rows).save(output / "contact_sheet.png")
+    for title, views in zip(titles, renders):
+        rows = [(name, [captured[i], *views[i].values()]) for i, name in enumerate(shown_names)]
+        contact_sheet(["captured", *RENDERS.values()], rows).save(output / f"relevance_{title[0]}.png")
     _chart(titles, figures, output / "chart.png")
     CONSOLE.print(table(titles, figures))
-    CONSOLE.print(f"See {output}/contact_sheet.png and {output}/chart.png.", markup=False)
+    CONSOLE.print(f"See contact_sheet.png, chart.png and relevance_*.png in {output}.", markup=False)
 
 
 def measures(figures: Sequence[dict[str, float]]) -> list[str]:

@@ -94,7 +94,7 @@ wys_tiny = MethodSpecification(
                 lpips_loss_mult=0.0,
             ),
             editor=EMBEDDED,
-            clip=None,
+            clip=EMBEDDED,
             # Chosen on validation scenes of the toy world; the demo editor's maps are clean, clamping would only widen them.
             guidance_scale=1.0,
             image_guidance_scale=1.0,

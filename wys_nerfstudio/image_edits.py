@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Optional
 
@@ -14,6 +15,7 @@ from wys_nerfstudio.editing.editor import resize_images
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.image_files import (
     Picture,
+    edit_origin,
     extra_file,
     find_pictures,
     place_outputs,
@@ -62,7 +64,7 @@ def edit_files(
     if os.path.exists(instruction):
         raise WysError(f'The instruction comes after the pictures, and "{instruction}" is a file: say what to change.')
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _refuse_device(device)
+    refuse_device(device)
     pictures = find_pictures(given)
     mask = None if mask_file is None else read_mask(mask_file)
     for path in pictures:
@@ -73,8 +75,10 @@ def edit_files(
                 "has the size of its picture."
             )
     outputs = place_outputs(given, pictures, output)
-    _make_folder(outputs[0].parent)
+    make_folder(outputs[0].parent)
 
+    made = {**asdict(settings), "seed": seed, "mask": None if mask_file is None else mask_file.name}
+    origin = edit_origin(instruction, editor_name, made)
     editor = load_editor(editor_name, device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn()) as bar:
@@ -92,7 +96,7 @@ def edit_files(
                 seed=seed,
                 report=lambda done, _: bar.update(task, completed=i * steps + done),
             )
-            _write(file, path.name, picture, edit, instruction)
+            _write(file, path.name, picture, edit, instruction, origin)
             bar.update(task, completed=(i + 1) * steps)
             if not edit.mask.any():
                 bar.print(
@@ -103,14 +107,24 @@ def edit_files(
     return outputs
 
 
-def _refuse_device(device: str) -> None:
+def refuse_device(device: str) -> None:
+    """Refuses a device that is not here.
+
+    Raises:
+        WysError: If it is not.
+    """
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise WysError(f'The device "{device}" cannot be used here: --device takes cpu, cuda or cuda:1.') from error
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Makes a folder for results.
+
+    Raises:
+        WysError: If it cannot be made or written to.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -119,11 +133,11 @@ def _make_folder(folder: Path) -> None:
         raise WysError(f'The folder "{folder}" cannot be written to: give -o another place.')
 
 
-def _write(file: Path, name: str, picture: Picture, edit: LocalEdit, instruction: str) -> None:
-    write_picture(file, edit.edited, like=picture)
+def _write(file: Path, name: str, picture: Picture, edit: LocalEdit, instruction: str, origin: dict[str, str]) -> None:
+    write_picture(file, edit.edited, like=picture, origin=origin)
     write_png(extra_file(file, "relevance"), edit.relevance)
     write_png(extra_file(file, "mask"), edit.mask.float())
-    save_png(extra_file(file, "side_by_side"), side_by_side(picture, edit, f"{name}: {instruction}"))
+    save_png(extra_file(file, "side_by_side"), side_by_side(picture, edit, f"{name}: {instruction}"), texts=origin)
 
 
 def side_by_side(picture: Picture, edit: LocalEdit, name: str) -> Image.Image:

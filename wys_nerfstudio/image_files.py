@@ -3,10 +3,11 @@
 Here: which files are read, what of them is kept, where results go. Not here: the edit.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from wys_nerfstudio import __version__
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.pictures import save_png, to_uint8
 
@@ -90,18 +92,44 @@ def read_picture(path: "str | Path") -> Picture:
     return Picture(rgb, pixels[..., 3].copy() if channels == 4 else None, profile)
 
 
-def write_picture(path: "str | Path", rgb: Float[Tensor, "h w 3"], like: Optional[Picture] = None) -> None:
+def write_picture(
+    path: "str | Path",
+    rgb: Float[Tensor, "h w 3"],
+    like: Optional[Picture] = None,
+    origin: Optional[Mapping[str, str]] = None,
+) -> None:
     """Writes colours in [0, 1] as an 8-bit PNG, whole or not at all.
 
     Args:
         path: The file.
         rgb: Colours.
         like: The picture whose transparency and colour profile it gets.
+        origin: As of `edit_origin`.
     """
     pixels = to_uint8(rgb)
     if like is not None and like.alpha is not None:
         pixels = np.concatenate([pixels, like.alpha[..., None]], axis=-1)
-    save_png(Path(path), Image.fromarray(pixels), icc_profile=None if like is None else like.icc_profile)
+    profile = None if like is None else like.icc_profile
+    save_png(Path(path), Image.fromarray(pixels), icc_profile=profile, texts=origin)
+
+
+def edit_origin(instruction: str, editor: str, settings: Mapping[str, Any]) -> dict[str, str]:
+    """What an edited file says about where it comes from (supplement H): PNG's keywords Software and Description for
+    people, and `wys-nerfstudio` with everything as JSON.
+
+    Args:
+        instruction: What was changed.
+        editor: Hub id, folder or "embedded"; of a folder only the name is told.
+        settings: Everything else that made the edit.
+    """
+    software = f"wys-nerfstudio {__version__}"
+    editor = Path(editor).name if Path(editor).is_dir() else editor
+    made = {"instruction": instruction, "editor": editor, **settings}
+    return {
+        "Software": software,
+        "Description": f'edited with {software}: "{instruction}"',
+        "wys-nerfstudio": json.dumps(made, ensure_ascii=False),
+    }
 
 
 def read_mask(path: Path) -> Bool[Tensor, "h w"]:

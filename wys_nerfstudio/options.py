@@ -90,7 +90,8 @@ class WysOptions(VanillaPipelineConfig):
     edit_count: int = 1
     """Views that are edited together."""
     clip: Optional[str] = "openai/clip-vit-base-patch32"
-    """CLIP that ns-eval asks about the edit: a hub id or a local folder; None leaves its measures out."""
+    """CLIP that ns-eval asks about the edit: a hub id, a local folder, or "embedded" for the toy world's own; None leaves its
+    measures out."""
     caption_before: str = ""
     """What the captured scene shows, such as "a stone bear in a garden"; for ns-eval."""
     caption_after: str = ""

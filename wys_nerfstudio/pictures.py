@@ -1,7 +1,7 @@
 """Pictures for people: PNG files, heat maps, the contact sheet. Nothing is computed from them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from matplotlib import colormaps as matplotlib_colormaps
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 
@@ -23,11 +24,26 @@ def write_png(path: Path, image: Tensor) -> None:
     save_png(path, Image.fromarray(to_uint8(image.squeeze(-1) if image.shape[-1] == 1 else image)))
 
 
-def save_png(path: Path, image: Image.Image, icc_profile: Optional[bytes] = None) -> None:
-    """Saves a picture as PNG, whole or not at all."""
+def save_png(
+    path: Path,
+    image: Image.Image,
+    icc_profile: Optional[bytes] = None,
+    texts: Optional[Mapping[str, str]] = None,
+) -> None:
+    """Saves a picture as PNG, whole or not at all.
+
+    Args:
+        path: The file.
+        image: The picture.
+        icc_profile: What its colours mean.
+        texts: What the file says about itself, as PNG's texts of any language (iTXt) by keyword.
+    """
+    chunks = PngInfo()
+    for keyword, text in (texts or {}).items():
+        chunks.add_itxt(keyword, text)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    image.save(partial, format="PNG", icc_profile=icc_profile)
+    image.save(partial, format="PNG", icc_profile=icc_profile, pnginfo=chunks)
     os.replace(partial, path)
 
 

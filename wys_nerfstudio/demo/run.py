@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -54,7 +55,10 @@ def run_demo(output: Path, instruction: str, recipe: Path | None) -> None:
     if not (scene / "transforms.json").is_file():
         CONSOLE.print("Drawing the demo scene ...")
         write_demo_scene(scene)
-    run = _train(scene, output / "runs", instruction, recipe)
+    options = ["--recipe", str(recipe)] if recipe else []
+    train(["--data", str(scene), "--instruction", instruction, "--output-dir", str(output / "runs"), *options])
+    configs = (output / "runs").glob("*/wys-tiny/*/config.yml")
+    run = max(configs, key=lambda path: path.stat().st_mtime).parent
 
     # `eval_setup` reads config.yml, which is ours: it has just been written.
     pipeline = eval_setup(run / "config.yml", test_mode="test")[1]
@@ -88,15 +92,18 @@ def run_demo(output: Path, instruction: str, recipe: Path | None) -> None:
     )
 
 
-def _train(scene: Path, runs: Path, instruction: str, recipe: Path | None) -> Path:
-    options = ["wys-tiny", "--data", str(scene), "--instruction", instruction, "--output-dir", str(runs)]
-    options += ["--vis", "tensorboard", *(["--recipe", str(recipe)] if recipe else [])]
+def train(options: Sequence[str]) -> None:
+    """Runs `ns-train wys-tiny` with options, as a user would.
+
+    Raises:
+        WysError: If it fails.
+    """
+    options = ["wys-tiny", *options, "--vis", "tensorboard"]
     CONSOLE.print(f"$ ns-train {shlex.join(options)}", soft_wrap=True, highlight=False, markup=False)
     # A process of its own: it is the very command that a user would type, and its memory is given back.
     done = subprocess.run([sys.executable, "-W", "ignore", "-m", "nerfstudio.scripts.train", *options], check=False)
     if done.returncode != 0:
         raise WysError("The demo's training has failed; its output is above.")
-    return max(runs.glob("*/wys-tiny/*/config.yml"), key=lambda path: path.stat().st_mtime).parent
 
 
 def _scored_views(pipeline: WysPipeline) -> list[tuple[InputDataset, int]]:

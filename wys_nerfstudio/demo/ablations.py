@@ -1,0 +1,143 @@
+"""`wys ablate`: the paper's ablations F and G on the demo scene, against its ground truth.
+
+The same reconstruction is edited under the relevance field (the method), under the views' own relevance maps (ablation F),
+under given masks (G; here the true ones) and under nothing (Instruct-NeRF2NeRF), each with several seeds.
+"""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from nerfstudio.utils.eval_utils import eval_setup
+from nerfstudio.utils.rich_utils import CONSOLE
+from rich.table import Table
+from torch import Tensor
+
+from wys_nerfstudio.demo.run import train
+from wys_nerfstudio.demo.scene import write_demo_scene
+from wys_nerfstudio.demo.score import load_captured_scene
+from wys_nerfstudio.errors import WysError
+from wys_nerfstudio.metrics import intersection_over_union
+from wys_nerfstudio.pictures import contact_sheet, read_png, spread
+from wys_nerfstudio.truth import Truth
+
+VARIANTS = {
+    "none": "nothing (Instruct-NeRF2NeRF)",
+    "masks": "true masks",
+    "relevance-map": "2D relevance maps",
+    "relevance-field": "relevance field",
+}
+MEASURES = {
+    "truth_psnr_outside": "outside, dB",
+    "truth_psnr_inside": "inside, dB",
+    "edit_psnr": "Edit PSNR, dB",
+    "clip_image_similarity": "CLIP image sim.",
+    "clip_direction_similarity": "CLIP direction sim.",
+    "mask_iou": "mask IoU",
+}
+PAPER = ("--mask-threshold", "0.5", "--pipeline.relevance-outlier-factor", "1.5", "--pipeline.relevance-draws", "1")
+"""The paper's localisation; wys-tiny's own is tuned to the demo editor's clean maps."""
+SHOWN_VIEWS = 4
+
+Figures = dict[str, float]
+
+
+def run_ablations(output: Path, instruction: str, seeds: int) -> None:
+    """Runs what is not there yet, prints the table and leaves it as `ablations.json`, with `contact_sheet.png`.
+
+    Args:
+        output: Folder of scene, runs and results.
+        instruction: What to change; one that the demo scene has the truth of.
+        seeds: Runs of each variant.
+
+    Raises:
+        WysError: If the scene has no truth of the instruction, or training fails.
+    """
+    if seeds < 1:
+        raise WysError(f"--seeds must be at least 1, not {seeds}.")
+    warnings.filterwarnings("ignore", module="nerfstudio")
+    scene = output / "scene"
+    if not (scene / "transforms.json").is_file():
+        CONSOLE.print("Drawing the demo scene ...")
+        write_demo_scene(scene)
+    truth = Truth.find(scene, instruction)
+    if truth is None:
+        raise WysError(
+            f'The demo scene has no truth of "{instruction}": choose one of ground_truth/edits.json in "{scene}".'
+        )
+    common = ["--data", str(scene), "--instruction", instruction, "--output-dir", str(output / "runs")]
+    common += ["--timestamp", "run", "--pipeline.clip", "embedded"]
+    base = _folder(output, "base")
+    if not (base / "wys" / "contact_sheet.png").is_file():
+        # A run needs an edit; one step of it is not seen.
+        train([*common, "--experiment-name", "base", "--localization", "none", "--pipeline.edit-steps", "1"])
+    figures: dict[str, list[Figures]] = {"before": [], **{variant: [] for variant in VARIANTS}}
+    figures["before"].append(_figures(base, truth, captured=True)[0])
+    renders: dict[str, dict[str, Tensor]] = {}
+    for variant in VARIANTS:
+        for seed in range(seeds):
+            name = f"{truth.folder.name}-{variant}-{seed}"
+            run = _folder(output, name)
+            if not (run / "wys" / "contact_sheet.png").is_file():
+                options = ["--experiment-name", name, "--base-run", str(base), "--localization", variant, *PAPER]
+                options += ["--pipeline.seed", str(seed), "--machine.seed", str(seed)]
+                options += ["--pipeline.masks-dir", str(truth.folder / "masks")] if variant == "masks" else []
+                train([*common, *options])
+            of_run, views = _figures(run, truth)
+            figures[variant].append(of_run)
+            renders.setdefault(variant, views)
+    (output / "ablations.json").write_text(json.dumps(figures, indent=1), "utf8")
+    rows = [
+        (name, [read_png(scene / "images" / name), truth.edited(name), *(views[name] for views in renders.values())])
+        for name in renders["none"]
+    ]
+    contact_sheet(["captured", "truth", *VARIANTS], rows).save(output / "contact_sheet.png")
+    CONSOLE.print(table(figures))
+    CONSOLE.print(f"See {output}/contact_sheet.png.", markup=False)
+
+
+def _folder(output: Path, name: str) -> Path:
+    return output / "runs" / name / "wys-tiny" / "run"
+
+
+def _figures(run: Path, truth: Truth, *, captured: bool = False) -> tuple[Figures, dict[str, Tensor]]:
+    """ns-eval's figures of a run and the IoU of its masks with the true ones; renders of some views by their names."""
+    # `eval_setup` reads config.yml, which is ours: it has just been written.
+    pipeline: Any = eval_setup(run / "config.yml", test_mode="test")[1]
+    if captured:
+        load_captured_scene(pipeline, run)
+    figures = pipeline.get_average_eval_image_metrics()["edit"]["mean"]
+    if not captured:
+        masks = sorted((run / "wys" / "masks").glob("*.png"))
+        overlaps = [intersection_over_union(read_png(file)[..., 0] > 0.5, truth.mask(file.name)) for file in masks]
+        figures["mask_iou"] = sum(overlaps) / len(overlaps)
+    dataset = pipeline.datamanager.train_dataset
+    renders = {}
+    for view in spread(SHOWN_VIEWS, len(dataset)):
+        render = pipeline.scene_model.render_view(dataset.cameras, view)["rgb"]
+        renders[dataset.image_filenames[view].name] = render.clamp(0, 1).cpu()
+    return figures, renders
+
+
+def table(figures: dict[str, list[Figures]]) -> Table:
+    """Means over the seeds, and in brackets the least and the most."""
+    result = Table(
+        title="The paper's ablations on the demo scene: mean (least to most over seeds)", title_justify="left"
+    )
+    result.add_column("edits confined by")
+    names = [name for name in MEASURES if any(name in of_run for runs in figures.values() for of_run in runs)]
+    for name in names:
+        result.add_column(MEASURES[name], justify="right")
+    for variant, runs in figures.items():
+        cells = []
+        for name in names:
+            values = torch.tensor([of_run[name] for of_run in runs if name in of_run])
+            digits = 1 if "psnr" in name else 2
+            text = f"{values.mean():.{digits}f}" if len(values) else "-"
+            if len(values) > 1:
+                text += f" ({values.min():.{digits}f} to {values.max():.{digits}f})"
+            cells.append(text)
+        result.add_row(VARIANTS.get(variant, variant), *cells)
+    return result

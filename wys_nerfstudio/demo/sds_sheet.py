@@ -1,0 +1,72 @@
+"""The local edit beside the descent along eq. 13 (supplement E): `python -m wys_nerfstudio.demo.sds_sheet OUT.png`.
+
+Held-out pictures of the toy world, the same relevance maps and masks for both; a contact sheet, and how far each is from the
+truth inside and outside the true mask.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+from wys_nerfstudio import metrics
+from wys_nerfstudio.config import wys_tiny
+from wys_nerfstudio.demo.instructions import BY_SLUG, EDITS
+from wys_nerfstudio.demo.pictures import held_out_views
+from wys_nerfstudio.editing import EMBEDDED, LocalEditSettings, edit_image, load_editor
+from wys_nerfstudio.pictures import contact_sheet, heat, save_png
+
+SLUGS = ("ball-blue", "block-red", "panda", "polar-bear", "hat")
+TINY = wys_tiny.config.pipeline
+
+
+@dataclass
+class Options:
+    """Options of the comparison."""
+
+    out: tyro.conf.Positional[Path]
+    """The contact sheet, a .png file."""
+    pictures: int = 10
+    """Pictures that figures are means of; the sheet shows the first of each edit."""
+
+
+def main(options: Options) -> None:
+    """Edits, draws, prints."""
+    editor = load_editor(EMBEDDED)
+    local = LocalEditSettings(
+        guidance_scale=TINY.guidance_scale,  # type: ignore
+        image_guidance_scale=TINY.image_guidance_scale,  # type: ignore
+        mask_threshold=TINY.mask_threshold,  # type: ignore
+        relevance_draws=TINY.relevance_draws,  # type: ignore
+        relevance_outlier_factor=TINY.relevance_outlier_factor,  # type: ignore
+        diffusion_steps=50,
+    )
+    rows, figures = [], []
+    chosen = [EDITS.index(BY_SLUG[slug]) for slug in SLUGS]
+    for number, view in zip(range(options.pictures), held_out_views(chosen)):
+        edit = chosen[number % len(chosen)]
+        before, truth = view[-1].float() / 255, view[edit].float() / 255
+        changed = (view[edit] != view[-1]).any(-1)
+        instruction = EDITS[edit].wordings[0]
+        edits = [
+            edit_image(editor, before, instruction, replace(local, method=method))  # type: ignore
+            for method in ("local", "sds")
+        ]
+        figures.append([metrics.psnr(e.edited, truth, m) for e in edits for m in (changed, ~changed)])
+        if number < len(chosen):
+            relevance, mask = heat(edits[0].relevance), edits[0].mask.float()[..., None].expand(-1, -1, 3)
+            rows.append((instruction, [before, relevance, mask, edits[0].edited, edits[1].edited, truth]))
+    titles = ["captured", "relevance", "mask", "local edit", "sds", "truth"]
+    save_png(options.out, contact_sheet(titles, rows, min_height=128))
+    inside, outside, sds_inside, sds_outside = np.mean(figures, axis=0)
+    print(
+        f"PSNR to the truth, {len(figures)} pictures: local {inside:.1f} dB inside the true mask, {outside:.1f} dB outside; "
+    )
+    print(f"sds {sds_inside:.1f} dB inside, {sds_outside:.1f} dB outside.")
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main(tyro.cli(Options))
