@@ -21,10 +21,10 @@ ROOMS = [
     {"pipeline"},
     {"edit_loop"},
     {"options", "run_folder"},
-    {"controls", "datamanager", "model", "checkpoint", "history", "image_edits", "evaluation"},
+    {"controls", "datamanager", "model", "checkpoint", "history", "run_state", "image_edits", "evaluation"},
     {"field", "editing", "perceptual", "metrics", "clip", "pictures", "image_files", "truth"},
     {"relevance", "schedule"},
-    {"errors"},
+    {"errors", "files"},
 ]
 
 

@@ -11,13 +11,13 @@ import tyro
 from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
 
 from wys_nerfstudio import relevance
-from wys_nerfstudio.checkpoint import RunState
 from wys_nerfstudio.controls import LIVE_SETTINGS
 from wys_nerfstudio.datamanager import RelevanceRequest, WysDataManagerConfig
 from wys_nerfstudio.editing import EditSettings
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.model import WysModelConfig
 from wys_nerfstudio.perceptual import SMALLEST_LPIPS_PATCH
+from wys_nerfstudio.run_state import RunState
 from wys_nerfstudio.schedule import Plan
 
 Localization = Literal["relevance-field", "relevance-map", "masks", "none"]
@@ -99,12 +99,16 @@ class WysOptions(VanillaPipelineConfig):
     """Seed of everything that the editor draws; order of views, noise and noise levels."""
 
     resume_from: tyro.conf.Suppress[Optional[Path]] = None
-    """Folder of the run that --load-dir resumes; set by the trainer's options."""
+    """Checkpoint that --load-dir resumes; set by the trainer's options."""
+    resumed_steps: tyro.conf.Suppress[Optional[tuple[int, int]]] = None
+    """Steps of reconstruction and of localisation in the resumed run, where instructions may have been applied."""
     asked: tyro.conf.Suppress[dict[str, Any]] = field(default_factory=dict)
     """Instruction and live settings as they were typed; they can change while the run goes on."""
 
     def plan(self) -> Plan:
         """The phases that these options ask for."""
+        if self.resumed_steps is not None:
+            return Plan(*self.resumed_steps, self.edit_steps)
         localize = 0 if self.localization == "none" else self.localize_steps
         return Plan(0 if self.base_run is not None else self.reconstruct_steps, localize, self.edit_steps)
 
@@ -138,10 +142,17 @@ class WysOptions(VanillaPipelineConfig):
             reference=reference,
         )
 
-    def adopt_resumed_run(self) -> None:
-        """Takes over what must be as it was in the run that is resumed."""
-        assert self.resume_from is not None
-        state = RunState.read(self.resume_from / "wys")
+    def adopt_resumed_run(self, checkpoint: Path, state: RunState) -> None:
+        """Takes over what must be as it was in the run that is resumed.
+
+        Args:
+            checkpoint: Its checkpoint.
+            state: The state in it.
+
+        Raises:
+            WysError: If another instruction is asked for.
+        """
+        self.resume_from = checkpoint
         instruction = state.settings["instruction"]
         if self.instruction not in ("", instruction, state.asked["instruction"]):
             raise WysError(
@@ -150,10 +161,10 @@ class WysOptions(VanillaPipelineConfig):
             )
         self.instruction = instruction
         for name in LIVE_SETTINGS:
-            if getattr(self, name) == state.asked[name]:
+            if name in state.settings and getattr(self, name) == state.asked[name]:
                 setattr(self, name, state.settings[name])
         self.base_run = None
-        self.reconstruct_steps, self.localize_steps = state.plan.reconstruct_steps, state.plan.localize_steps
+        self.resumed_steps = (state.plan.reconstruct_steps, state.plan.localize_steps)
 
     def check(self) -> None:
         """Refuses options that cannot work, before anything is built.

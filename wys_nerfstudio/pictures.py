@@ -1,6 +1,6 @@
 """Pictures for people: PNG files, heat maps, the contact sheet. Nothing is computed from them."""
 
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
@@ -11,6 +11,8 @@ from jaxtyping import Float
 from matplotlib import colormaps as matplotlib_colormaps
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from wys_nerfstudio.files import write_whole
 
 
 def to_uint8(image: Tensor) -> np.ndarray:
@@ -25,10 +27,9 @@ def write_png(path: Path, image: Tensor) -> None:
 
 def save_png(path: Path, image: Image.Image, icc_profile: Optional[bytes] = None) -> None:
     """Saves a picture as PNG, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    image.save(partial, format="PNG", icc_profile=icc_profile)
-    os.replace(partial, path)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", icc_profile=icc_profile)
+    write_whole(path, buffer.getbuffer())
 
 
 def read_png(path: Path) -> Float[Tensor, "h w 3"]:

@@ -20,9 +20,10 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from nerfstudio.utils.writer import EventName, TimeWriter
 from nerfstudio.viewer.viewer import Viewer
 
-from wys_nerfstudio.checkpoint import find_checkpoint, is_wys, read_checkpoint
+from wys_nerfstudio.checkpoint import find_checkpoint, is_wys, keep_checkpoint, read_checkpoint
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.pipeline import WysPipeline, WysPipelineConfig
+from wys_nerfstudio.run_state import STATE_KEY, RunState, set_random_states
 from wys_nerfstudio.steering import Steering
 
 
@@ -54,13 +55,15 @@ class WysTrainerConfig(TrainerConfig):
         self._take_prompt()
         self.pipeline.asked = {"instruction": self.pipeline.instruction, **self.pipeline.live_settings()}
         self._choose_device()
-        self._take_load_dir()
+        resumed = self._take_load_dir()
         self.pipeline.check()
         data = self.pipeline.datamanager.data
         if data is not None and not data.exists():
             raise WysError(f'There is no data at "{data}": give --data a folder of captured views.')
         if self.max_num_iterations is None:
             self.max_num_iterations = self.pipeline.plan().total_steps
+        if resumed is not None:
+            self._refuse_finished(resumed)
 
     def _take_recipe(self, recipe: Path) -> None:
         """Parses the command line again with the recipe's options in front: of two equal options the later one counts."""
@@ -107,20 +110,39 @@ class WysTrainerConfig(TrainerConfig):
                 model.implementation = "torch"
                 CONSOLE.print("tiny-cuda-nn is not installed: nerfstudio's torch encodings are used, which are slower.")
 
-    def _take_load_dir(self) -> None:
-        """A checkpoint of this method is resumed; one of nerfacto is a base, as Instruct-NeRF2NeRF's users type it."""
-        if self.load_dir is None:
-            return
-        checkpoint = find_checkpoint(self.load_dir, "--load-dir")
-        self.load_dir = checkpoint.parent
-        if is_wys(read_checkpoint(checkpoint)):
-            self.pipeline.resume_from = checkpoint.parent.parent
-            self.pipeline.adopt_resumed_run()
-            return
+    def _take_load_dir(self) -> Optional[RunState]:
+        """A checkpoint of this method is resumed; one of nerfacto is a base, as Instruct-NeRF2NeRF's users type it.
+
+        Returns:
+            The state of the run that is resumed, if one is.
+        """
+        given = self.load_checkpoint or self.load_dir
+        if given is None:
+            return None
+        path = find_checkpoint(given, "--load-dir", self.load_step)
+        # What is written into config.yml must not send ns-eval to that step, too.
+        self.load_dir, self.load_checkpoint, self.load_step = path.parent, None, None
+        checkpoint = read_checkpoint(path)
+        if is_wys(checkpoint):
+            state = RunState.of(checkpoint, path)
+            self.pipeline.adopt_resumed_run(path, state)
+            return state
         if self.pipeline.base_run is not None:
             raise WysError("--load-dir holds a nerfacto run and --base-run is given too: give one of them.")
         CONSOLE.print(f'"{self.load_dir}" is no wys run: it is taken as the base, as with --base-run.')
-        self.pipeline.base_run, self.load_dir = checkpoint.parent, None
+        self.pipeline.base_run, self.load_dir = path, None
+        return None
+
+    def _refuse_finished(self, resumed: RunState) -> None:
+        """A finished run has nothing to train, but with a viewer other instructions can be applied to it."""
+        assert self.max_num_iterations is not None
+        done = resumed.step + 1
+        through = done >= self.max_num_iterations or resumed.history[-1]["start"] == "reset"
+        if through and (not self.is_viewer_enabled() or self.viewer.quit_on_train_completion):
+            raise WysError(
+                f"The run is through: it has {done} of {self.max_num_iterations} steps. For more editing raise "
+                "--pipeline.edit-steps; for another edit give this run to --base-run."
+            )
 
 
 def recipe_arguments(recipe: Path) -> list[str]:
@@ -173,6 +195,8 @@ class WysTrainer(Trainer):
             outputs = self.pipeline.datamanager.train_dataparser_outputs
             outputs.save_dataparser_transform(self.base_dir / "dataparser_transforms.json")
             self._init_viewer_state()
+            if self.pipeline.resumed is not None:
+                set_random_states(self.pipeline.resumed.random)
             while self._left() > 0 and not self.stop_training:
                 with TimeWriter(writer, EventName.TOTAL_TRAIN_TIME):
                     self._train_steps()
@@ -217,12 +241,7 @@ class WysTrainer(Trainer):
         writer.write_out_storage()
 
     def _reopen(self) -> None:
-        """A finished run has nothing to train, but with a viewer other instructions can be applied to it."""
-        if self.viewer_state is None or self.config.viewer.quit_on_train_completion:
-            raise WysError(
-                f"The run is through: it has {self.step + 1} of {self.last_step + 1} steps. For more editing raise "
-                "--pipeline.edit-steps; for another edit give this run to --base-run."
-            )
+        """Shows a finished run, so that other instructions can be applied to it."""
         with self.train_lock:
             self.pipeline.enter(self.pipeline.plan.phase(self.step))
         self._init_viewer_state()
@@ -258,13 +277,44 @@ class WysTrainer(Trainer):
             time.sleep(0.02)
             self._steering.take_requests(self.step)
 
+    def _after_train(self) -> None:
+        """Leaves all that is to be left before the last checkpoint says that the run is through."""
+        self.pipeline.finish()
+        super()._after_train()
+
+    def _load_checkpoint(self) -> None:
+        """Takes over everything of the run that is resumed but the state, which is the pipeline's business."""
+        path = self.config.pipeline.resume_from
+        if path is None:
+            return
+        checkpoint = read_checkpoint(path)
+        self.pipeline.resumed = RunState.of(checkpoint, path)
+        self._start_step = checkpoint["step"] + 1
+        self.pipeline.load_pipeline(checkpoint["pipeline"], checkpoint["step"])
+        self.optimizers.load_optimizers(checkpoint["optimizers"])
+        if self.config.load_scheduler:
+            self.optimizers.load_schedulers(checkpoint["schedulers"])
+        self.grad_scaler.load_state_dict(checkpoint["scalers"])
+
     def save_checkpoint(self, step: int) -> None:
-        """Saves the weights and, to the same moment, the edited views and the run's state."""
-        super().save_checkpoint(step)
-        if self.local_rank == 0:
-            self.pipeline.save_run_state(step)
-            if self._steering.changed:
-                self._save_config()
+        """Saves weights, optimizers, edited views and the run's state in one file: a run that is killed at any moment has
+        all of one step or all of another."""
+        if self.local_rank > 0:
+            return
+        pipeline, optimizers = self.pipeline, self.optimizers
+        pipeline.write_pictures()
+        checkpoint = {
+            "step": step,
+            "pipeline": pipeline.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.optimizers.items()},
+            "schedulers": {name: scheduler.state_dict() for name, scheduler in optimizers.schedulers.items()},
+            "scalers": self.grad_scaler.state_dict(),
+            STATE_KEY: pipeline.run_state(step).data(),
+        }
+        keep_checkpoint(self.checkpoint_dir, checkpoint, self.config.save_only_latest_checkpoint)
+        pipeline.history.tidy()
+        if self._steering.changed:
+            self._save_config()
 
     def _save_config(self) -> None:
         """Writes config.yml again, so that whatever opens the run sees the settings that it ended with."""
