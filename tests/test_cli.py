@@ -13,7 +13,8 @@ from nerfstudio.configs.method_configs import AnnotatedBaseConfigUnion, all_meth
 from nerfstudio.plugins.types import MethodSpecification
 
 from wys_nerfstudio.pipeline import WysPipelineConfig
-from wys_nerfstudio.trainer import WysTrainerConfig, recipe_arguments
+from wys_nerfstudio.recipe import recipe_arguments
+from wys_nerfstudio.trainer import WysTrainerConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -149,6 +149,7 @@ def test_apply_undo_and_reset_on_a_finished_run_and_after_a_restart(
     options = {**OPTIONS, "instruction": "make the bear blue"}
     config = small_config(ring_scene, editor_folder, tmp_path / "b", **options)
     config.load_dir = folder / "nerfstudio_models"
+    config.vis, config.viewer.quit_on_train_completion = "viewer", False
     config.set_timestamp()
     with running(config, after_restart) as trainer:
         assert len(trainer.pipeline.history.entries) == 1

@@ -72,6 +72,11 @@ def find_checkpoint(path: Path, option: str, step: Optional[int] = None) -> Path
     return newest_first[-1]
 
 
+def newest_checkpoint(folder: Path) -> Optional[Path]:
+    """The newest checkpoint in a folder of checkpoints, if there is one; it is not read."""
+    return max(folder.glob("step-*.ckpt"), key=lambda checkpoint: checkpoint.name, default=None)
+
+
 def checkpoint_name(step: int) -> str:
     """How nerfstudio names the checkpoint of a step."""
     return f"step-{step:09d}.ckpt"

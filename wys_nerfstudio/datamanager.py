@@ -28,6 +28,7 @@ from rich.progress import track
 from torch import Tensor
 
 from wys_nerfstudio import relevance
+from wys_nerfstudio.capture import check_picture
 from wys_nerfstudio.editing import Editor, EditSettings, edit_images, relevance_maps
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.files import write_whole
@@ -83,6 +84,19 @@ class WysDataManager(VanillaDataManager[InputDataset]):
     """Captured views, relevance maps and edited views of one scene; views are numbered as in the training dataset."""
 
     config: WysDataManagerConfig
+
+    def __init__(self, config: WysDataManagerConfig, *arguments: Any, **named: Any) -> None:
+        try:
+            super().__init__(config, *arguments, **named)
+        # What nerfstudio's parsers make of data that they cannot read.
+        except (AssertionError, LookupError, TypeError, ValueError, OSError, RuntimeError) as error:
+            for path in getattr(getattr(self, "train_dataset", None), "image_filenames", []):
+                check_picture(path, "the capture", whole=True)
+            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise WysError(
+                f'The data at "{config.data}" cannot be read ({type(error).__name__}: {first_line}): check them with another '
+                "method of nerfstudio, or name their format at the end of the command."
+            ) from error
 
     def setup_train(self) -> None:
         """Caches the captured views as one stack, in their own order."""
@@ -290,6 +304,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
                     f'There is no mask for the view {path.name} in "{folder}": --pipeline.masks-dir needs one image per view, '
                     f"named as the view, for instance {path.stem}.png."
                 )
+            check_picture(found[0], "--pipeline.masks-dir", whole=True)
             with Image.open(found[0]) as image:
                 resized = image.convert("L").resize((width, height), Image.Resampling.NEAREST)
             masks.append(torch.from_numpy(np.array(resized)) > 127)

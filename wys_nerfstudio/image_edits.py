@@ -33,6 +33,7 @@ def edit_files(
     settings: LocalEditSettings,
     *,
     editor_name: str,
+    allow_pickle: bool = False,
     mask_file: Optional[Path] = None,
     seed: int = 0,
     device: Optional[str] = None,
@@ -45,6 +46,7 @@ def edit_files(
         output: A .png file for a single picture, else a folder.
         settings: How to edit.
         editor_name: As in `load_editor`.
+        allow_pickle: As in `load_editor`.
         mask_file: A mask for all pictures, instead of theirs.
         seed: Of the noise, the same for every picture, so that a picture is edited alike whatever its company.
         device: The editor's; by default the GPU if there is one, else the CPU.
@@ -75,7 +77,7 @@ def edit_files(
     outputs = place_outputs(given, pictures, output)
     _make_folder(outputs[0].parent)
 
-    editor = load_editor(editor_name, device)
+    editor = load_editor(editor_name, device, allow_pickle=allow_pickle)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn()) as bar:
         steps = settings.relevance_draws + settings.diffusion_steps

@@ -219,7 +219,10 @@ class WysPipeline(VanillaPipeline):
     def editor(self) -> Editor:
         """The editor, loaded on first use. No property: the viewer evaluates every property of every module."""
         if self._editor is None:
-            self._editor = load_editor(self.config.editor, self.editor_device, self.config.editor_dtype)
+            config = self.config
+            self._editor = load_editor(
+                config.editor, self.editor_device, config.editor_dtype, config.editor_allow_pickle
+            )
         return self._editor
 
     # -------------------------------------------------------------------------------------------------- each step

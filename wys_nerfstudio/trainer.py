@@ -3,15 +3,14 @@ errors that are sentences instead of tracebacks."""
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal, NoReturn, Optional
 
 import torch
 import tyro
 import yaml
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.engine.callbacks import TrainingCallbackLocation
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils import writer
@@ -20,9 +19,20 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from nerfstudio.utils.writer import EventName, TimeWriter
 from nerfstudio.viewer.viewer import Viewer
 
-from wys_nerfstudio.checkpoint import find_checkpoint, is_wys, keep_checkpoint, read_checkpoint
+from wys_nerfstudio.capture import check_capture
+from wys_nerfstudio.checkpoint import find_checkpoint, is_wys, keep_checkpoint, newest_checkpoint, read_checkpoint
+from wys_nerfstudio.endings import (
+    INTERRUPTED,
+    Interrupts,
+    disk_errors_as_sentences,
+    errors_as_sentences,
+    how_to_resume,
+)
 from wys_nerfstudio.errors import WysError
+from wys_nerfstudio.files import write_text
+from wys_nerfstudio.options import refuse_nonsense
 from wys_nerfstudio.pipeline import WysPipeline, WysPipelineConfig
+from wys_nerfstudio.recipe import recipe_arguments
 from wys_nerfstudio.run_state import STATE_KEY, RunState, set_random_states
 from wys_nerfstudio.steering import Steering
 
@@ -48,6 +58,42 @@ class WysTrainerConfig(TrainerConfig):
         with errors_as_sentences():
             self._resolve()
         super().set_timestamp()
+        with errors_as_sentences():
+            self._refuse_to_overwrite()
+            self._refuse_nonsense()
+
+    def save_config(self) -> None:
+        """Writes config.yml, whole or not at all."""
+        path = self.get_base_dir() / "config.yml"
+        with errors_as_sentences():
+            try:
+                write_text(path, yaml.dump(self))
+            except OSError as error:
+                raise WysError(
+                    f'The run\'s folder "{path.parent}" cannot be written: {error.strerror}. Give another one with '
+                    "--output-dir."
+                ) from error
+
+    def _refuse_to_overwrite(self) -> None:
+        resumed, folder = self.pipeline.resume_from, self.get_checkpoint_dir()
+        if newest_checkpoint(folder) is not None and (resumed is None or resumed.parent.resolve() != folder.resolve()):
+            raise WysError(
+                f'There is a run in "{self.get_base_dir()}" already: {how_to_resume(self.get_base_dir())[:-1]}, or leave out '
+                "--timestamp to start another one."
+            )
+
+    def _refuse_nonsense(self) -> None:
+        """Refuses numbers of nerfstudio's own options with which training cannot begin."""
+        refuse_nonsense("", self, {"max_num_iterations": 1, "steps_per_save": 0})
+        if not 0 <= self.machine.seed < 2**32:
+            raise WysError(f"--machine.seed must be from 0 to {2**32 - 1}, not {self.machine.seed}.")
+        if self.machine.num_devices != 1 and self.machine.device_type != "cuda":
+            raise WysError(f"--machine.num-devices {self.machine.num_devices} needs CUDA devices: leave it out.")
+        for name, group in self.optimizers.items():
+            flag = f"optimizers.{name.replace('_', '-')}"
+            refuse_nonsense(f"{flag}.optimizer.", group["optimizer"], {"lr": 0, "eps": 0, "max_norm": 0})
+            if group["scheduler"] is not None:
+                refuse_nonsense(f"{flag}.scheduler.", group["scheduler"], {"max_steps": 1, "lr_final": 0})
 
     def _resolve(self) -> None:
         if self.recipe is not None:
@@ -57,13 +103,19 @@ class WysTrainerConfig(TrainerConfig):
         self._choose_device()
         resumed = self._take_load_dir()
         self.pipeline.check()
-        data = self.pipeline.datamanager.data
-        if data is not None and not data.exists():
-            raise WysError(f'There is no data at "{data}": give --data a folder of captured views.')
+        self._check_data()
         if self.max_num_iterations is None:
             self.max_num_iterations = self.pipeline.plan().total_steps
         if resumed is not None:
             self._refuse_finished(resumed)
+
+    def _check_data(self) -> None:
+        manager = self.pipeline.datamanager
+        data = manager.data or manager.dataparser.data
+        if not data.exists():
+            raise WysError(f'There is no data at "{data}": give --data a folder of captured views.')
+        if isinstance(manager.dataparser, NerfstudioDataParserConfig):
+            check_capture(data, manager.dataparser.downscale_factor)
 
     def _take_recipe(self, recipe: Path) -> None:
         """Parses the command line again with the recipe's options in front: of two equal options the later one counts."""
@@ -145,26 +197,6 @@ class WysTrainerConfig(TrainerConfig):
             )
 
 
-def recipe_arguments(recipe: Path) -> list[str]:
-    """A recipe file as command line arguments.
-
-    Raises:
-        WysError: If the file is not there, or is no flat mapping of options to values.
-    """
-    try:
-        content = yaml.safe_load(recipe.read_text("utf8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise WysError(f'The recipe "{recipe}" cannot be read: give --recipe a YAML file.') from error
-    except yaml.YAMLError as error:
-        raise WysError(f'The recipe "{recipe}" is no valid YAML: {str(error).splitlines()[0]}.') from error
-    if not isinstance(content, dict) or not all(isinstance(v, (str, int, float, bool)) for v in content.values()):
-        raise WysError(f'The recipe "{recipe}" must be lines of "option: value", for instance "mask-threshold: 0.5".')
-    arguments: list[str] = []
-    for option, value in content.items():
-        arguments += [f"--{option}", str(value)]
-    return arguments
-
-
 class WysTrainer(Trainer):
     """nerfstudio's trainer with the total number of steps as its measure, which the viewer's panel can move."""
 
@@ -175,8 +207,21 @@ class WysTrainer(Trainer):
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """As nerfstudio's; what fails here fails before the first step."""
-        with errors_as_sentences():
-            super().setup(test_mode)
+        try:
+            with errors_as_sentences(), disk_errors_as_sentences(self.base_dir):
+                super().setup(test_mode)
+        except SystemExit:
+            self._leave_nothing()
+            raise
+
+    def _leave_nothing(self) -> None:
+        """Removes the folder of a run that did not begin, if nothing but its config.yml is in it."""
+        if self.base_dir.is_dir() and [path.name for path in self.base_dir.iterdir()] == ["config.yml"]:
+            (self.base_dir / "config.yml").unlink()
+            for folder in (self.base_dir, *self.base_dir.parents):
+                if folder == self.config.output_dir or any(folder.iterdir()):
+                    return
+                folder.rmdir()
 
     def train(self) -> None:
         """Trains what is left of the run, and what is asked for in the viewer after that.
@@ -186,12 +231,13 @@ class WysTrainer(Trainer):
         """
         assert self.config.max_num_iterations is not None
         self.step, self.last_step, self.stop_training = self._start_step - 1, self.config.max_num_iterations - 1, False
-        with errors_as_sentences():
+        with errors_as_sentences(), disk_errors_as_sentences(self.base_dir), Interrupts() as self._interrupts:
             self._steering = Steering(self)
             if self._steering.was_reset:
                 self.last_step = self.step
             if self._left() <= 0:
                 self._reopen()
+            self._started = self.step
             outputs = self.pipeline.datamanager.train_dataparser_outputs
             outputs.save_dataparser_transform(self.base_dir / "dataparser_transforms.json")
             self._init_viewer_state()
@@ -200,18 +246,47 @@ class WysTrainer(Trainer):
             while self._left() > 0 and not self.stop_training:
                 with TimeWriter(writer, EventName.TOTAL_TRAIN_TIME):
                     self._train_steps()
+                if self._interrupts.came and self._left() > 0:
+                    self._stop_here()
                 self._after_train()
+            if self._interrupts.came:
+                self.shutdown()
 
     def _left(self) -> int:
         return self.last_step - self.step
 
     def _train_steps(self) -> None:
-        while self._left() > 0 and not self.stop_training:
+        while self._left() > 0 and not self._stops():
             self._train_step(self.step + 1)
             self._steering.take_requests(self.step)
-            while self.training_state == "paused" and not self.stop_training:
+            while self.training_state == "paused" and not self._stops():
                 time.sleep(0.02)
                 self._steering.take_requests(self.step)
+
+    def _stops(self) -> bool:
+        return self.stop_training or self._interrupts.came
+
+    def _stop_here(self) -> NoReturn:
+        """Saves what there is, and says how to go on."""
+        self.shutdown()
+        if self.step > self._started:
+            self.save_checkpoint(self.step)
+            print(f"wys: Stopped after step {self.step}; {how_to_resume(self.base_dir)}", file=sys.stderr)
+        else:
+            print("wys: Stopped before the first step; there is nothing to save.", file=sys.stderr)
+        raise SystemExit(INTERRUPTED)
+
+    def _refuse_unless_finite(self, step: int, what: str, *values: torch.Tensor) -> None:
+        if all(bool(value.isfinite().all()) for value in values):
+            return
+        good = newest_checkpoint(self.checkpoint_dir)
+        self.shutdown()
+        raise WysError(
+            f"{what} no finite number any more at step {step}: training stops and saves nothing. "
+            + (f'The last good checkpoint is "{good}"; ' if good else "There is no checkpoint yet; ")
+            + "try lower learning rates, such as --optimizers.fields.optimizer.lr 0.001"
+            + (f', and --load-dir "{good}".' if good else ".")
+        )
 
     def _train_step(self, step: int) -> None:
         """One step, with all that nerfstudio does around it."""
@@ -221,6 +296,7 @@ class WysTrainer(Trainer):
             for callback in self.callbacks:
                 callback.run_callback_at_location(step, location=TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
             loss, losses, metrics = self.train_iteration(step)
+            self._refuse_unless_finite(step, "The loss is", loss.detach())
             for callback in self.callbacks:
                 callback.run_callback_at_location(step, location=TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
         if step > 1:  # the first ones are slow
@@ -272,7 +348,7 @@ class WysTrainer(Trainer):
             return
         self.viewer_state.training_complete()
         CONSOLE.print("Use ctrl+c to quit", justify="center")
-        while self._left() <= 0 and not self.stop_training:
+        while self._left() <= 0 and not self._stops():
             self.training_state = "completed"
             time.sleep(0.02)
             self._steering.take_requests(self.step)
@@ -302,6 +378,7 @@ class WysTrainer(Trainer):
         if self.local_rank > 0:
             return
         pipeline, optimizers = self.pipeline, self.optimizers
+        self._refuse_unless_finite(step, "A weight is", *(value.detach() for value in pipeline.parameters()))
         pipeline.write_pictures()
         checkpoint = {
             "step": step,
@@ -321,12 +398,3 @@ class WysTrainer(Trainer):
         total, self.config.max_num_iterations = self.config.max_num_iterations, self.last_step + 1
         self.config.save_config()
         self.config.max_num_iterations = total
-
-
-@contextmanager
-def errors_as_sentences() -> Iterator[None]:
-    """Ends the program with the sentence of a `WysError` and exit code 1."""
-    try:
-        yield
-    except WysError as error:
-        raise SystemExit(f"wys: {error}") from error
