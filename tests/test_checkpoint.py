@@ -14,10 +14,10 @@ from nerfstudio.models.nerfacto import NerfactoModelConfig
 from test_model import SIZES, VIEWS, build
 
 from wys_nerfstudio.checkpoint import (
-    RunState,
-    edit_records,
+    checkpoint_name,
     find_checkpoint,
     is_wys,
+    keep_checkpoint,
     load_base,
     model_state,
     read_checkpoint,
@@ -27,7 +27,6 @@ from wys_nerfstudio.checkpoint import (
 )
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.model import WysModel
-from wys_nerfstudio.schedule import Plan
 
 TRANSFORM = {"transform": [[1.0, 0, 0, 0.5], [0, 1.0, 0, 0], [0, 0, 1.0, 0]], "scale": 0.25}
 
@@ -300,42 +299,46 @@ def test_cameras_in_another_place_or_scale_are_refused(tmp_path, change):
     refused(build(), write_run(tmp_path, nerfacto_state(build())), sentence, {**TRANSFORM, **change})
 
 
-# ------------------------------------------------------------------------------------------------------------- run folders
+# ----------------------------------------------------------------------------------------------------------------- writing
 
 
-def test_a_runs_state_is_read_as_it_was_written(tmp_path):
-    asked = {"instruction": 'Turn it into "snow" – now', "mask_threshold": 0.5}
-    state = RunState(1234, Plan(1000, 200, 4000), edits=17, settings={**asked, "mask_threshold": 0.25}, asked=asked)
-    state.write(tmp_path / "run" / "wys")
-    assert RunState.read(tmp_path / "run" / "wys") == state
-    assert [path.name for path in (tmp_path / "run" / "wys").iterdir()] == ["state.json"]
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize(
-    "content",
-    [None, "", "{", "[]", "7", '{"step": 1}', '{"step": 1, "plan": [], "edits": 0, "settings": {}, "asked": {}}'],
-)
-def test_a_missing_or_damaged_state_is_refused_with_the_way_out(tmp_path, content):
-    (tmp_path / "wys").mkdir()
-    if content is not None:
-        (tmp_path / "wys" / "state.json").write_text(content)
-    sentence = f'run at "{tmp_path}" cannot be resumed: its wys/state.json is missing or damaged. Give its folder to --base-run'
-    with pytest.raises(WysError, match=sentence):
-        RunState.read(tmp_path / "wys")
+@pytest.mark.parametrize("only_latest", [True, False])
+def test_the_newest_checkpoint_and_the_one_before_it_are_kept(tmp_path, only_latest):
+    folder = tmp_path / "nerfstudio_models"
+    for step in (5, 20, 7, 1000000000):  # from 20 the run went back to 5
+        keep_checkpoint(folder, {"step": step, "pipeline": {}}, only_latest)
+    kept = (7, 1000000000) if only_latest else (5, 7, 20, 1000000000)
+    assert set(names(folder)) == {checkpoint_name(step) for step in kept}
+    assert list((tmp_path / "wys").iterdir()) == []
 
 
-def test_edit_records_are_those_before_a_step(tmp_path):
-    assert edit_records(tmp_path) == []
-    lines = [json.dumps({"edit": i, "step": 10 * i}) for i in range(5)]
-    (tmp_path / "edits.jsonl").write_text("\n".join([*lines[:3], "", *lines[3:], ""]))
-    assert edit_records(tmp_path) == lines
-    assert edit_records(tmp_path, before_step=20) == lines[:2]
-    assert edit_records(tmp_path, before_step=21) == lines[:3]
-    assert edit_records(tmp_path, before_step=0) == []
+def test_going_back_leaves_no_newer_checkpoint_behind(tmp_path):
+    folder = tmp_path / "nerfstudio_models"
+    for step in (5, 10, 7):
+        keep_checkpoint(folder, {"step": step, "pipeline": {}}, only_latest=True)
+    assert names(folder) == [checkpoint_name(5), checkpoint_name(7)]
 
 
-def test_half_written_edit_record_is_no_record(tmp_path: Path) -> None:
-    (tmp_path / "edits.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
-    assert edit_records(tmp_path) == ['{"step": 1}', '{"step": 2}']
-    assert edit_records(tmp_path, before_step=2) == ['{"step": 1}']
-    assert edit_records(tmp_path / "nowhere") == []
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_sentence(tmp_path, capsys):
+    run = write_run(write_run(write_run(tmp_path, {}, step=5), {}, step=10), {}, step=20)
+    folder = run / "nerfstudio_models"
+    whole = (folder / checkpoint_name(20)).read_bytes()
+    (folder / checkpoint_name(20)).write_bytes(whole[: len(whole) // 2])
+    (folder / checkpoint_name(10)).write_bytes(b"")
+    assert find_checkpoint(run, "--load-dir") == folder / checkpoint_name(5)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("could not be read") == said.count("The one before it is used.") == 2
+    (folder / checkpoint_name(5)).write_bytes(whole[:9])
+    with pytest.raises(WysError, match="could not be read"):
+        read_checkpoint(find_checkpoint(run, "--load-dir"))
+
+
+def test_an_older_checkpoint_is_found_by_its_step(tmp_path):
+    run = write_run(write_run(tmp_path, {}, step=5), {}, step=10)
+    assert find_checkpoint(run, "--load-dir", 5).name == checkpoint_name(5)
+    with pytest.raises(WysError, match="no checkpoint of step 7 .*--load-step can be 10, 5"):
+        find_checkpoint(run, "--load-dir", 7)

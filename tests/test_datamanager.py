@@ -16,7 +16,7 @@ from wys_nerfstudio import relevance
 from wys_nerfstudio.datamanager import RelevanceRequest, WysDataManager, WysDataManagerConfig
 from wys_nerfstudio.editing import Editor, EditSettings, edit_images, load_editor, relevance_maps
 from wys_nerfstudio.errors import WysError
-from wys_nerfstudio.pictures import heat, read_png, to_uint8, write_png
+from wys_nerfstudio.pictures import heat, read_png, to_uint8
 from wys_nerfstudio.schedule import edit_seed
 
 HEIGHT, WIDTH = 32, 40
@@ -359,19 +359,40 @@ def test_editing_views_puts_the_editors_pictures_in_place(data, editor):
     assert data.edited_views == {1, 6}
 
 
-def test_edits_are_saved_and_loaded_bit_for_bit(data, ring_scene, tmp_path):
+def test_a_picture_of_every_edited_view_is_written_and_of_no_other(data, tmp_path):
     for view in (2, 9):
         data.set_view(view, torch.rand(HEIGHT, WIDTH, 3))
-    data.save_edits(tmp_path)
-    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(data.view_names[view] for view in (2, 9))
+    data.save_edits(tmp_path / "edits")
+    names = [data.view_names[view] for view in (2, 9)]
+    assert sorted(path.stem for path in (tmp_path / "edits").iterdir()) == sorted(names)
+    for name, view in zip(names, data.current_views([2, 9])):
+        assert torch.equal(read_png(tmp_path / "edits" / f"{name}.png"), view)
+    data.start_from_current()
+    data.save_edits(tmp_path / "edits")
+    assert len(list((tmp_path / "reference").iterdir())) == data.num_views
+    data.start_from_captured()
+    data.save_edits(tmp_path / "edits")
+    assert list((tmp_path / "edits").iterdir()) == [] and not (tmp_path / "reference").exists()
+
+
+@pytest.mark.parametrize("on_top", [False, True])
+def test_the_views_state_comes_back_bit_for_bit(data, ring_scene, tmp_path, on_top):
+    data.set_view(2, torch.rand(HEIGHT, WIDTH, 3))
+    if on_top:
+        data.start_from_current()
+    data.set_view(9, torch.rand(HEIGHT, WIDTH, 3))
+    torch.save(data.state(), tmp_path / "state.pt")
     resumed = load(ring_scene)
-    assert resumed.load_edits(tmp_path) == 2
-    assert resumed.edited_views == {2, 9}
+    resumed.set_view(5, torch.zeros(HEIGHT, WIDTH, 3))
+    resumed.set_state(torch.load(tmp_path / "state.pt", weights_only=True))
     everything = range(data.num_views)
+    assert resumed.edited_views == {2, 9}
     assert torch.equal(resumed.current_views(everything), data.current_views(everything))
+    assert torch.equal(resumed.reference_views(everything), data.reference_views(everything))
+    assert resumed.reference_digest() == data.reference_digest() and bool(data.reference_digest()) == on_top
 
 
-def test_loading_edits_from_nowhere_changes_nothing(data, tmp_path):
-    write_png(tmp_path / "no_view_of_this_scene.png", torch.zeros(HEIGHT, WIDTH, 3))
-    assert data.load_edits(tmp_path) == data.load_edits(tmp_path / "nothing") == 0
-    assert data.edited_views == set()
+@pytest.mark.parametrize("change", [{"size": [16, 20]}, {"names": ["a", "b"]}])
+def test_edited_views_of_other_data_are_refused(data, change):
+    with pytest.raises(WysError, match="edited views of that run are of other data .*use the same --data"):
+        data.set_state({**data.state(), **change})

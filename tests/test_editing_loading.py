@@ -1,6 +1,7 @@
 """From a name to an editor, what is never read, and every sentence of refusal. Full-size networks on the meta device."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -116,16 +117,34 @@ def test_an_unreachable_hub_id_names_the_ways_out(monkeypatch, tmp_path):
         load_editor("nobody/no-such-editor")
 
 
-@pytest.mark.parametrize(("part", "name"), [("unet", "diffusion_pytorch_model"), ("text_encoder", "model")])
-def test_pickled_weights_are_refused(copy, part, name):
+PICKLES = [("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")]
+
+
+@pytest.mark.parametrize(("part", "name"), PICKLES)
+def test_pickled_weights_are_read_only_when_that_is_asked_for(copy, editor_folder, part, name):
     from safetensors.torch import load_file
 
     (weights,) = (copy / part).glob("*.safetensors")
-    pickled = {"model": "pytorch_model"}.get(name, name)
-    torch.save(load_file(weights), copy / part / f"{pickled}.bin")
+    torch.save(load_file(weights), copy / part / f"{name}.bin")
     weights.unlink()
-    with pytest.raises(WysError, match="could not be loaded from its folder"):
+    with pytest.raises(WysError, match=f"has its {part} as a pickle .*--pipeline.editor-allow-pickle True"):
         load_editor(str(copy))
+    wanted, read = (getattr(load_editor(str(f), allow_pickle=True), part).state_dict() for f in (editor_folder, copy))
+    assert wanted and all(torch.equal(wanted[key], read[key]) for key in wanted)
+
+
+@pytest.mark.parametrize(("part", "name"), PICKLES)
+def test_a_pickle_that_runs_something_is_refused_even_when_pickles_are_asked_for(copy, tmp_path, part, name):
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "proof"),)
+
+    (weights,) = (copy / part).glob("*.safetensors")
+    weights.unlink()
+    torch.save({"weight": Malicious()}, copy / part / f"{name}.bin")
+    with pytest.raises(WysError, match="could not be loaded from its folder"):
+        load_editor(str(copy), allow_pickle=True)
+    assert not (tmp_path / "proof").exists()
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])

@@ -19,7 +19,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from wys_nerfstudio import cli
-from wys_nerfstudio.checkpoint import read_checkpoint, register_safe_globals
+from wys_nerfstudio.checkpoint import find_checkpoint, read_checkpoint, register_safe_globals
 
 register_safe_globals()
 
@@ -63,8 +63,7 @@ def records(run: Path) -> list[dict]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    (path,) = (run / "nerfstudio_models").glob("*.ckpt")
-    return read_checkpoint(path)["pipeline"]
+    return read_checkpoint(find_checkpoint(run, "--base-run"))["pipeline"]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +90,9 @@ def test_run_folder_holds_what_the_readme_lists(finished_run: Path) -> None:
     assert (folder / "relevance" / "maps.safetensors").is_file()
     with Image.open(folder / "contact_sheet.png") as sheet:
         assert sheet.width > 6 * 160
-    assert json.loads((folder / "state.json").read_text())["edits"] == 10
+    (entry,) = json.loads((folder / "history.json").read_text())
+    assert (entry["instruction"], entry["start"], entry["first_step"]) == ("make the ball blue", "captured", 8)
+    assert not list(folder.rglob("*.partial"))
     events = EventAccumulator(str(finished_run), size_guidance={"images": 0})
     events.Reload()
     (tag,) = [tag for tag in events.Tags()["images"] if tag.startswith("Edit (captured")]
@@ -282,10 +283,32 @@ def test_wys_run_as_base_is_edited_without_reconstruction(finished_run: Path, ri
     run = the_run(tmp_path)
     assert "Phase: reconstruct." not in done.stdout
     assert (run / "nerfstudio_models" / "step-000000024.ckpt").is_file()
-    base, start = weights(finished_run), read_checkpoint(run / "wys" / "captured.ckpt")["pipeline"]
+    base, start = weights(finished_run), read_checkpoint(run / "wys" / "history" / "001.ckpt")["pipeline"]
+    assert all(torch.equal(base[key], start[key]) for key in base), "Undo returns to the base"
+    for name in ("captured.ckpt", "history/001.ckpt"):
+        assert (run / "wys" / name).is_file(), name
+    # The edited views of the base are what is edited now.
+    edited = finished_run / "wys" / "edits"
+    reference = {path.name: path.read_bytes() for path in (run / "wys" / "reference").iterdir()}
+    assert len(reference) == 13 and all(reference[path.name] == path.read_bytes() for path in edited.iterdir())
+    entries = json.loads((run / "wys" / "history.json").read_text())
+    assert [(entry["instruction"], entry["start"]) for entry in entries] == [
+        ("make the ball blue", "captured"),
+        ("paint the block red", "on top"),
+    ]
+
+
+def test_the_captured_scene_of_a_wys_run_is_a_base_without_its_edits(finished_run: Path, ring_scene: Path,
+                                                                     editor_folder: Path, tmp_path: Path) -> None:  # fmt: skip
+    train("wys-tiny", ring_scene, tmp_path, *SMALL_MODEL, *SHORT, "--editor", editor_folder, "--instruction",
+          "paint the block red", "--base-run", finished_run / "wys" / "captured.ckpt")  # fmt: skip
+    run = the_run(tmp_path)
+    base, start = (read_checkpoint(folder / "wys" / "captured.ckpt")["pipeline"] for folder in (finished_run, run))
     scene = [key for key in base if "mlp_relevance" not in key and base[key].is_floating_point()]
     assert scene and all(torch.equal(base[key], start[key]) for key in scene), "localising must not move the scene"
     assert any(not torch.equal(base[key], start[key]) for key in base if "mlp_relevance" in key)
+    assert not (run / "wys" / "reference").exists()
+    assert len(json.loads((run / "wys" / "history.json").read_text())) == 1
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ import yaml
 from test_pipeline import small_config
 
 from wys_nerfstudio.controls import INSTEAD, ON_TOP, Request
-from wys_nerfstudio.history import History
 from wys_nerfstudio.schedule import Phase
 from wys_nerfstudio.trainer import WysTrainer
 
@@ -150,9 +149,10 @@ def test_apply_undo_and_reset_on_a_finished_run_and_after_a_restart(
     options = {**OPTIONS, "instruction": "make the bear blue"}
     config = small_config(ring_scene, editor_folder, tmp_path / "b", **options)
     config.load_dir = folder / "nerfstudio_models"
+    config.vis, config.viewer.quit_on_train_completion = "viewer", False
     config.set_timestamp()
     with running(config, after_restart) as trainer:
-        assert len(History(trainer.base_dir / "wys").entries) == 1
+        assert len(trainer.pipeline.history.entries) == 1
 
 
 def test_undo_in_the_middle_of_editing_waits_and_then_goes_on_with_what_was_left(
@@ -192,7 +192,7 @@ def test_what_a_run_cannot_take_is_refused_in_the_status_line(
         assert config.edit_every == 2
         assert "There is no instruction" in ask(trainer, "apply", ON_TOP, "  ")
         assert "shorten it" in ask(trainer, "apply", ON_TOP, "make the bear red " * 40)
-        assert len(History(trainer.base_dir / "wys").entries) == 1
+        assert len(trainer.pipeline.history.entries) == 1
         ask(trainer, "set", "localization", "none")
         assert config.localization == "none"
         ask(trainer, "set", "localization", "relevance-map")
@@ -351,7 +351,7 @@ def test_300_random_requests_break_nothing(ring_scene: Path, editor_folder: Path
         pipeline = trainer.pipeline
         assert pipeline.config.edit_every >= 1 and 0 <= pipeline.config.mask_threshold <= 1
         assert pipeline.scene_model.mask_threshold == pipeline.config.mask_threshold
-        history = History(trainer.base_dir / "wys")
+        history = trainer.pipeline.history
         kept = {path.name for path in (trainer.base_dir / "wys" / "history").iterdir()}
         assert kept == {Path(e.snapshot).name for e in history.entries if e.snapshot}
         assert all(torch.isfinite(value).all() for value in pipeline.scene_model.state_dict().values())

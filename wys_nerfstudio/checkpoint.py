@@ -1,23 +1,21 @@
-"""Base runs, resuming, and what is kept in a run's folder beside nerfstudio's own files.
+"""Checkpoints: finding, reading and writing them, and base runs.
 
 Checkpoints are read by torch's weights-only loader. A base run's config.yml, which is a pickle in YAML clothes, is only
 ever read as plain data: its tags are ignored, nothing in it is executed.
 """
 
 import json
-import os
-import pickle
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 import torch
 import yaml
+from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor, nn
 
 from wys_nerfstudio.errors import WysError
-from wys_nerfstudio.schedule import Plan
+from wys_nerfstudio.files import write_tensors
 
 CAPTURED_SCENE = "captured.ckpt"
 """In a run's `wys` folder: the weights as they were before the first edit."""
@@ -38,12 +36,13 @@ def register_safe_globals() -> None:
     torch.serialization.add_safe_globals([*names, np.dtype, type(np.dtype(np.float64))])  # type: ignore
 
 
-def find_checkpoint(path: Path, option: str) -> Path:
-    """The newest checkpoint of a run.
+def find_checkpoint(path: Path, option: str, step: Optional[int] = None) -> Path:
+    """The newest checkpoint of a run that is not damaged.
 
     Args:
         path: A run's folder, its config.yml, its folder of checkpoints, or one checkpoint.
         option: The option that the path came from, for the error's sentence.
+        step: The checkpoint's step, if it is not to be the newest.
 
     Raises:
         WysError: If there is none.
@@ -51,19 +50,61 @@ def find_checkpoint(path: Path, option: str) -> Path:
     if path.suffix == ".ckpt" and path.is_file():
         return path
     folder = path.parent if path.is_file() else path
-    for place in (folder, folder / "nerfstudio_models"):
-        checkpoints = sorted(place.glob("step-*.ckpt"))
-        if checkpoints:
-            return checkpoints[-1]
-    raise WysError(
-        f'There is no checkpoint in "{path}": {option} takes the folder or the config.yml of a finished nerfacto or wys '
-        "run, such as outputs/scene/nerfacto/2025-01-01_120000."
-    )
+    found = [*folder.glob("step-*.ckpt"), *(folder / "nerfstudio_models").glob("step-*.ckpt")]
+    if not found:
+        raise WysError(
+            f'There is no checkpoint in "{path}": {option} takes the folder or the config.yml of a finished nerfacto or wys '
+            "run, such as outputs/scene/nerfacto/2025-01-01_120000."
+        )
+    newest_first = sorted(found, key=lambda checkpoint: checkpoint.name, reverse=True)
+    if step is not None:
+        chosen = [checkpoint for checkpoint in newest_first if checkpoint.name == checkpoint_name(step)]
+        if not chosen:
+            names = ", ".join(str(int(checkpoint.stem.removeprefix("step-"))) for checkpoint in newest_first)
+            raise WysError(f'There is no checkpoint of step {step} in "{path}": --load-step can be {names}.')
+        return chosen[0]
+    for checkpoint in newest_first[:-1]:
+        try:
+            read_checkpoint(checkpoint)
+            return checkpoint
+        except WysError as error:
+            CONSOLE.print(f"{error} The one before it is used.", markup=False)
+    return newest_first[-1]
+
+
+def newest_checkpoint(folder: Path) -> Optional[Path]:
+    """The newest checkpoint in a folder of checkpoints, if there is one; it is not read."""
+    return max(folder.glob("step-*.ckpt"), key=lambda checkpoint: checkpoint.name, default=None)
+
+
+def checkpoint_name(step: int) -> str:
+    """How nerfstudio names the checkpoint of a step."""
+    return f"step-{step:09d}.ckpt"
 
 
 def run_folder(checkpoint: Path) -> Path:
-    """The run's folder that a checkpoint lies in."""
-    return checkpoint.parent.parent
+    """The run's folder that a checkpoint lies in: the nearest one above it with a config.yml."""
+    return next(
+        (folder for folder in checkpoint.parents if (folder / "config.yml").is_file()), checkpoint.parent.parent
+    )
+
+
+def keep_checkpoint(folder: Path, checkpoint: dict[str, Any], only_latest: bool) -> None:
+    """Writes a checkpoint into a run's folder of checkpoints.
+
+    Args:
+        folder: The folder of checkpoints.
+        checkpoint: As of `read_checkpoint`.
+        only_latest: Remove older ones, but for the one before it: should this one ever be damaged, that one is used.
+    """
+    path = folder / checkpoint_name(checkpoint["step"])
+    # The partial file is not beside it: nerfstudio takes every name in that folder for a checkpoint's.
+    write_tensors(path, checkpoint, partial=folder.parent / "wys" / "checkpoint.partial")
+    if only_latest:
+        found = sorted(folder.glob("step-*.ckpt"))
+        before = [other for other in found if other.name < path.name]
+        for other in {*found} - {path, *before[-1:]}:  # also those of a later step, which this run has gone back from
+            other.unlink()
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -74,9 +115,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever the damage leads torch to
         first_line = (str(error).strip().splitlines() or ["it is empty"])[0]
-        raise WysError(f'The checkpoint "{path}" could not be read: {first_line}') from error
+        raise WysError(f'The checkpoint "{path}" could not be read: {first_line.rstrip(".")}.') from error
     if not isinstance(state, dict) or "pipeline" not in state or "step" not in state:
         raise WysError(f'"{path}" is no nerfstudio checkpoint: it has no "pipeline" in it.')
     return state
@@ -244,59 +285,3 @@ def _check_transform(path: Path, file: Path, transform: Optional[dict[str, Any]]
             f'The base run "{path}" saw the cameras in another place or scale: use the same --data and the same dataparser '
             "options as the base run."
         )
-
-
-# ------------------------------------------------------------------------------------------------------- run folders
-
-
-@dataclass
-class RunState:
-    """What a resumed run must know and no weight tells it; `wys/state.json`, written with every checkpoint."""
-
-    step: int
-    """The checkpoint's step."""
-    plan: Plan
-    """Phases of the run."""
-    edits: int
-    """Edits begun so far, skipped ones included; the next edit's number."""
-    settings: dict[str, Any]
-    """Instruction and live settings as they are now."""
-    asked: dict[str, Any]
-    """The same as the run was started with; what is typed otherwise when it is resumed wins over `settings`."""
-
-    def write(self, folder: Path) -> None:
-        """Writes the state into a run's `wys` folder, whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "state.partial"
-        partial.write_text(json.dumps(asdict(self), indent=1), "utf8")
-        os.replace(partial, folder / "state.json")
-
-    @staticmethod
-    def read(folder: Path) -> "RunState":
-        """Reads the state from a run's `wys` folder.
-
-        Raises:
-            WysError: If it is missing or damaged.
-        """
-        try:
-            data = json.loads((folder / "state.json").read_text("utf8"))
-            return RunState(**{**data, "plan": Plan(**data["plan"])})
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise WysError(
-                f'The run at "{folder.parent}" cannot be resumed: its wys/state.json is missing or damaged. Give its folder '
-                "to --base-run instead, to start a new edit from its scene."
-            ) from error
-
-
-def edit_records(folder: Path, before_step: Optional[int] = None) -> list[str]:
-    """Lines of a run's edits.jsonl, up to a step if one is given. A line that a killed run left half written is no line."""
-    path = folder / "edits.jsonl"
-    lines = []
-    for line in path.read_text("utf8").splitlines() if path.is_file() else []:
-        try:
-            step = json.loads(line)["step"]
-        except ValueError:
-            continue
-        if before_step is None or step < before_step:
-            lines.append(line)
-    return lines

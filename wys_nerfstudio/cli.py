@@ -90,6 +90,8 @@ class EditImage:
     editor: str = "timbrooks/instruct-pix2pix"
     """InstructPix2Pix-type checkpoint: a hub id, a local folder in diffusers format, or "embedded" for the small editor of
     toy pictures that comes with the package."""
+    editor_allow_pickle: bool = False
+    """Take an editor's .bin files where it has no safetensors files; torch's weights-only loader reads them."""
     mask: Path | None = None
     """A picture of the input's size, bright where it may be edited, instead of the mask that the relevance map gives."""
     seed: int = 0
@@ -115,6 +117,7 @@ class EditImage:
             self.output,
             self.settings,
             editor_name=self.editor,
+            allow_pickle=self.editor_allow_pickle,
             mask_file=self.mask,
             seed=self.seed,
             device=self.device,

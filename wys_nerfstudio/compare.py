@@ -4,7 +4,6 @@ its relevance field from several sides (the paper's Fig. 15).
 The figures are those of `ns-eval`. As there, a run's config.yml is opened by nerfstudio and must be one that you trust.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from wys_nerfstudio.errors import WysError
+from wys_nerfstudio.files import write_json
 from wys_nerfstudio.pictures import contact_sheet, spread
 from wys_nerfstudio.pipeline import WysPipeline
 
@@ -76,9 +76,7 @@ def compare_runs(runs: Sequence[Path], output: Path) -> None:
 
     output.mkdir(parents=True, exist_ok=True)
     runs_as_said = {title: str(config.parent) for title, config in zip(titles, configs)}
-    (output / "comparison.json").write_text(
-        json.dumps({"runs": runs_as_said, "figures": dict(zip(titles, figures))}, indent=1), "utf8"
-    )
+    write_json(output / "comparison.json", {"runs": runs_as_said, "figures": dict(zip(titles, figures))})
     shown_names = [names[view] for view in spread(SHOWN_VIEWS, len(names))]
     rows = [(name, [captured[i], *(views[i]["rgb"] for views in renders)]) for i, name in enumerate(shown_names)]
     contact_sheet(["captured", *titles], rows).save(output / "contact_sheet.png")

@@ -28,9 +28,11 @@ from rich.progress import track
 from torch import Tensor
 
 from wys_nerfstudio import relevance
+from wys_nerfstudio.capture import check_picture
 from wys_nerfstudio.editing import Editor, EditSettings, edit_images, relevance_maps
 from wys_nerfstudio.errors import WysError
-from wys_nerfstudio.pictures import heat, read_png, to_uint8, write_png
+from wys_nerfstudio.files import write_whole
+from wys_nerfstudio.pictures import heat, to_uint8, write_png
 from wys_nerfstudio.schedule import edit_seed
 
 REFERENCE_VIEWS = "reference"
@@ -82,6 +84,19 @@ class WysDataManager(VanillaDataManager[InputDataset]):
     """Captured views, relevance maps and edited views of one scene; views are numbered as in the training dataset."""
 
     config: WysDataManagerConfig
+
+    def __init__(self, config: WysDataManagerConfig, *arguments: Any, **named: Any) -> None:
+        try:
+            super().__init__(config, *arguments, **named)
+        # What nerfstudio's parsers make of data that they cannot read.
+        except (AssertionError, LookupError, TypeError, ValueError, OSError, RuntimeError) as error:
+            for path in getattr(getattr(self, "train_dataset", None), "image_filenames", []):
+                check_picture(path, "the capture", whole=True)
+            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise WysError(
+                f'The data at "{config.data}" cannot be read ({type(error).__name__}: {first_line}): check them with another '
+                "method of nerfstudio, or name their format at the end of the command."
+            ) from error
 
     def setup_train(self) -> None:
         """Caches the captured views as one stack, in their own order."""
@@ -260,12 +275,10 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             return file.get_tensor("raw") if known else None
 
     def _keep_maps(self, folder: Path, request: RelevanceRequest, raw: Float[Tensor, "n lh lw"]) -> None:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        folder.mkdir(parents=True, exist_ok=True)
         metadata = {"request": _as_json(request, self.view_names)}
-        save_file({"raw": raw.contiguous()}, folder / "maps.partial", metadata=metadata)
-        (folder / "maps.partial").replace(folder / "maps.safetensors")
+        write_whole(folder / "maps.safetensors", save({"raw": raw.contiguous()}, metadata=metadata))
 
     def set_relevance(self, maps: Float[Tensor, "n h w"]) -> None:
         """Gives every view its relevance map in [0, 1], at the views' size; ray batches carry it as `relevance`."""
@@ -291,6 +304,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
                     f'There is no mask for the view {path.name} in "{folder}": --pipeline.masks-dir needs one image per view, '
                     f"named as the view, for instance {path.stem}.png."
                 )
+            check_picture(found[0], "--pipeline.masks-dir", whole=True)
             with Image.open(found[0]) as image:
                 resized = image.convert("L").resize((width, height), Image.Resampling.NEAREST)
             masks.append(torch.from_numpy(np.array(resized)) > 127)
@@ -370,24 +384,42 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         return hashlib.sha256(self._reference.cpu().numpy().tobytes()).hexdigest()[:16]
 
     def state(self) -> dict[str, Any]:
-        """Current and reference views (None if captured) on the CPU, in 8 bit, and which are edited; for `set_state`."""
+        """The edited views and what they were edited from (None if captured), in 8 bit on the CPU; for `set_state`."""
+        edited = sorted(self.edited_views)
         own_reference = self._reference is not self._captured
         return {
-            "current": torch.from_numpy(to_uint8(self.cached_batch["image"])),
+            "names": self.view_names,
+            "size": list(self.view_size),
+            "edited": edited,
+            "current": torch.from_numpy(to_uint8(self.cached_batch["image"][edited])),
             "reference": self._reference.cpu().clone() if own_reference else None,
-            "edited": sorted(self.edited_views),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Returns to views as of `state`."""
-        current, reference = state["current"], state["reference"]
-        self.cached_batch["image"][:] = current.to(self._captured.device).float() / 255
-        self._reference = self._captured if reference is None else reference.to(self._captured.device)
+        """Returns to views as of `state`.
+
+        Raises:
+            WysError: If they are other views.
+        """
+        if state["names"] != self.view_names or state["size"] != list(self.view_size):
+            theirs, ours = (f"{len(names)} views of {width}x{height}, the first of them {names[0]}"
+                            for names, (height, width) in ((state["names"], state["size"]),
+                                                           (self.view_names, self.view_size)))  # fmt: skip
+            raise WysError(
+                f"The edited views of that run are of other data ({theirs}) than this run's ({ours}): use the same --data "
+                "and the same dataparser options."
+            )
+        self.start_from_captured()
+        self.cached_batch["image"][state["edited"]] = state["current"].to(self._captured.device).float() / 255
+        if state["reference"] is not None:
+            self._reference = state["reference"].to(self._captured.device)
         self.edited_views = set(state["edited"])
 
     def start_from_captured(self) -> None:
         """Takes back all edits."""
-        self.set_state({"current": self._captured, "reference": None, "edited": []})
+        self.cached_batch["image"][:] = self._captured.float() / 255
+        self._reference = self._captured
+        self.edited_views = set()
 
     def start_from_current(self) -> None:
         """Takes the views as they are now for the reference of the edits to come."""
@@ -405,19 +437,6 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         else:
             for name, view in zip(self.view_names, self._reference):
                 write_png(folder.parent / REFERENCE_VIEWS / f"{name}.png", view.float() / 255)
-
-    def load_edits(self, folder: Path) -> int:
-        """Puts edited views from a folder in place, and the reference views beside it; returns how many were edited."""
-        beside = folder.parent / REFERENCE_VIEWS
-        if beside.is_dir():
-            views = torch.stack([read_png(beside / f"{name}.png") for name in self.view_names])
-            self._reference = (views * 255).round().to(self._captured)
-        count = 0
-        for view, name in enumerate(self.view_names):
-            if (folder / f"{name}.png").is_file():
-                self.set_view(view, read_png(folder / f"{name}.png"))
-                count += 1
-        return count
 
 
 def _size(path: Path) -> tuple[int, int]:

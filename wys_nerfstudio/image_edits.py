@@ -35,6 +35,7 @@ def edit_files(
     settings: LocalEditSettings,
     *,
     editor_name: str,
+    allow_pickle: bool = False,
     mask_file: Optional[Path] = None,
     seed: int = 0,
     device: Optional[str] = None,
@@ -47,6 +48,7 @@ def edit_files(
         output: A .png file for a single picture, else a folder.
         settings: How to edit.
         editor_name: As in `load_editor`.
+        allow_pickle: As in `load_editor`.
         mask_file: A mask for all pictures, instead of theirs.
         seed: Of the noise, the same for every picture, so that a picture is edited alike whatever its company.
         device: The editor's; by default the GPU if there is one, else the CPU.
@@ -79,7 +81,7 @@ def edit_files(
 
     made = {**asdict(settings), "seed": seed, "mask": None if mask_file is None else mask_file.name}
     origin = edit_origin(instruction, editor_name, made)
-    editor = load_editor(editor_name, device)
+    editor = load_editor(editor_name, device, allow_pickle=allow_pickle)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn()) as bar:
         steps = settings.relevance_draws + settings.diffusion_steps

@@ -158,6 +158,18 @@ class WysModel(NerfactoModel):
                 callback.func = partial(_call_ahead, callback.func, ahead)
         return callbacks
 
+    def sampler_state(self) -> dict[str, float]:
+        """Counters of the proposal sampler; no weights, but they decide where samples lie while a scene is young."""
+        sampler = self.proposal_sampler
+        anneal = float(sampler._anneal)
+        return {"anneal": anneal, "steps_since_update": sampler._steps_since_update, "step": sampler._step}
+
+    def set_sampler_state(self, state: dict[str, float]) -> None:
+        """Goes back to `sampler_state`."""
+        self.proposal_sampler.set_anneal(state["anneal"])
+        self.proposal_sampler._steps_since_update = int(state["steps_since_update"])
+        self.proposal_sampler._step = int(state["step"])
+
     # ------------------------------------------------------------------------------------------------- rendering
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
@@ -172,9 +184,12 @@ class WysModel(NerfactoModel):
         with torch.set_grad_enabled(posing and torch.is_grad_enabled()):
             if self.training:
                 self.camera_optimizer.apply_to_raybundle(ray_bundle)
+        waited = self.proposal_sampler._steps_since_update
         with torch.set_grad_enabled(torch.is_grad_enabled() and not localizing):
             samples, weights_list, samples_list = self.proposal_sampler(ray_bundle, density_fns=self.density_fns)
             density, features = self.field.get_density(samples)
+        if not self.training:  # looking on must not change when the proposal networks are trained
+            self.proposal_sampler._steps_since_update = waited
         if localizing:
             relevance = self.field.get_relevance(features)
             return {"relevance": self.renderer_relevance(relevance, samples.get_weights(density).detach())}

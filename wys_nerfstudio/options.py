@@ -3,24 +3,46 @@
 The pipeline's parts read them too; that is why they stand below it, in a file of their own.
 """
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
+import torch
 import tyro
 from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
 
 from wys_nerfstudio import relevance
-from wys_nerfstudio.checkpoint import RunState
 from wys_nerfstudio.controls import LIVE_SETTINGS
 from wys_nerfstudio.datamanager import RelevanceRequest, WysDataManagerConfig
 from wys_nerfstudio.editing import EditSettings
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.model import WysModelConfig
 from wys_nerfstudio.perceptual import SMALLEST_LPIPS_PATCH
+from wys_nerfstudio.run_state import RunState
 from wys_nerfstudio.schedule import Plan
 
 Localization = Literal["relevance-field", "relevance-map", "masks", "none"]
+
+# Smallest values of options.
+COUNTS: dict[str, int] = dict.fromkeys(
+    ("edit_every", "edit_count", "diffusion_steps", "relevance_draws", "editor_batch_size", "edit_steps", "edit_long_side"),
+    1,
+) | dict.fromkeys(
+    ("reconstruct_steps", "localize_steps", "mask_growth", "guidance_scale", "image_guidance_scale"), 0
+)  # fmt: skip
+DATA_COUNTS: dict[str, int] = dict.fromkeys(
+    ("train_num_rays_per_batch", "eval_num_rays_per_batch", "edit_num_rays_per_batch", "edit_patch_size", "patch_size"),
+    1,
+)
+MODEL_COUNTS: dict[str, int] = dict.fromkeys(
+    ("hidden_dim", "hidden_dim_color", "num_levels", "base_res", "max_res", "log2_hashmap_size", "features_per_level",
+     "num_nerf_samples_per_ray", "num_proposal_iterations", "eval_num_rays_per_chunk"), 1
+) | dict.fromkeys(
+    ("near_plane", "relevance_loss_mult", "lpips_loss_mult", "appearance_embed_dim", "average_init_density",
+     "interlevel_loss_mult", "distortion_loss_mult", "proposal_update_every", "proposal_warmup",
+     "proposal_weights_anneal_max_num_iters"), 0
+)  # fmt: skip
 
 
 @dataclass
@@ -44,6 +66,8 @@ class WysOptions(VanillaPipelineConfig):
     """Device of the editor, such as cuda:1; by default the training device."""
     editor_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the editor; auto is bfloat16 (or float16) on a GPU and float32 on the CPU."""
+    editor_allow_pickle: bool = False
+    """Take an editor's .bin files where it has no safetensors files; torch's weights-only loader reads them."""
     editor_batch_size: int = 8
     """Views per pass of the editor while relevance maps are made."""
     edit_long_side: Optional[int] = None
@@ -100,12 +124,16 @@ class WysOptions(VanillaPipelineConfig):
     """Seed of everything that the editor draws; order of views, noise and noise levels."""
 
     resume_from: tyro.conf.Suppress[Optional[Path]] = None
-    """Folder of the run that --load-dir resumes; set by the trainer's options."""
+    """Checkpoint that --load-dir resumes; set by the trainer's options."""
+    resumed_steps: tyro.conf.Suppress[Optional[tuple[int, int]]] = None
+    """Steps of reconstruction and of localisation in the resumed run, where instructions may have been applied."""
     asked: tyro.conf.Suppress[dict[str, Any]] = field(default_factory=dict)
     """Instruction and live settings as they were typed; they can change while the run goes on."""
 
     def plan(self) -> Plan:
         """The phases that these options ask for."""
+        if self.resumed_steps is not None:
+            return Plan(*self.resumed_steps, self.edit_steps)
         localize = 0 if self.localization == "none" else self.localize_steps
         return Plan(0 if self.base_run is not None else self.reconstruct_steps, localize, self.edit_steps)
 
@@ -139,10 +167,17 @@ class WysOptions(VanillaPipelineConfig):
             reference=reference,
         )
 
-    def adopt_resumed_run(self) -> None:
-        """Takes over what must be as it was in the run that is resumed."""
-        assert self.resume_from is not None
-        state = RunState.read(self.resume_from / "wys")
+    def adopt_resumed_run(self, checkpoint: Path, state: RunState) -> None:
+        """Takes over what must be as it was in the run that is resumed.
+
+        Args:
+            checkpoint: Its checkpoint.
+            state: The state in it.
+
+        Raises:
+            WysError: If another instruction is asked for.
+        """
+        self.resume_from = checkpoint
         instruction = state.settings["instruction"]
         if self.instruction not in ("", instruction, state.asked["instruction"]):
             raise WysError(
@@ -151,10 +186,10 @@ class WysOptions(VanillaPipelineConfig):
             )
         self.instruction = instruction
         for name in LIVE_SETTINGS:
-            if getattr(self, name) == state.asked[name]:
+            if name in state.settings and getattr(self, name) == state.asked[name]:
                 setattr(self, name, state.settings[name])
         self.base_run = None
-        self.reconstruct_steps, self.localize_steps = state.plan.reconstruct_steps, state.plan.localize_steps
+        self.resumed_steps = (state.plan.reconstruct_steps, state.plan.localize_steps)
 
     def check(self) -> None:
         """Refuses options that cannot work, before anything is built.
@@ -183,11 +218,21 @@ class WysOptions(VanillaPipelineConfig):
                 f"{_flag('min_noise_level')} {self.min_noise_level} is above {_flag('max_noise_level')} "
                 f"{self.max_noise_level}: swap them."
             )
-        counts = {"edit_every": 1, "edit_count": 1, "diffusion_steps": 1, "relevance_draws": 1, "editor_batch_size": 1}
-        counts |= {"reconstruct_steps": 0, "localize_steps": 0, "edit_steps": 1, "mask_growth": 0}
-        for name, least in counts.items():
-            if getattr(self, name) < least:
-                raise WysError(f"{_flag(name)} must be at least {least}, not {getattr(self, name)}.")
+        refuse_nonsense("pipeline.", self, COUNTS)
+        refuse_nonsense("pipeline.datamanager.", self.datamanager, DATA_COUNTS)
+        refuse_nonsense("pipeline.model.", self.model, MODEL_COUNTS)
+        if not self.model.near_plane < self.model.far_plane:
+            raise WysError(
+                f"--pipeline.model.near-plane {self.model.near_plane} must be below --pipeline.model.far-plane "
+                f"{self.model.far_plane}."
+            )
+        samples, passes = self.model.num_proposal_samples_per_ray, self.model.num_proposal_iterations
+        if len(samples) < passes or not all(count >= 1 for count in samples):
+            raise WysError(
+                f"--pipeline.model.num-proposal-samples-per-ray needs {passes} numbers, one per proposal network, of at "
+                f"least 1, not {' '.join(map(str, samples))}."
+            )
+        self._check_editor_device()
         if self.localization == "relevance-field" and self.localize_steps == 0:
             raise WysError("--localization relevance-field needs --pipeline.localize-steps above 0 to train the field.")
         if (self.localization == "masks") != (self.masks_dir is not None):
@@ -202,7 +247,45 @@ class WysOptions(VanillaPipelineConfig):
         if self.model.predict_normals:
             raise WysError("--pipeline.model.predict-normals is not supported: leave it out, in the base run too.")
 
+    def _check_editor_device(self) -> None:
+        if self.editor_device is None:
+            return
+        try:
+            device = torch.device(self.editor_device)
+            there = device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count())
+        except RuntimeError:
+            there = False
+        if not there:
+            raise WysError(
+                f'There is no device "{self.editor_device}" here: --pipeline.editor-device can be cpu, or cuda:0 and so on '
+                f"where there is a GPU ({torch.cuda.device_count()} here)."
+            )
 
-def _flag(name: str) -> str:
-    short = ("mask_threshold", "guidance_scale", "image_guidance_scale")
-    return f"--{'' if name in short else 'pipeline.'}{name.replace('_', '-')}"
+
+SHORT = ("mask_threshold", "guidance_scale", "image_guidance_scale")
+"""Options that are typed without `pipeline.` in front."""
+
+
+def _flag(name: str, prefix: str = "pipeline.") -> str:
+    return f"--{'' if prefix == 'pipeline.' and name in SHORT else prefix}{name.replace('_', '-')}"
+
+
+def refuse_nonsense(prefix: str, options: Any, least: dict[str, int]) -> None:
+    """Refuses numbers that are too small, and infinite ones and those that are none.
+
+    Args:
+        prefix: What is typed in front of the options, such as "pipeline.".
+        options: A dataclass of options.
+        least: Smallest value of those that have one.
+
+    Raises:
+        WysError: For the first such option.
+    """
+    for option in fields(options):
+        value, bound = getattr(options, option.name), least.get(option.name)
+        if not isinstance(value, (int, float)):
+            continue
+        if not math.isfinite(value):
+            raise WysError(f"{_flag(option.name, prefix)} must be a finite number, not {value}.")
+        if bound is not None and value < bound:
+            raise WysError(f"{_flag(option.name, prefix)} must be at least {bound}, not {value}.")

@@ -1,6 +1,6 @@
 """Pictures for people: PNG files, heat maps, the contact sheet. Nothing is computed from them."""
 
-import os
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Optional
@@ -12,6 +12,8 @@ from matplotlib import colormaps as matplotlib_colormaps
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from wys_nerfstudio.files import write_whole
 
 
 def to_uint8(image: Tensor) -> np.ndarray:
@@ -41,10 +43,9 @@ def save_png(
     chunks = PngInfo()
     for keyword, text in (texts or {}).items():
         chunks.add_itxt(keyword, text)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    image.save(partial, format="PNG", icc_profile=icc_profile, pnginfo=chunks)
-    os.replace(partial, path)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", icc_profile=icc_profile, pnginfo=chunks)
+    write_whole(path, buffer.getbuffer())
 
 
 def read_png(path: Path) -> Float[Tensor, "h w 3"]:

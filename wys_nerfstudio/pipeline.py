@@ -7,7 +7,7 @@ autocast and without an autograd graph in memory.
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional, get_args
 
@@ -22,24 +22,26 @@ from torch.amp.grad_scaler import GradScaler
 from wys_nerfstudio import evaluation
 from wys_nerfstudio.checkpoint import (
     CAPTURED_SCENE,
-    RunState,
-    edit_records,
+    find_checkpoint,
     load_base,
     model_state,
     read_checkpoint,
+    run_folder,
 )
 from wys_nerfstudio.clip import load_clip
 from wys_nerfstudio.controls import Controls
-from wys_nerfstudio.datamanager import REFERENCE_VIEWS, WysDataManager
+from wys_nerfstudio.datamanager import WysDataManager
 from wys_nerfstudio.edit_loop import EditLoop
 from wys_nerfstudio.editing import Editor, load_editor
 from wys_nerfstudio.errors import WysError
-from wys_nerfstudio.history import HISTORY_FILE, SNAPSHOTS
+from wys_nerfstudio.files import write_tensors, write_text
+from wys_nerfstudio.history import SNAPSHOTS, History
 from wys_nerfstudio.model import WysModel
 from wys_nerfstudio.options import Localization, WysOptions
 from wys_nerfstudio.perceptual import SMALLEST_LPIPS_PATCH, lpips_is_cached
-from wys_nerfstudio.pictures import contact_sheet, spread
+from wys_nerfstudio.pictures import contact_sheet, save_png, spread
 from wys_nerfstudio.run_folder import TITLES
+from wys_nerfstudio.run_state import STATE_KEY, RunState, edit_records, random_states
 from wys_nerfstudio.schedule import Phase, Plan
 from wys_nerfstudio.truth import Truth
 
@@ -83,6 +85,10 @@ class WysPipeline(VanillaPipeline):
         self.plan = config.plan()
         self.edit_loop = EditLoop(config, self.scene_model, self.datamanager, self.editor)
         """Edits the views; knows how many edits there were."""
+        self.history = History(Path())
+        """What was applied to the scene; of the run's folder once the run has begun."""
+        self.resumed: Optional[RunState] = None
+        """State of the run that is resumed; the trainer sets it."""
         self.report: Callable[[str], None] = lambda text: None
         """Told what long work has come to."""
         self._warm_from = 0
@@ -121,15 +127,13 @@ class WysPipeline(VanillaPipeline):
         self._optimizers = training_callback_attributes.optimizers
         self._train_lock = trainer.train_lock
         self._check_what_editing_needs()
-        if self.config.resume_from is not None:
-            self._resume(trainer._start_step)
-        elif self.config.base_run is not None:
-            self._take_base(self.config.base_run)
         self.scene_model.warmup_done = self.config.base_run is not None
+        if self.resumed is not None:
+            self._resume(self.resumed)
+        else:
+            self._begin()
         callbacks = super().get_training_callbacks(training_callback_attributes)
-        before = TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], self._before_step)
-        after = TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN], self._after_train)
-        return [before, *callbacks, after]
+        return [TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], self._before_step), *callbacks]
 
     def _check_what_editing_needs(self) -> None:
         """Loads editor and LPIPS once, so that nothing turns out to be missing half an hour later."""
@@ -147,33 +151,65 @@ class WysPipeline(VanillaPipeline):
             self._editor = None
             torch.cuda.empty_cache()
 
-    def _take_base(self, base_run: Path) -> None:
+    def _begin(self) -> None:
+        """Starts a run, from a base if there is one."""
+        config, first = self.config, self.plan.reconstruct_steps
+        # What a run of this name left that was killed before its first checkpoint; its maps are found by what they are of.
+        for path in self._folder.glob("*"):
+            if path.is_dir() and path.name != "relevance":
+                shutil.rmtree(path)
+            elif path.is_file():
+                path.unlink()
+        self.history = History(self._folder)
+        edited = self._take_base(config.base_run) if config.base_run is not None else None
+        start = "captured" if edited is None else "on top"
+        self.history.add(config.instruction, start, config.live_settings(), first, before=edited)
+
+    def _take_base(self, base_run: Path) -> Optional[dict[str, Any]]:
+        """Takes over a base run's scene and, if it is an edited one, its views and history; returns it if so."""
+        path = find_checkpoint(base_run, "--base-run")
         outputs = self.datamanager.train_dataparser_outputs
         transform = {"transform": outputs.dataparser_transform.tolist(), "scale": outputs.dataparser_scale}
-        load_base(self.scene_model, base_run, transform)
+        load_base(self.scene_model, path, transform)
         CONSOLE.print(f"The scene of {base_run} is edited; it is not reconstructed again.")
+        checkpoint = read_checkpoint(path)
+        if STATE_KEY not in checkpoint:
+            return None
+        state = RunState.of(checkpoint, path)
+        if state.plan.phase(state.step) is not Phase.EDIT:
+            return None
+        self.datamanager.set_state(state.views)
+        self.datamanager.start_from_current()
+        self.history = History(self._folder, state.history)
+        self._copy_from(run_folder(path) / "wys", SNAPSHOTS, CAPTURED_SCENE)
+        return {key: checkpoint[key] for key in ("step", "pipeline", STATE_KEY)}
 
-    def _resume(self, start_step: int) -> None:
-        old = self.config.resume_from
-        assert old is not None
-        state = RunState.read(old / "wys")
-        if state.step + 1 != start_step:
-            raise WysError(
-                f'The edited views of "{old}" belong to step {state.step} and the checkpoint to step {start_step - 1}: '
-                "resume from the run's newest checkpoint, without --load-step."
-            )
+    def _copy_from(self, old: Path, *names: str) -> None:
+        """Copies files and folders of another run's `wys` folder, those that are there."""
+        if old.resolve() == self._folder.resolve():
+            return
         self._folder.mkdir(parents=True, exist_ok=True)
-        for name in ("relevance", "edits", "masks", REFERENCE_VIEWS, SNAPSHOTS):
-            if (old / "wys" / name).is_dir() and old / "wys" != self._folder:
-                shutil.copytree(old / "wys" / name, self._folder / name, dirs_exist_ok=True)
-        for name in (CAPTURED_SCENE, HISTORY_FILE):
-            if (old / "wys" / name).is_file() and old / "wys" != self._folder:
-                shutil.copy2(old / "wys" / name, self._folder / name)
-        records = edit_records(old / "wys", before_step=start_step)
-        (self._folder / "edits.jsonl").write_text("".join(f"{line}\n" for line in records), "utf8")
+        for name in names:
+            if (old / name).is_dir():
+                shutil.copytree(old / name, self._folder / name, dirs_exist_ok=True)
+            elif (old / name).is_file():
+                shutil.copy2(old / name, self._folder / name)
+
+    def _resume(self, state: RunState) -> None:
+        """Goes on with a run, in its own folder or in another."""
+        assert self.config.resume_from is not None
+        old = run_folder(self.config.resume_from) / "wys"
+        self._copy_from(old, "relevance", "masks", SNAPSHOTS, CAPTURED_SCENE)
+        records = edit_records(old, before_step=state.step + 1)
+        write_text(self._folder / "edits.jsonl", "".join(f"{line}\n" for line in records))
+        self.history = History(self._folder, state.history)
+        self.datamanager.set_state(state.views)
         self.edit_loop.edits = state.edits
-        count = self.datamanager.load_edits(self._folder / "edits")
-        CONSOLE.print(f"Resuming at step {start_step} with {count} edited views.")
+        self._warm_from = state.warm_from
+        self.scene_model.warmup_done = state.warmup_done
+        self.scene_model.set_sampler_state(state.sampler)
+        count = len(self.datamanager.edited_views)
+        CONSOLE.print(f"Resuming at step {state.step + 1} with {count} edited views.")
 
     @property
     def editor_device(self) -> str:
@@ -183,7 +219,10 @@ class WysPipeline(VanillaPipeline):
     def editor(self) -> Editor:
         """The editor, loaded on first use. No property: the viewer evaluates every property of every module."""
         if self._editor is None:
-            self._editor = load_editor(self.config.editor, self.editor_device, self.config.editor_dtype)
+            config = self.config
+            self._editor = load_editor(
+                config.editor, self.editor_device, config.editor_dtype, config.editor_allow_pickle
+            )
         return self._editor
 
     # -------------------------------------------------------------------------------------------------- each step
@@ -238,8 +277,7 @@ class WysPipeline(VanillaPipeline):
         """Keeps the scene as it is before the first edit, as a checkpoint that --base-run takes."""
         path = self._folder / CAPTURED_SCENE
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"step": self.plan.edit_start - 1, "pipeline": self.state_dict()}, path)
+            write_tensors(path, {"step": self.plan.edit_start - 1, "pipeline": self.state_dict()})
 
     def _prepare_relevance(self) -> None:
         config = self.config
@@ -282,49 +320,59 @@ class WysPipeline(VanillaPipeline):
             raise
         self.scene_model.mask_threshold = self.config.mask_threshold
 
-    def snapshot(self, step: int) -> dict[str, Any]:
-        """Everything that `restore` needs, on the CPU; for torch's weights-only loader.
+    def run_state(self, step: int) -> RunState:
+        """What resuming needs beside weights and optimizers.
 
         Args:
             step: The step that has just been trained.
         """
-        model = {name: value.detach().cpu().clone() for name, value in self.scene_model.state_dict().items()}
-        data = self.datamanager
-        relevance_maps = data.cached_batch.get("relevance")
-        return {
-            "step": step,
-            "model": model,
-            # No weight, but it decides where samples lie while a scene is young.
-            "anneal": self.scene_model.proposal_sampler._anneal,
-            "views": data.state(),
-            "relevance": None if relevance_maps is None else relevance_maps.detach().cpu().clone(),
-            "plan": asdict(self.plan),
-            "edits": self.edit_loop.edits,
-            "instruction": self.config.instruction,
-            "settings": self.config.live_settings(),
-        }
+        return RunState(
+            step=step,
+            plan=self.plan,
+            edits=self.edit_loop.edits,
+            settings={"instruction": self.config.instruction, **self.config.live_settings()},
+            asked=self.config.asked,
+            views=self.datamanager.state(),
+            history=self.history.data(),
+            sampler=self.scene_model.sampler_state(),
+            warm_from=self._warm_from,
+            warmup_done=self.scene_model.warmup_done,
+            random=random_states(),
+        )
 
-    def restore(self, state: dict[str, Any], step: int) -> None:
+    def snapshot(self, step: int) -> dict[str, Any]:
+        """The run as of now for `restore`: a checkpoint without optimizers, but with the relevance maps.
+
+        Args:
+            step: The step that has just been trained.
+        """
+        maps = self.datamanager.cached_batch.get("relevance")
+        state = {"step": step, "pipeline": self.state_dict(), STATE_KEY: self.run_state(step).data()}
+        return {**state, "relevance": maps}
+
+    def restore(self, snapshot: dict[str, Any], step: int) -> None:
         """Returns to a snapshot; what was left of its plan then is what is left now.
 
         Args:
-            state: As of `snapshot`.
+            snapshot: As of `snapshot`.
             step: The step that has just been trained.
         """
-        self.scene_model.load_state_dict(state["model"])
-        self.scene_model.proposal_sampler.set_anneal(state["anneal"])
-        self.datamanager.set_state(state["views"])
-        self.datamanager.forget_relevance()
-        if state["relevance"] is not None:
-            self.datamanager.set_relevance(state["relevance"][..., 0])
-        plan = Plan(**state["plan"])
-        self.plan = Plan(plan.reconstruct_steps + step - state["step"], plan.localize_steps, plan.edit_steps)
-        self.edit_loop.edits = state["edits"]
-        self.config.instruction = state["instruction"]
-        for name, value in state["settings"].items():
+        state = RunState.of(snapshot, self._folder)
+        self.scene_model.load_state_dict(model_state(snapshot))
+        self.scene_model.set_sampler_state(state.sampler)
+        self.datamanager.set_state(state.views)
+        plan = state.plan
+        self.plan = Plan(plan.reconstruct_steps + step - state.step, plan.localize_steps, plan.edit_steps)
+        self.edit_loop.edits = state.edits
+        for name, value in state.settings.items():
             setattr(self.config, name, value)
         self.scene_model.mask_threshold = self.config.mask_threshold
         self.scene_model.localized = self.config.localization != "none"
+        self.datamanager.forget_relevance()
+        if snapshot.get("relevance") is not None:
+            self.datamanager.set_relevance(snapshot["relevance"][..., 0])
+        else:
+            self._prepare_relevance()
         self._start_over(step)
 
     def reset(self, step: int) -> None:
@@ -414,18 +462,18 @@ class WysPipeline(VanillaPipeline):
 
     # ------------------------------------------------------------------------------------------- the run's folder
 
-    def save_run_state(self, step: int) -> None:
-        """Writes edited views and state as of a step whose checkpoint has just been written."""
+    def write_pictures(self) -> None:
+        """Writes edited views and history as they are now, for people: what is read again is in the checkpoint."""
         self.datamanager.save_edits(self._folder / "edits")
-        now = {"instruction": self.config.instruction, **self.config.live_settings()}
-        RunState(step, self.plan, self.edit_loop.edits, now, self.config.asked).write(self._folder)
+        self.history.write()
 
-    def _after_train(self, step: int) -> None:
+    def finish(self) -> None:
+        """Writes the contact sheet."""
         # The viewer draws from other threads, and a training view is rendered in that view's own appearance.
         with self._train_lock:
             views = spread(6, self.datamanager.num_views)
             rows = [(self.datamanager.view_names[view], self.edit_loop.picture_row_of(view)) for view in views]
-        contact_sheet(TITLES, rows).save(self._folder / "contact_sheet.png")
+        save_png(self._folder / "contact_sheet.png", contact_sheet(TITLES, rows))
         count = len(self.datamanager.edited_views)
         CONSOLE.print(
             f"{count} of {self.datamanager.num_views} views are edited; see {self._folder}/contact_sheet.png."

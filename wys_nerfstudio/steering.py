@@ -1,7 +1,6 @@
 """Carries out what is asked for in the viewer, between two training steps and never within one."""
 
 import time
-from pathlib import Path
 from threading import Lock
 from typing import Optional, Protocol, runtime_checkable
 
@@ -23,7 +22,6 @@ class Run(Protocol):
     """What is steered: the trainer."""
 
     pipeline: WysPipeline
-    base_dir: Path
     train_lock: Lock
     training_state: str
     last_step: int
@@ -56,15 +54,16 @@ class Steering:
         self._latest: Optional[tuple[int, float]] = None
         pipeline = self.pipeline
         pipeline.report = self._show
-        self.history = History(run.base_dir / "wys")
-        if not self.history.entries:
-            first, settings = pipeline.plan.reconstruct_steps, pipeline.config.live_settings()
-            self.history.add(pipeline.config.instruction, "captured", settings, first, before=None)
 
     @property
     def pipeline(self) -> WysPipeline:
         """The run's pipeline."""
         return self._run.pipeline
+
+    @property
+    def history(self) -> History:
+        """What was applied to the scene."""
+        return self.pipeline.history
 
     @property
     def was_reset(self) -> bool:

@@ -1,5 +1,6 @@
 """The pictures of a sweep: the trade-off curves of the paper's Fig. 6 and 12, the grid of edits of Fig. 13."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wys_nerfstudio.editing.editor import resize_images
+from wys_nerfstudio.files import write_whole
 from wys_nerfstudio.image_files import read_picture
 from wys_nerfstudio.pictures import contact_sheet, save_png
 from wys_nerfstudio.sweep_files import Case, Row
@@ -51,9 +53,9 @@ def draw_curves(rows: Sequence[Row], file: Path) -> None:
     axes.set_title(f"{cases} edit{'s' if cases > 1 else ''}; small numbers: image guidance scale S_I", fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    partial = file.with_suffix(".partial")
-    figure.savefig(partial, format="png", dpi=120)
-    partial.replace(file)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_whole(file, buffer.getbuffer())
 
 
 def draw_grid(case: Case, rows: Sequence[Row], folder: Path, file: Path) -> None:

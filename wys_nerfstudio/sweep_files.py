@@ -7,7 +7,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import yaml
 
 from wys_nerfstudio.errors import WysError
+from wys_nerfstudio.files import write_text
 from wys_nerfstudio.image_files import read_picture
 
 COLUMNS = ("image", "instruction", "caption_before", "caption_after")
@@ -129,7 +129,7 @@ def begin(folder: Path, cases: Sequence[Case], settings: dict[str, Any]) -> list
                 f'"{folder}" holds the sweep of another list or of other settings: give -o another folder, or delete it.'
             )
     else:
-        _write_whole(file, text)
+        write_text(file, text)
     if not (folder / TABLE).is_file():
         return []
     with (folder / TABLE).open(encoding="utf8", newline="") as table:
@@ -143,10 +143,4 @@ def write_table(folder: Path, rows: Sequence[Row]) -> None:
     writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
-    _write_whole(folder / TABLE, text.getvalue())
-
-
-def _write_whole(file: Path, text: str) -> None:
-    partial = file.with_suffix(f"{file.suffix}.partial")
-    partial.write_text(text, "utf8", newline="")
-    os.replace(partial, file)
+    write_text(folder / TABLE, text.getvalue())

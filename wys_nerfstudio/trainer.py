@@ -3,15 +3,14 @@ errors that are sentences instead of tracebacks."""
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal, NoReturn, Optional
 
 import torch
 import tyro
 import yaml
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.engine.callbacks import TrainingCallbackLocation
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils import writer
@@ -20,9 +19,21 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from nerfstudio.utils.writer import EventName, TimeWriter
 from nerfstudio.viewer.viewer import Viewer
 
-from wys_nerfstudio.checkpoint import find_checkpoint, is_wys, read_checkpoint
+from wys_nerfstudio.capture import check_capture
+from wys_nerfstudio.checkpoint import find_checkpoint, is_wys, keep_checkpoint, newest_checkpoint, read_checkpoint
+from wys_nerfstudio.endings import (
+    INTERRUPTED,
+    Interrupts,
+    disk_errors_as_sentences,
+    errors_as_sentences,
+    how_to_resume,
+)
 from wys_nerfstudio.errors import WysError
+from wys_nerfstudio.files import write_text
+from wys_nerfstudio.options import refuse_nonsense
 from wys_nerfstudio.pipeline import WysPipeline, WysPipelineConfig
+from wys_nerfstudio.recipe import recipe_arguments
+from wys_nerfstudio.run_state import STATE_KEY, RunState, set_random_states
 from wys_nerfstudio.steering import Steering
 
 
@@ -47,6 +58,42 @@ class WysTrainerConfig(TrainerConfig):
         with errors_as_sentences():
             self._resolve()
         super().set_timestamp()
+        with errors_as_sentences():
+            self._refuse_to_overwrite()
+            self._refuse_nonsense()
+
+    def save_config(self) -> None:
+        """Writes config.yml, whole or not at all."""
+        path = self.get_base_dir() / "config.yml"
+        with errors_as_sentences():
+            try:
+                write_text(path, yaml.dump(self))
+            except OSError as error:
+                raise WysError(
+                    f'The run\'s folder "{path.parent}" cannot be written: {error.strerror}. Give another one with '
+                    "--output-dir."
+                ) from error
+
+    def _refuse_to_overwrite(self) -> None:
+        resumed, folder = self.pipeline.resume_from, self.get_checkpoint_dir()
+        if newest_checkpoint(folder) is not None and (resumed is None or resumed.parent.resolve() != folder.resolve()):
+            raise WysError(
+                f'There is a run in "{self.get_base_dir()}" already: {how_to_resume(self.get_base_dir())[:-1]}, or leave out '
+                "--timestamp to start another one."
+            )
+
+    def _refuse_nonsense(self) -> None:
+        """Refuses numbers of nerfstudio's own options with which training cannot begin."""
+        refuse_nonsense("", self, {"max_num_iterations": 1, "steps_per_save": 0})
+        if not 0 <= self.machine.seed < 2**32:
+            raise WysError(f"--machine.seed must be from 0 to {2**32 - 1}, not {self.machine.seed}.")
+        if self.machine.num_devices != 1 and self.machine.device_type != "cuda":
+            raise WysError(f"--machine.num-devices {self.machine.num_devices} needs CUDA devices: leave it out.")
+        for name, group in self.optimizers.items():
+            flag = f"optimizers.{name.replace('_', '-')}"
+            refuse_nonsense(f"{flag}.optimizer.", group["optimizer"], {"lr": 0, "eps": 0, "max_norm": 0})
+            if group["scheduler"] is not None:
+                refuse_nonsense(f"{flag}.scheduler.", group["scheduler"], {"max_steps": 1, "lr_final": 0})
 
     def _resolve(self) -> None:
         if self.recipe is not None:
@@ -54,13 +101,21 @@ class WysTrainerConfig(TrainerConfig):
         self._take_prompt()
         self.pipeline.asked = {"instruction": self.pipeline.instruction, **self.pipeline.live_settings()}
         self._choose_device()
-        self._take_load_dir()
+        resumed = self._take_load_dir()
         self.pipeline.check()
-        data = self.pipeline.datamanager.data
-        if data is not None and not data.exists():
-            raise WysError(f'There is no data at "{data}": give --data a folder of captured views.')
+        self._check_data()
         if self.max_num_iterations is None:
             self.max_num_iterations = self.pipeline.plan().total_steps
+        if resumed is not None:
+            self._refuse_finished(resumed)
+
+    def _check_data(self) -> None:
+        manager = self.pipeline.datamanager
+        data = manager.data or manager.dataparser.data
+        if not data.exists():
+            raise WysError(f'There is no data at "{data}": give --data a folder of captured views.')
+        if isinstance(manager.dataparser, NerfstudioDataParserConfig):
+            check_capture(data, manager.dataparser.downscale_factor)
 
     def _take_recipe(self, recipe: Path) -> None:
         """Parses the command line again with the recipe's options in front: of two equal options the later one counts."""
@@ -107,40 +162,39 @@ class WysTrainerConfig(TrainerConfig):
                 model.implementation = "torch"
                 CONSOLE.print("tiny-cuda-nn is not installed: nerfstudio's torch encodings are used, which are slower.")
 
-    def _take_load_dir(self) -> None:
-        """A checkpoint of this method is resumed; one of nerfacto is a base, as Instruct-NeRF2NeRF's users type it."""
-        if self.load_dir is None:
-            return
-        checkpoint = find_checkpoint(self.load_dir, "--load-dir")
-        self.load_dir = checkpoint.parent
-        if is_wys(read_checkpoint(checkpoint)):
-            self.pipeline.resume_from = checkpoint.parent.parent
-            self.pipeline.adopt_resumed_run()
-            return
+    def _take_load_dir(self) -> Optional[RunState]:
+        """A checkpoint of this method is resumed; one of nerfacto is a base, as Instruct-NeRF2NeRF's users type it.
+
+        Returns:
+            The state of the run that is resumed, if one is.
+        """
+        given = self.load_checkpoint or self.load_dir
+        if given is None:
+            return None
+        path = find_checkpoint(given, "--load-dir", self.load_step)
+        # What is written into config.yml must not send ns-eval to that step, too.
+        self.load_dir, self.load_checkpoint, self.load_step = path.parent, None, None
+        checkpoint = read_checkpoint(path)
+        if is_wys(checkpoint):
+            state = RunState.of(checkpoint, path)
+            self.pipeline.adopt_resumed_run(path, state)
+            return state
         if self.pipeline.base_run is not None:
             raise WysError("--load-dir holds a nerfacto run and --base-run is given too: give one of them.")
         CONSOLE.print(f'"{self.load_dir}" is no wys run: it is taken as the base, as with --base-run.')
-        self.pipeline.base_run, self.load_dir = checkpoint.parent, None
+        self.pipeline.base_run, self.load_dir = path, None
+        return None
 
-
-def recipe_arguments(recipe: Path) -> list[str]:
-    """A recipe file as command line arguments.
-
-    Raises:
-        WysError: If the file is not there, or is no flat mapping of options to values.
-    """
-    try:
-        content = yaml.safe_load(recipe.read_text("utf8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise WysError(f'The recipe "{recipe}" cannot be read: give --recipe a YAML file.') from error
-    except yaml.YAMLError as error:
-        raise WysError(f'The recipe "{recipe}" is no valid YAML: {str(error).splitlines()[0]}.') from error
-    if not isinstance(content, dict) or not all(isinstance(v, (str, int, float, bool)) for v in content.values()):
-        raise WysError(f'The recipe "{recipe}" must be lines of "option: value", for instance "mask-threshold: 0.5".')
-    arguments: list[str] = []
-    for option, value in content.items():
-        arguments += [f"--{option}", str(value)]
-    return arguments
+    def _refuse_finished(self, resumed: RunState) -> None:
+        """A finished run has nothing to train, but with a viewer other instructions can be applied to it."""
+        assert self.max_num_iterations is not None
+        done = resumed.step + 1
+        through = done >= self.max_num_iterations or resumed.history[-1]["start"] == "reset"
+        if through and (not self.is_viewer_enabled() or self.viewer.quit_on_train_completion):
+            raise WysError(
+                f"The run is through: it has {done} of {self.max_num_iterations} steps. For more editing raise "
+                "--pipeline.edit-steps; for another edit give this run to --base-run."
+            )
 
 
 class WysTrainer(Trainer):
@@ -153,8 +207,21 @@ class WysTrainer(Trainer):
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """As nerfstudio's; what fails here fails before the first step."""
-        with errors_as_sentences():
-            super().setup(test_mode)
+        try:
+            with errors_as_sentences(), disk_errors_as_sentences(self.base_dir):
+                super().setup(test_mode)
+        except SystemExit:
+            self._leave_nothing()
+            raise
+
+    def _leave_nothing(self) -> None:
+        """Removes the folder of a run that did not begin, if nothing but its config.yml is in it."""
+        if self.base_dir.is_dir() and [path.name for path in self.base_dir.iterdir()] == ["config.yml"]:
+            (self.base_dir / "config.yml").unlink()
+            for folder in (self.base_dir, *self.base_dir.parents):
+                if folder == self.config.output_dir or any(folder.iterdir()):
+                    return
+                folder.rmdir()
 
     def train(self) -> None:
         """Trains what is left of the run, and what is asked for in the viewer after that.
@@ -164,30 +231,62 @@ class WysTrainer(Trainer):
         """
         assert self.config.max_num_iterations is not None
         self.step, self.last_step, self.stop_training = self._start_step - 1, self.config.max_num_iterations - 1, False
-        with errors_as_sentences():
+        with errors_as_sentences(), disk_errors_as_sentences(self.base_dir), Interrupts() as self._interrupts:
             self._steering = Steering(self)
             if self._steering.was_reset:
                 self.last_step = self.step
             if self._left() <= 0:
                 self._reopen()
+            self._started = self.step
             outputs = self.pipeline.datamanager.train_dataparser_outputs
             outputs.save_dataparser_transform(self.base_dir / "dataparser_transforms.json")
             self._init_viewer_state()
+            if self.pipeline.resumed is not None:
+                set_random_states(self.pipeline.resumed.random)
             while self._left() > 0 and not self.stop_training:
                 with TimeWriter(writer, EventName.TOTAL_TRAIN_TIME):
                     self._train_steps()
+                if self._interrupts.came and self._left() > 0:
+                    self._stop_here()
                 self._after_train()
+            if self._interrupts.came:
+                self.shutdown()
 
     def _left(self) -> int:
         return self.last_step - self.step
 
     def _train_steps(self) -> None:
-        while self._left() > 0 and not self.stop_training:
+        while self._left() > 0 and not self._stops():
             self._train_step(self.step + 1)
             self._steering.take_requests(self.step)
-            while self.training_state == "paused" and not self.stop_training:
+            while self.training_state == "paused" and not self._stops():
                 time.sleep(0.02)
                 self._steering.take_requests(self.step)
+
+    def _stops(self) -> bool:
+        return self.stop_training or self._interrupts.came
+
+    def _stop_here(self) -> NoReturn:
+        """Saves what there is, and says how to go on."""
+        self.shutdown()
+        if self.step > self._started:
+            self.save_checkpoint(self.step)
+            print(f"wys: Stopped after step {self.step}; {how_to_resume(self.base_dir)}", file=sys.stderr)
+        else:
+            print("wys: Stopped before the first step; there is nothing to save.", file=sys.stderr)
+        raise SystemExit(INTERRUPTED)
+
+    def _refuse_unless_finite(self, step: int, what: str, *values: torch.Tensor) -> None:
+        if all(bool(value.isfinite().all()) for value in values):
+            return
+        good = newest_checkpoint(self.checkpoint_dir)
+        self.shutdown()
+        raise WysError(
+            f"{what} no finite number any more at step {step}: training stops and saves nothing. "
+            + (f'The last good checkpoint is "{good}"; ' if good else "There is no checkpoint yet; ")
+            + "try lower learning rates, such as --optimizers.fields.optimizer.lr 0.001"
+            + (f', and --load-dir "{good}".' if good else ".")
+        )
 
     def _train_step(self, step: int) -> None:
         """One step, with all that nerfstudio does around it."""
@@ -197,6 +296,7 @@ class WysTrainer(Trainer):
             for callback in self.callbacks:
                 callback.run_callback_at_location(step, location=TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
             loss, losses, metrics = self.train_iteration(step)
+            self._refuse_unless_finite(step, "The loss is", loss.detach())
             for callback in self.callbacks:
                 callback.run_callback_at_location(step, location=TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
         if step > 1:  # the first ones are slow
@@ -217,12 +317,7 @@ class WysTrainer(Trainer):
         writer.write_out_storage()
 
     def _reopen(self) -> None:
-        """A finished run has nothing to train, but with a viewer other instructions can be applied to it."""
-        if self.viewer_state is None or self.config.viewer.quit_on_train_completion:
-            raise WysError(
-                f"The run is through: it has {self.step + 1} of {self.last_step + 1} steps. For more editing raise "
-                "--pipeline.edit-steps; for another edit give this run to --base-run."
-            )
+        """Shows a finished run, so that other instructions can be applied to it."""
         with self.train_lock:
             self.pipeline.enter(self.pipeline.plan.phase(self.step))
         self._init_viewer_state()
@@ -253,30 +348,53 @@ class WysTrainer(Trainer):
             return
         self.viewer_state.training_complete()
         CONSOLE.print("Use ctrl+c to quit", justify="center")
-        while self._left() <= 0 and not self.stop_training:
+        while self._left() <= 0 and not self._stops():
             self.training_state = "completed"
             time.sleep(0.02)
             self._steering.take_requests(self.step)
 
+    def _after_train(self) -> None:
+        """Leaves all that is to be left before the last checkpoint says that the run is through."""
+        self.pipeline.finish()
+        super()._after_train()
+
+    def _load_checkpoint(self) -> None:
+        """Takes over everything of the run that is resumed but the state, which is the pipeline's business."""
+        path = self.config.pipeline.resume_from
+        if path is None:
+            return
+        checkpoint = read_checkpoint(path)
+        self.pipeline.resumed = RunState.of(checkpoint, path)
+        self._start_step = checkpoint["step"] + 1
+        self.pipeline.load_pipeline(checkpoint["pipeline"], checkpoint["step"])
+        self.optimizers.load_optimizers(checkpoint["optimizers"])
+        if self.config.load_scheduler:
+            self.optimizers.load_schedulers(checkpoint["schedulers"])
+        self.grad_scaler.load_state_dict(checkpoint["scalers"])
+
     def save_checkpoint(self, step: int) -> None:
-        """Saves the weights and, to the same moment, the edited views and the run's state."""
-        super().save_checkpoint(step)
-        if self.local_rank == 0:
-            self.pipeline.save_run_state(step)
-            if self._steering.changed:
-                self._save_config()
+        """Saves weights, optimizers, edited views and the run's state in one file: a run that is killed at any moment has
+        all of one step or all of another."""
+        if self.local_rank > 0:
+            return
+        pipeline, optimizers = self.pipeline, self.optimizers
+        self._refuse_unless_finite(step, "A weight is", *(value.detach() for value in pipeline.parameters()))
+        pipeline.write_pictures()
+        checkpoint = {
+            "step": step,
+            "pipeline": pipeline.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.optimizers.items()},
+            "schedulers": {name: scheduler.state_dict() for name, scheduler in optimizers.schedulers.items()},
+            "scalers": self.grad_scaler.state_dict(),
+            STATE_KEY: pipeline.run_state(step).data(),
+        }
+        keep_checkpoint(self.checkpoint_dir, checkpoint, self.config.save_only_latest_checkpoint)
+        pipeline.history.tidy()
+        if self._steering.changed:
+            self._save_config()
 
     def _save_config(self) -> None:
         """Writes config.yml again, so that whatever opens the run sees the settings that it ended with."""
         total, self.config.max_num_iterations = self.config.max_num_iterations, self.last_step + 1
         self.config.save_config()
         self.config.max_num_iterations = total
-
-
-@contextmanager
-def errors_as_sentences() -> Iterator[None]:
-    """Ends the program with the sentence of a `WysError` and exit code 1."""
-    try:
-        yield
-    except WysError as error:
-        raise SystemExit(f"wys: {error}") from error

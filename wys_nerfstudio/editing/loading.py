@@ -3,6 +3,7 @@
 The safety checker (1.2 GB in the original) and the feature extractor are never touched.
 """
 
+import pickle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,18 +43,23 @@ def editor_source(name: str) -> str:
     return str(folder)
 
 
-def load_editor(name: str, device: "str | torch.device" = "cpu", dtype: Precision = "auto") -> Editor:
+def load_editor(
+    name: str, device: "str | torch.device" = "cpu", dtype: Precision = "auto", allow_pickle: bool = False
+) -> Editor:
     """Loads an editor; the first call imports diffusers and transformers.
 
     Args:
         name: Hub id or local folder of an InstructPix2Pix-type checkpoint, or "embedded".
         device: Where the networks go.
         dtype: Their precision; "auto" is bfloat16 on a GPU that has it, float16 on another, float32 on the CPU.
+        allow_pickle: Take .bin files where there is no safetensors file; torch's weights-only loader reads them.
 
     Raises:
         WysError: If it can't be had, or is no InstructPix2Pix.
     """
     source = editor_source(name)
+    if not allow_pickle:
+        _refuse_pickles(name, Path(source))
 
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -62,18 +68,18 @@ def load_editor(name: str, device: "str | torch.device" = "cpu", dtype: Precisio
     from safetensors import SafetensorError
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    weights = {"torch_dtype": resolve_dtype(dtype, device), "use_safetensors": True}
+    weights = {"torch_dtype": resolve_dtype(dtype, device), "use_safetensors": None if allow_pickle else True}
     verbosity = diffusers_logging.get_verbosity()
     # A scheduler of another class, as InstructPix2Pix's own repository names, is read for its betas only.
     diffusers_logging.set_verbosity_error()
     try:
         unet: Any = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **weights)
         vae: Any = AutoencoderKL.from_pretrained(source, subfolder="vae", **weights)
-        text_weights: dict[str, Any] = {"dtype": weights["torch_dtype"], "use_safetensors": True}
+        text_weights: dict[str, Any] = {"dtype": weights["torch_dtype"], "use_safetensors": weights["use_safetensors"]}
         text_encoder: Any = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **text_weights)
         tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
         scheduler: Any = DDIMScheduler.from_pretrained(source, subfolder="scheduler")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         where = "folder" if Path(source).is_dir() else "hub id (is there a network?)"
         raise WysError(
@@ -106,6 +112,17 @@ def load_editor(name: str, device: "str | torch.device" = "cpu", dtype: Precisio
         final_alpha=scheduler.final_alpha_cumprod.float().to(device),
         prediction_type=prediction_type,
     )
+
+
+def _refuse_pickles(name: str, source: Path) -> None:
+    for part in ("unet", "vae", "text_encoder"):
+        files = [path.suffix for path in (source / part).glob("*")]
+        if ".bin" in files and ".safetensors" not in files:
+            raise WysError(
+                f'The editor "{name}" has its {part} as a pickle (.bin) only: give one with safetensors files, or '
+                "--pipeline.editor-allow-pickle True (wys edit-image: --editor-allow-pickle), which reads it with torch's "
+                "weights-only loader."
+            )
 
 
 def resolve_dtype(dtype: Precision, device: "str | torch.device") -> torch.dtype:
