@@ -36,7 +36,7 @@ class Editor:
     """Level after the last denoising step."""
     prediction_type: str
     """"epsilon" or "v_prediction"."""
-    _texts: "dict[str, Tensor]" = field(default_factory=dict, repr=False)
+    _texts: "dict[str, Tensor]" = field(default_factory=dict, init=False, repr=False)
     """States of the instructions that were encoded before; a run asks for the same two at every edit."""
 
     @property
@@ -83,15 +83,18 @@ class Editor:
         return self._texts[instruction]
 
     def _encode_text(self, instruction: str) -> Tensor:
-        limit = self.tokenizer.model_max_length
-        count = len(self.tokenizer(instruction).input_ids)
+        return self.text_encoder(self._tokens(instruction, self.tokenizer))[0]
+
+    def _tokens(self, instruction: str, tokenizer: Any) -> Tensor:
+        limit = tokenizer.model_max_length
+        count = len(tokenizer(instruction).input_ids)
         if count > limit:
             raise WysError(
                 f'The instruction has {count} tokens and the text encoder of "{self.name}" takes {limit}: shorten it.'
             )
-        ids = self.tokenizer(instruction, padding="max_length", max_length=limit, return_tensors="pt").input_ids
+        ids = tokenizer(instruction, padding="max_length", max_length=limit, return_tensors="pt").input_ids
         self._check_words(instruction, ids[0].tolist())
-        return self.text_encoder(ids.to(self.device))[0]
+        return ids.to(self.device)
 
     def _check_words(self, instruction: str, ids: list[int]) -> None:
         unknown = self.tokenizer.unk_token_id
@@ -141,14 +144,16 @@ class Editor:
         Returns:
             Predicted noise, float32.
         """
-        net = self.unet
-        inputs = torch.cat([latents, image_latents], dim=1).to(net.dtype)
+        inputs = torch.cat([latents, image_latents], dim=1).to(self.unet.dtype)
         # A tensor, not a number: a number would be moved to the device once per call.
         timestep = torch.full((len(inputs),), t, device=inputs.device)
-        prediction = net(inputs, timestep, encoder_hidden_states=text.to(net.dtype)).sample.float()
+        prediction = self._predict(inputs, timestep, text.to(self.unet.dtype)).float()
         if self.prediction_type == "v_prediction":
             return noise_from_velocity(prediction, latents.float(), self.alphas[t])
         return prediction
+
+    def _predict(self, inputs: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        return self.unet(inputs, timestep, encoder_hidden_states=text).sample
 
 
 def resize_images(images: Float[Tensor, "b h w 3"], height: int, width: int) -> Float[Tensor, "b height width 3"]:

@@ -4,18 +4,26 @@ The safety checker (1.2 GB in the original) and the feature extractor are never 
 """
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Optional
 
 import torch
 
 from wys_nerfstudio.editing.editor import Editor
+from wys_nerfstudio.editing.sdxl import as_sdxl_editor
 from wys_nerfstudio.errors import WysError
 
 EMBEDDED = "embedded"
 """Name of the small editor of toy pictures that comes with the package."""
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+FAMILIES: dict[Optional[str], Callable[[Editor, str, Optional[bool]], Editor]] = {
+    None: lambda editor, source, use_safetensors: editor,
+    "text_time": as_sdxl_editor,
+}
+"""By what a UNet wants beside its text (diffusers' `addition_embed_type`): the rest of a family's loading."""
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -68,14 +76,15 @@ def load_editor(
     from safetensors import SafetensorError
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    weights = {"torch_dtype": resolve_dtype(dtype, device), "use_safetensors": None if allow_pickle else True}
+    use_safetensors = None if allow_pickle else True
+    weights = {"torch_dtype": resolve_dtype(dtype, device), "use_safetensors": use_safetensors}
     verbosity = diffusers_logging.get_verbosity()
     # A scheduler of another class, as InstructPix2Pix's own repository names, is read for its betas only.
     diffusers_logging.set_verbosity_error()
     try:
         unet: Any = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **weights)
         vae: Any = AutoencoderKL.from_pretrained(source, subfolder="vae", **weights)
-        text_weights: dict[str, Any] = {"dtype": weights["torch_dtype"], "use_safetensors": weights["use_safetensors"]}
+        text_weights: dict[str, Any] = {"dtype": weights["torch_dtype"], "use_safetensors": use_safetensors}
         text_encoder: Any = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **text_weights)
         tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
         scheduler: Any = DDIMScheduler.from_pretrained(source, subfolder="scheduler")
@@ -95,6 +104,11 @@ def load_editor(
             f'The editor "{name}" is no InstructPix2Pix checkpoint: its UNet takes {channels} input channels, not {wanted}. '
             "Give --editor one that was trained on instructions, such as timbrooks/instruct-pix2pix."
         )
+    if unet.config.addition_embed_type not in FAMILIES:
+        raise WysError(
+            f'The editor "{name}" wants conditions of a kind that is not known here ({unet.config.addition_embed_type}): give '
+            "--editor an InstructPix2Pix of Stable Diffusion or SDXL."
+        )
     prediction_type = scheduler.config["prediction_type"]
     if prediction_type not in ("epsilon", "v_prediction"):
         raise WysError(
@@ -102,7 +116,7 @@ def load_editor(
         )
     for network in (unet, vae, text_encoder):
         network.to(device).eval().requires_grad_(False)
-    return Editor(
+    editor = Editor(
         name=name,
         unet=unet,
         vae=vae,
@@ -112,6 +126,7 @@ def load_editor(
         final_alpha=scheduler.final_alpha_cumprod.float().to(device),
         prediction_type=prediction_type,
     )
+    return FAMILIES[unet.config.addition_embed_type](editor, source, use_safetensors)
 
 
 def _refuse_pickles(name: str, source: Path) -> None:
