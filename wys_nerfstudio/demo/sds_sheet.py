@@ -61,10 +61,8 @@ def main(options: Options) -> None:
     titles = ["captured", "relevance", "mask", "local edit", "sds", "truth"]
     save_png(options.out, contact_sheet(titles, rows, min_height=128))
     inside, outside, sds_inside, sds_outside = np.mean(figures, axis=0)
-    print(
-        f"PSNR to the truth, {len(figures)} pictures: local {inside:.1f} dB inside the true mask, {outside:.1f} dB outside; "
-    )
-    print(f"sds {sds_inside:.1f} dB inside, {sds_outside:.1f} dB outside.")
+    print(f"PSNR to the truth inside and outside the true mask, means of {len(figures)} pictures:")
+    print(f"local edit {inside:.1f} and {outside:.1f} dB, sds {sds_inside:.1f} and {sds_outside:.1f} dB")
 
 
 if __name__ == "__main__":
