@@ -19,6 +19,12 @@ from wys_nerfstudio.trainer import WysTrainerConfig
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
+@pytest.fixture(autouse=True)
+def scene_in_the_current_folder(ring_scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nerfstudio looks when there is no --data."""
+    monkeypatch.chdir(ring_scene)
+
+
 def parse(*arguments: str) -> WysTrainerConfig:
     return tyro.cli(AnnotatedBaseConfigUnion, args=list(arguments))  # type: ignore
 
@@ -147,16 +153,18 @@ def test_recipes_hold_the_settings_of_the_supplement(scene: str, guidance: float
 
 
 @pytest.mark.parametrize("typed", ["0.5", "0.35"])
-def test_what_is_typed_wins_over_the_recipe_even_if_it_is_the_default(typed: str, tmp_path: Path, monkeypatch) -> None:
+def test_what_is_typed_wins_over_the_recipe_even_if_it_is_the_default(
+    typed: str, ring_scene: Path, tmp_path: Path, monkeypatch
+) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("instruction: from the recipe\nmask-threshold: 0.4\npipeline.edit-steps: 77\n")
     config = resolve(monkeypatch, "wys", "--mask-threshold", typed, "--recipe", recipe)
     assert config.pipeline.mask_threshold == float(typed)
     assert config.pipeline.edit_steps == 77
     assert config.pipeline.instruction == "from the recipe"
-    config = resolve(monkeypatch, "wys", "--recipe", recipe, "--pipeline.instruction", "typed", "--data", tmp_path)
+    config = resolve(monkeypatch, "wys", "--recipe", recipe, "--pipeline.instruction", "typed", "--data", ring_scene)
     assert config.pipeline.instruction == "typed"
-    assert config.pipeline.datamanager.data == tmp_path
+    assert config.pipeline.datamanager.data == ring_scene
 
 
 def test_recipe_must_be_there_be_yaml_be_flat_and_known(tmp_path: Path, monkeypatch) -> None:

@@ -24,25 +24,32 @@ from wys_nerfstudio.schedule import Plan
 
 Localization = Literal["relevance-field", "relevance-map", "masks", "none"]
 
+
+def _at_least(least: int, *names: str) -> dict[str, int]:
+    return dict.fromkeys(names, least)
+
+
 # Smallest values of options.
-COUNTS: dict[str, int] = dict.fromkeys(
-    ("edit_every", "edit_count", "diffusion_steps", "relevance_draws", "editor_batch_size", "edit_steps", "edit_long_side"),
-    1,
-) | dict.fromkeys(
-    ("reconstruct_steps", "localize_steps", "mask_growth", "guidance_scale", "image_guidance_scale"), 0
-)  # fmt: skip
-DATA_COUNTS: dict[str, int] = dict.fromkeys(
-    ("train_num_rays_per_batch", "eval_num_rays_per_batch", "edit_num_rays_per_batch", "edit_patch_size", "patch_size"),
-    1,
-)
-MODEL_COUNTS: dict[str, int] = dict.fromkeys(
-    ("hidden_dim", "hidden_dim_color", "num_levels", "base_res", "max_res", "log2_hashmap_size", "features_per_level",
-     "num_nerf_samples_per_ray", "num_proposal_iterations", "eval_num_rays_per_chunk"), 1
-) | dict.fromkeys(
-    ("near_plane", "relevance_loss_mult", "lpips_loss_mult", "appearance_embed_dim", "average_init_density",
-     "interlevel_loss_mult", "distortion_loss_mult", "proposal_update_every", "proposal_warmup",
-     "proposal_weights_anneal_max_num_iters"), 0
-)  # fmt: skip
+COUNTS = {
+    **_at_least(1, "edit_every", "edit_count", "edit_steps", "edit_long_side", "diffusion_steps", "relevance_draws"),
+    **_at_least(1, "editor_batch_size"),
+    **_at_least(0, "reconstruct_steps", "localize_steps", "mask_growth", "guidance_scale", "image_guidance_scale"),
+}
+DATA_COUNTS = {
+    **_at_least(1, "train_num_rays_per_batch", "eval_num_rays_per_batch", "edit_num_rays_per_batch"),
+    **_at_least(1, "edit_patch_size", "patch_size"),
+}
+MODEL_COUNTS = {
+    **_at_least(1, "hidden_dim", "hidden_dim_color", "num_levels", "base_res", "max_res", "log2_hashmap_size"),
+    **_at_least(
+        1, "features_per_level", "num_nerf_samples_per_ray", "num_proposal_iterations", "eval_num_rays_per_chunk"
+    ),
+    **_at_least(
+        0, "near_plane", "relevance_loss_mult", "lpips_loss_mult", "interlevel_loss_mult", "distortion_loss_mult"
+    ),
+    **_at_least(0, "appearance_embed_dim", "average_init_density", "proposal_update_every", "proposal_warmup"),
+    **_at_least(0, "proposal_weights_anneal_max_num_iters"),
+}
 
 
 @dataclass

@@ -14,8 +14,10 @@ import os
 import random
 import shutil
 import signal
+import stat
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -37,18 +39,18 @@ from wys_nerfstudio.pipeline import WysPipeline
 from wys_nerfstudio.schedule import Phase
 from wys_nerfstudio.trainer import WysTrainer
 
-APPLIED_AT = 17
+APPLIED_AT = 13
 """The step after which another instruction is applied on top."""
 OPTIONS = [
     "--vis=tensorboard",
     "--machine.device-type=cpu",
-    "--steps-per-save=5",
+    "--steps-per-save=4",
     "--timestamp=run",
     "--instruction=make the ball blue",
     "--mask-threshold=0.3",
-    "--pipeline.reconstruct-steps=8",
-    "--pipeline.localize-steps=4",
-    "--pipeline.edit-steps=7",
+    "--pipeline.reconstruct-steps=6",
+    "--pipeline.localize-steps=3",
+    "--pipeline.edit-steps=6",
     "--pipeline.edit-every=2",
     "--pipeline.edit-count=2",
     "--pipeline.diffusion-steps=3",
@@ -93,8 +95,9 @@ class Moments:
         enter = WysPipeline.enter
 
         def watched_fsync(descriptor: int) -> None:
-            size = os.fstat(descriptor).st_size
-            self.happens("file half written", lambda: os.ftruncate(descriptor, size // 2))
+            about = os.fstat(descriptor)
+            if stat.S_ISREG(about.st_mode):
+                self.happens("file half written", lambda: os.ftruncate(descriptor, about.st_size // 2))
             fsync(descriptor)
 
         def watched_replace(old: Path, new: Path) -> None:
@@ -149,6 +152,8 @@ def run(arguments: list[str], log: Path, kill_at: Optional[int] = None, kill_aft
             code = 0
         except SystemExit as error:
             print(error.code)
+        except Exception:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             os._exit(code)
@@ -189,11 +194,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this many")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
     output, draw = options.output, random.Random(options.seed)
-    scene = write_ring_scene(output / "scene", width=24, height=20, views=6)
+    scene = write_ring_scene(output / "scene", width=24, height=20, views=4)
     editor = build_editor_folder(output / "editor")
     load_editor(str(editor))
     start = ["wys-tiny", "--data", str(scene), "--editor", str(editor), *OPTIONS]
@@ -208,7 +214,7 @@ def main() -> None:
 
     table: dict[tuple[str, str], Counter[str]] = {}
     kills, case = 0, 0
-    while kills < options.kills:
+    while kills < options.kills and time.monotonic() - began < 60 * options.minutes:
         folder, log = output / f"case-{case:03d}", output / f"case-{case:03d}.json"
         command = [*start, "--output-dir", str(folder)]
         moments: list[tuple[str, str]] = []

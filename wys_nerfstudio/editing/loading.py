@@ -104,6 +104,13 @@ def load_editor(
             f'The editor "{name}" is no InstructPix2Pix checkpoint: its UNet takes {channels} input channels, not {wanted}. '
             "Give --editor one that was trained on instructions, such as timbrooks/instruct-pix2pix."
         )
+    # transformers makes a tokenizer of an empty folder, too: one without words and without a limit.
+    text = text_encoder.config
+    if tokenizer.model_max_length > text.max_position_embeddings or len(tokenizer) < text.vocab_size:
+        raise WysError(
+            f'The editor "{name}" has no whole tokenizer: {len(tokenizer)} tokens, and its text encoder knows '
+            f"{text.vocab_size}. Download it again."
+        )
     if unet.config.addition_embed_type not in FAMILIES:
         raise WysError(
             f'The editor "{name}" wants conditions of a kind that is not known here ({unet.config.addition_embed_type}): give '

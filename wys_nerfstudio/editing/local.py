@@ -1,5 +1,6 @@
 """The paper's editing of single pictures: where the instruction is about, and an edit that changes nothing else."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Optional
 
@@ -49,6 +50,11 @@ class LocalEditSettings(EditSettings):
             raise WysError(f"--relevance-noise-level must be above 0 and below 1, not {self.relevance_noise_level}.")
         if not self.relevance_outlier_factor >= 0:
             raise WysError(f"--relevance-outlier-factor must be at least 0, not {self.relevance_outlier_factor}.")
+        for name in ("guidance_scale", "image_guidance_scale"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise WysError(
+                    f"--{name.replace('_', '-')} must be a finite number of at least 0, not {getattr(self, name)}."
+                )
         counts = {"diffusion_steps": self.diffusion_steps, "relevance_draws": self.relevance_draws}
         if self.long_side is not None:
             counts["long_side"] = self.long_side
