@@ -15,6 +15,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from rich.table import Table
 from torch import Tensor
 
+from wys_nerfstudio.checkpoint import CAPTURED_SCENE
 from wys_nerfstudio.demo.run import train
 from wys_nerfstudio.demo.scene import write_demo_scene
 from wys_nerfstudio.demo.score import load_captured_scene
@@ -76,12 +77,20 @@ def run_ablations(output: Path, instruction: str, seeds: int) -> None:
     figures: dict[str, list[Figures]] = {"before": [], **{variant: [] for variant in VARIANTS}}
     figures["before"].append(_figures(base, truth, captured=True)[0])
     renders: dict[str, dict[str, Tensor]] = {}
-    for variant in VARIANTS:
-        for seed in range(seeds):
+    for seed in range(seeds):
+        for variant in VARIANTS:
             name = f"{truth.folder.name}-{variant}-{seed}"
             run = _folder(output, name)
             if not (run / "wys" / "contact_sheet.png").is_file():
-                options = ["--experiment-name", name, "--base-run", str(base), "--localization", variant, *PAPER]
+                options = [
+                    "--experiment-name",
+                    name,
+                    "--base-run",
+                    str(base / "wys" / CAPTURED_SCENE),
+                    "--localization",
+                    variant,
+                    *PAPER,
+                ]
                 options += ["--pipeline.seed", str(seed), "--machine.seed", str(seed)]
                 options += ["--pipeline.masks-dir", str(truth.folder / "masks")] if variant == "masks" else []
                 train([*common, *options])
