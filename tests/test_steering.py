@@ -307,6 +307,7 @@ def test_live_changes_outlive_the_process_unless_typed_otherwise(
     config = small_config(ring_scene, editor_folder, tmp_path / "b", **OPTIONS)
     assert (config.pipeline.instruction, config.pipeline.mask_threshold) == ("make the ball blue", 0.2)
     config.pipeline.guidance_scale, config.load_dir = 7.0, folder / "nerfstudio_models"
+    config.vis, config.viewer.quit_on_train_completion = "viewer", False
     config.set_timestamp()
     assert (config.pipeline.instruction, config.pipeline.mask_threshold) == ("make the bear red", 0.45)
     assert config.pipeline.guidance_scale == 7.0
