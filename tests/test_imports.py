@@ -46,7 +46,7 @@ ROOMS = [
         "recipe",
         "endings",
     },
-    {"relevance", "schedule"},
+    {"relevance", "schedule", "hash_encoding"},
     {"errors", "files"},
 ]
 

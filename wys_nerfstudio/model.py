@@ -27,6 +27,7 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 
 from wys_nerfstudio.field import RelevanceInput, WysField
+from wys_nerfstudio.hash_encoding import speed_up_hash_encodings
 from wys_nerfstudio.perceptual import Lpips, lpips_is_cached
 from wys_nerfstudio.schedule import Phase
 
@@ -79,6 +80,7 @@ class WysModel(NerfactoModel):
         )
         self.camera_optimizer = config.camera_optimizer.setup(num_cameras=self.num_train_data, device="cpu")
         self._build_proposals(contraction)
+        speed_up_hash_encodings(self)
         self.collider = NearFarCollider(near_plane=config.near_plane, far_plane=config.far_plane)
 
         self.renderer_rgb = RGBRenderer(background_color=config.background_color)

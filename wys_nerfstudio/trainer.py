@@ -87,8 +87,12 @@ class WysTrainerConfig(TrainerConfig):
         refuse_nonsense("", self, {"max_num_iterations": 1, "steps_per_save": 0})
         if not 0 <= self.machine.seed < 2**32:
             raise WysError(f"--machine.seed must be from 0 to {2**32 - 1}, not {self.machine.seed}.")
-        if self.machine.num_devices != 1 and self.machine.device_type != "cuda":
-            raise WysError(f"--machine.num-devices {self.machine.num_devices} needs CUDA devices: leave it out.")
+        if self.machine.num_devices != 1 or self.machine.num_machines != 1:
+            raise WysError(
+                f"A scene is trained on one device, not on {self.machine.num_machines * self.machine.num_devices}: leave out "
+                "--machine.num-devices and --machine.num-machines. The editor can have another device than the scene: "
+                "--pipeline.editor-device cuda:1."
+            )
         for name, group in self.optimizers.items():
             flag = f"optimizers.{name.replace('_', '-')}"
             refuse_nonsense(f"{flag}.optimizer.", group["optimizer"], {"lr": 0, "eps": 0, "max_norm": 0})
@@ -300,7 +304,7 @@ class WysTrainer(Trainer):
             for callback in self.callbacks:
                 callback.run_callback_at_location(step, location=TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
         if step > 1:  # the first ones are slow
-            rays = self.world_size * self.pipeline.datamanager.get_train_rays_per_batch()
+            rays = self.pipeline.datamanager.get_train_rays_per_batch()
             rate = rays / max(0.001, timer.duration)
             writer.put_time(EventName.TRAIN_RAYS_PER_SEC, rate, step=step, avg_over_steps=True)
         self._update_viewer_state(step)
@@ -375,8 +379,6 @@ class WysTrainer(Trainer):
     def save_checkpoint(self, step: int) -> None:
         """Saves weights, optimizers, edited views and the run's state in one file: a run that is killed at any moment has
         all of one step or all of another."""
-        if self.local_rank > 0:
-            return
         pipeline, optimizers = self.pipeline, self.optimizers
         self._refuse_unless_finite(step, "A weight is", *(value.detach() for value in pipeline.parameters()))
         pipeline.write_pictures()

@@ -1,0 +1,94 @@
+"""The faster hash encoding against nerfstudio's own: values, gradients, and where it is put in place."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from nerfstudio.field_components.encodings import HashEncoding
+
+from wys_nerfstudio.hash_encoding import FastHashEncoding, speed_up_hash_encodings
+
+
+def build(
+    levels: int, base: int, finest: int, log2: int, features: int, seed: int
+) -> tuple[HashEncoding, HashEncoding]:
+    """nerfstudio's encoding, and the faster one with the same table."""
+    torch.manual_seed(seed)
+    slow = HashEncoding(levels, base, finest, log2, features, hash_init_scale=1.0, implementation="torch")
+    fast = copy.deepcopy(slow)
+    speed_up_hash_encodings(fast)
+    assert type(slow) is HashEncoding and type(fast) is FastHashEncoding
+    return slow, fast
+
+
+shapes = st.sampled_from([(0,), (1,), (7,), (2, 3), (4, 1, 2)])
+
+
+@given(
+    st.integers(2, 6), st.integers(2, 20), st.integers(21, 4096), st.integers(3, 19), st.sampled_from([1, 2, 4]), shapes,
+    st.integers(0, 2**20),
+)  # fmt: skip
+def test_values_and_gradients_are_nerfstudios(levels, base, finest, log2, features, shape, seed) -> None:
+    slow, fast = build(levels, base, finest, log2, features, seed)
+    positions = torch.rand(*shape, 3)
+    towards = torch.rand(*shape, levels * features)
+    results = []
+    for encoding in (slow, fast):
+        x = positions.clone().requires_grad_()
+        encoded = encoding(x)
+        (encoded * towards).sum().backward()
+        results.append((encoded.detach(), encoding.hash_table.grad, x.grad))
+    for theirs, ours in zip(*results):
+        assert theirs.shape == ours.shape
+        # The gradient by a position grows with the level's resolution.
+        assert torch.allclose(
+            ours, theirs, rtol=1e-4, atol=1e-5 * max(1.0, float(theirs.abs().max()) if theirs.numel() else 0)
+        )
+
+
+def test_on_the_corners_of_cells_values_are_nerfstudios_too() -> None:
+    slow, fast = build(3, 4, 16, 12, 2, 0)
+    corners = torch.tensor([[0.0, 0.0, 0.0], [0.25, 0.5, 0.75], [1.0, 1.0, 1.0], [0.0, 1.0, 0.5]])
+    assert torch.allclose(fast(corners), slow(corners), atol=1e-6)
+
+
+def test_positions_without_a_gradient_get_none_and_the_table_its_own() -> None:
+    slow, fast = build(2, 4, 16, 8, 2, 0)
+    positions = torch.rand(5, 3)
+    for encoding in (slow, fast):
+        encoding(positions).square().sum().backward()
+    assert positions.grad is None
+    assert torch.allclose(fast.hash_table.grad, slow.hash_table.grad, atol=1e-6) and fast.hash_table.grad.any()
+
+
+def test_half_precision_around_it_changes_nothing() -> None:
+    _, fast = build(2, 4, 16, 8, 2, 0)
+    positions = torch.rand(5, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(positions), fast(positions.clone()))
+        inside = fast(positions)
+    assert inside.dtype == torch.float32 and torch.equal(inside, fast(positions))
+
+
+def test_weights_keep_their_names_and_other_modules_stay() -> None:
+    slow, fast = build(2, 4, 16, 8, 2, 0)
+    assert slow.state_dict().keys() == fast.state_dict().keys()
+    both = torch.nn.ModuleList([torch.nn.Linear(2, 2), slow])
+    speed_up_hash_encodings(both)
+    assert type(both[0]) is torch.nn.Linear and type(both[1]) is FastHashEncoding
+
+
+def test_encodings_of_tiny_cuda_nn_stay() -> None:
+    slow, _ = build(2, 4, 16, 8, 2, 0)
+    slow.tcnn_encoding = torch.nn.Identity()
+    speed_up_hash_encodings(slow)
+    assert type(slow) is HashEncoding
+
+
+@pytest.mark.parametrize("size", [1 << 3, 1 << 19])
+def test_every_entry_is_of_its_own_level(size: int) -> None:
+    _, fast = build(4, 4, 4096, size.bit_length() - 1, 2, 0)
+    entries = fast._entries((torch.rand(50, 4, 3) * 4096).int())
+    assert (entries // size == torch.arange(4)[:, None]).all()
