@@ -58,8 +58,13 @@ def test_the_benchmark_of_speed_runs_and_writes_its_table(
     options = speed.Options(ring_scene, editor=str(editor_folder), instruction="make the ball blue")
     options.views, options.batch, options.repeats, options.output = 2, 2, 1, tmp_path / "speed.json"
     speed.main(options)
-    assert capsys.readouterr().out.count("\n") == 5
+    assert capsys.readouterr().out.count("\n") == 6
     result = json.loads(options.output.read_text())
-    assert [row["work"].split(",")[0] for row in result["rows"]] == ["edit", "relevance map of a visit", "edit"]
+    assert [row["work"].split(",")[0] for row in result["rows"]] == [
+        "edit",
+        "relevance map of a visit",
+        "edit",
+        "hash encoding of 24",
+    ]
     assert all(row["ratio"] == pytest.approx(row["slow"][1] / row["ours"][1]) for row in result["rows"])
     assert result["unet_gflop"] > 0.01

@@ -3,7 +3,7 @@
 The other way is written out here as a slow twin, after that system's loop (for relevance after that of the authors'
 release): one view at a time, always all diffusion steps, always three branches, sliced attention, single-precision weights
 (under autocast on a GPU), the condition encoded anew at every edit, a map at every visit, whole views rendered in train mode
-with all outputs, the edit between a step's forward and backward pass. Both ways use the same networks, views, seeds and
+with all outputs, the edit between a step's forward and backward pass, nerfstudio's own torch hash encoding. Both ways use the same networks, views, seeds and
 settings; they take turns, and medians are compared.
 
     wys demo-scene SCENE && ns-train wys-tiny --data SCENE --instruction "turn the bear into a panda" --vis tensorboard
@@ -27,6 +27,7 @@ from typing import Any, Optional
 import torch
 import tyro
 from jaxtyping import Float
+from nerfstudio.field_components.encodings import HashEncoding
 from nerfstudio.models.base_model import Model
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,6 +38,7 @@ from wys_nerfstudio.editing import EMBEDDED, Editor, EditSettings, edit_images, 
 from wys_nerfstudio.editing.denoise import add_noise, ddim_step, guide
 from wys_nerfstudio.editing.editor import resize_images
 from wys_nerfstudio.editing.images import seeded_noise
+from wys_nerfstudio.hash_encoding import FastHashEncoding, speed_up_hash_encodings
 from wys_nerfstudio.pictures import read_png
 from wys_nerfstudio.schedule import Phase
 from wys_nerfstudio.trainer import WysTrainer, WysTrainerConfig
@@ -223,6 +225,17 @@ def editing_rows(editor: Editor, slow: Editor, pictures: Tensor, options: Option
     ]
 
 
+def hash_encoding_row(device: str, repeats: int) -> Row:
+    """nerfstudio's torch hash encoding and this package's, of wys-tiny's size: forward and backward of a step's samples."""
+    torch.manual_seed(0)
+    slow = HashEncoding(num_levels=8, max_res=512, log2_hashmap_size=15, implementation="torch").to(device)
+    fast = copy.deepcopy(slow)
+    speed_up_hash_encodings(fast)
+    positions = torch.rand(24 * 1024, 3, device=device)
+    runs = [lambda turn, encoding=encoding: encoding(positions).square().sum().backward() for encoding in (slow, fast)]
+    return in_turns("hash encoding of 24,576 samples", runs[0], runs[1], repeats, views=1)
+
+
 def build_trainer(options: Options, run: Path) -> WysTrainer:
     """A trainer of wys-tiny right before its edit phase, edits in batches."""
     config: WysTrainerConfig = copy.deepcopy(wys_tiny.config)  # type: ignore
@@ -246,6 +259,9 @@ def build_trainer(options: Options, run: Path) -> WysTrainer:
 def edit_phase_row(options: Options, run: Path, editor: Editor, slow: Editor) -> Row:
     """Steps of the edit phase with their edits, per edited view: five steps and an edit."""
     ours, other = build_trainer(options, run), build_trainer(options, run)
+    for module in other.pipeline.modules():
+        if isinstance(module, FastHashEncoding):
+            module.__class__ = HashEncoding  # nerfstudio's own
     settings = other.config.pipeline.edit_settings()
     states = slow_states(slow, options.instruction)
     steps = ours.config.pipeline.edit_every
@@ -351,6 +367,7 @@ def measure(options: Options) -> dict[str, Any]:
     if not full:
         tiny: Any = wys_tiny.config.pipeline
         rows += editing_rows(editor, slow, pictures, options, tiny.edit_settings())[:1]
+    rows.append(hash_encoding_row(options.device, options.repeats))
     if options.run is not None:
         rows.append(edit_phase_row(options, options.run, editor, slow))
     if torch.cuda.is_available():

@@ -22,6 +22,7 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
+from wys_nerfstudio.checkpoint import CAPTURED_SCENE
 from wys_nerfstudio.demo.scene import write_demo_scene
 from wys_nerfstudio.demo.score import load_captured_scene, render_views, score
 from wys_nerfstudio.errors import WysError
@@ -85,7 +86,7 @@ def run_demo(output: Path, instruction: str, recipe: Path | None) -> None:
         f"Done in {time.perf_counter() - started:.0f} s. Look at {output}/contact_sheet.png and {output}/turntable.mp4.\n"
         f"Walk around in it:          ns-viewer --load-config {shlex.quote(str(run / 'config.yml'))}\n"
         f"Try another instruction:    ns-train wys-tiny --data {shlex.quote(str(scene))} --base-run "
-        f'{shlex.quote(str(run))} --instruction "give the bear a hat"',
+        f'{shlex.quote(str(run / "wys" / CAPTURED_SCENE))} --instruction "give the bear a hat"',
         soft_wrap=True,
         highlight=False,
         markup=False,
