@@ -1,4 +1,4 @@
-"""nerfstudio's torch hash encoding, faster: same tables, same values up to rounding, half the time on a CPU.
+"""nerfstudio's torch hash encoding, faster on a CPU: same tables, same values up to rounding.
 
 Where tiny-cuda-nn is not installed, most of a training step is spent in this encoding. nerfstudio hashes each of a cell's
 eight corners anew, in 64 bits with a division, and keeps every partial sum for the backward pass. Here a corner's hash is put
