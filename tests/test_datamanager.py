@@ -13,10 +13,11 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataPars
 from PIL import Image
 
 from wys_nerfstudio import relevance
-from wys_nerfstudio.datamanager import RelevanceRequest, WysDataManager, WysDataManagerConfig
+from wys_nerfstudio.datamanager import WysDataManager, WysDataManagerConfig
 from wys_nerfstudio.editing import Editor, EditSettings, edit_images, load_editor, relevance_maps
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.pictures import heat, read_png, to_uint8
+from wys_nerfstudio.relevance_files import RelevanceRequest, keep_maps
 from wys_nerfstudio.schedule import edit_seed
 
 HEIGHT, WIDTH = 32, 40
@@ -264,79 +265,12 @@ def test_relevance_maps_are_those_of_the_captured_views(data, editor, tmp_path, 
         )
 
 
-def kept(data: WysDataManager, folder: Path) -> torch.Tensor:
-    """Keeps maps that no editor would make, so that finding them is told from making them."""
-    raw = torch.rand(data.num_views, 4, 5)
-    data._keep_maps(folder, request(), raw)
-    return raw
-
-
-def test_kept_maps_are_found_again(data, tmp_path):
-    raw = kept(data, tmp_path / "wys" / "relevance")
-    assert torch.equal(data._find_maps(tmp_path / "wys" / "relevance", request()), raw)
-    assert [path.name for path in (tmp_path / "wys" / "relevance").iterdir()] == ["maps.safetensors"]
-
-
 def test_found_maps_are_the_ones_that_are_used(data, editor, tmp_path):
-    raw = kept(data, tmp_path)
+    raw = torch.rand(data.num_views, 4, 5)  # that no editor would make
+    keep_maps(tmp_path, request(), data.view_names, raw)
     data.make_relevance_maps(editor, request(), "view", 1.5, tmp_path, batch_size=4)
     wanted = relevance.resize(relevance.normalize(raw), HEIGHT, WIDTH)
     torch.testing.assert_close(torch.stack([data.relevance_of(i) for i in range(data.num_views)]), wanted)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"editor": "x"}, {"instruction": "x"}, {"noise_level": 0.7}, {"draws": 2}, {"seed": 4}, {"long_side": 256}],
-)
-def test_maps_of_another_request_are_not_taken(shared, tmp_path, change):
-    kept(shared, tmp_path)
-    assert shared._find_maps(tmp_path, request()) is not None
-    assert shared._find_maps(tmp_path, request(**change)) is None
-
-
-def test_maps_of_other_views_are_not_taken(shared, tmp_path):
-    kept(shared, tmp_path / "maps")
-    fewer = load(write_ring_scene(tmp_path / "scene", views=8))
-    assert fewer._find_maps(tmp_path / "maps", request()) is None
-
-
-def test_a_folder_without_maps_has_none(shared, tmp_path):
-    assert shared._find_maps(tmp_path / "nothing", request()) is None
-
-
-# -------------------------------------------------------------------------------------------------------------------- masks
-
-
-def test_masks_are_read_by_their_views_names_at_the_views_size(shared, tmp_path):
-    for view, name in enumerate(shared.view_names):
-        pixels = np.zeros((2 * HEIGHT, 2 * WIDTH), dtype=np.uint8)
-        pixels[: 2 * view + 2, :20] = 255
-        Image.fromarray(pixels).save(tmp_path / f"{name}.{'png' if view % 2 else 'bmp'}")
-    masks = shared.read_masks(tmp_path)
-    assert masks.shape == (shared.num_views, HEIGHT, WIDTH)
-    assert masks.dtype == torch.bool
-    for view, mask in enumerate(masks):
-        wanted = torch.zeros(HEIGHT, WIDTH, dtype=torch.bool)
-        wanted[: view + 1, :10] = True
-        assert torch.equal(mask, wanted)
-
-
-def test_bright_is_inside_a_mask(shared, tmp_path):
-    for name in shared.view_names:
-        pixels = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
-        pixels[:, 0], pixels[:, 1] = 127, 128
-        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
-    assert shared.read_masks(tmp_path)[0, 0, :3].tolist() == [False, True, False]
-
-
-def test_a_missing_mask_is_refused_by_its_views_name(shared, tmp_path):
-    sentence = "There is no mask for the view {}.png in .*--pipeline.masks-dir needs one image per view.*{}.png"
-    with pytest.raises(WysError, match=sentence.format(*shared.view_names[:1] * 2)):
-        shared.read_masks(tmp_path / "no folder")
-    for name in shared.view_names[:3]:
-        Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / f"{name}.png")
-    with pytest.raises(WysError, match=sentence.format(*shared.view_names[3:4] * 2)):
-        shared.read_masks(tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------------------------- edits

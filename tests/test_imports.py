@@ -19,7 +19,7 @@ ROOMS = [
     {"trainer"},
     {"steering"},
     {"pipeline"},
-    {"edit_loop"},
+    {"edit_loop", "evaluation", "beginnings"},
     {"options", "run_folder"},
     {"sweep_figures"},
     {
@@ -31,7 +31,6 @@ ROOMS = [
         "run_state",
         "image_edits",
         "sweep_files",
-        "evaluation",
     },
     {
         "field",
@@ -45,6 +44,7 @@ ROOMS = [
         "capture",
         "recipe",
         "endings",
+        "relevance_files",
     },
     {"relevance", "schedule", "hash_encoding"},
     {"errors", "files"},

@@ -1,12 +1,17 @@
-"""What is wrong with a captured scene in nerfstudio's format, said before its parser stumbles over it."""
+"""What is wrong with a captured scene in nerfstudio's format, said before its parser stumbles over it; masks of its views."""
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
+import torch
+from jaxtyping import Bool
 from nerfstudio.cameras.cameras import CAMERA_MODEL_TO_TYPE
 from PIL import Image
+from torch import Tensor
 
 from wys_nerfstudio.errors import WysError
 
@@ -67,6 +72,34 @@ def check_picture(path: Path, named_by: str, whole: bool = False) -> None:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         size = path.stat().st_size
         raise WysError(f'"{path}" ({size} bytes) cannot be read as a picture: put a whole one in its place.') from error
+
+
+def read_masks(folder: Path, views: Sequence[Path], height: int, width: int) -> Bool[Tensor, "n h w"]:
+    """One mask per view from a folder; a mask's file has its view's name. Bright is inside.
+
+    Args:
+        folder: Where the masks are.
+        views: The views' files.
+        height: Height of the views; masks of other sizes are resized.
+        width: Width of the views.
+
+    Raises:
+        WysError: If a view has no mask.
+    """
+    masks = []
+    offered = sorted(folder.iterdir()) if folder.is_dir() else []
+    for path in views:
+        found = [mask for mask in offered if mask.stem == path.stem]
+        if not found:
+            raise WysError(
+                f'There is no mask for the view {path.name} in "{folder}": --pipeline.masks-dir needs one image per view, '
+                f"named as the view, for instance {path.stem}.png."
+            )
+        check_picture(found[0], "--pipeline.masks-dir", whole=True)
+        with Image.open(found[0]) as image:
+            resized = image.convert("L").resize((width, height), Image.Resampling.NEAREST)
+        masks.append(torch.from_numpy(np.array(resized)) > 127)
+    return torch.stack(masks)
 
 
 def _read(file: Path) -> dict[str, Any]:

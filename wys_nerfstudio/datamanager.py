@@ -5,14 +5,12 @@ from one cached stack of images, so an edit is a write into that stack.
 """
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
-import numpy as np
 import torch
 import tyro
 from jaxtyping import Bool, Float
@@ -31,8 +29,8 @@ from wys_nerfstudio import relevance
 from wys_nerfstudio.capture import check_picture
 from wys_nerfstudio.editing import Editor, EditSettings, edit_images, relevance_maps
 from wys_nerfstudio.errors import WysError
-from wys_nerfstudio.files import write_whole
 from wys_nerfstudio.pictures import heat, to_uint8, write_png
+from wys_nerfstudio.relevance_files import RelevanceRequest, find_maps, keep_maps
 from wys_nerfstudio.schedule import edit_seed
 
 REFERENCE_VIEWS = "reference"
@@ -58,26 +56,6 @@ class WysDataManagerConfig(VanillaDataManagerConfig):
     """Keep the stack of training views on the training device."""
     white_background: tyro.conf.Suppress[bool] = False
     """Where transparent pixels are put on white instead of black; follows the model's background."""
-
-
-@dataclass(frozen=True)
-class RelevanceRequest:
-    """What a set of relevance maps depends on, beside the captured views. Maps of an equal request are not made twice."""
-
-    editor: str
-    """Name of the editor."""
-    instruction: str
-    """What to change."""
-    noise_level: float
-    """t_rel as a share of the diffusion."""
-    draws: int
-    """Noise draws averaged."""
-    seed: int
-    """The run's seed."""
-    long_side: Optional[int]
-    """Editing resolution; None is the editor's own."""
-    reference: str = ""
-    """What the views show, as of `WysDataManager.reference_digest`; empty for the captured views."""
 
 
 class WysDataManager(VanillaDataManager[InputDataset]):
@@ -220,7 +198,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             batch_size: Views per pass of the UNet.
             report: Called with the number of maps that are made, and of all.
         """
-        raw = self._find_maps(folder, request)
+        raw = find_maps(folder, request, self.view_names)
         if raw is None:
             parts = self._raw_maps(editor, range(self.num_views), request, batch_size)
             batches = -(-self.num_views // batch_size)
@@ -230,7 +208,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
                 made.append(part.cpu())
                 report(sum(map(len, made)), self.num_views)
             raw = torch.cat(made)
-            self._keep_maps(folder, request, raw)
+            keep_maps(folder, request, self.view_names, raw)
         maps = relevance.at_pixels(raw, *self.view_size, normalization, outlier_factor)
         for name, view_map in zip(self.view_names, maps):
             write_png(folder / f"{name}.png", heat(view_map))
@@ -264,22 +242,6 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             batch_size=batch_size,
         )
 
-    def _find_maps(self, folder: Path, request: RelevanceRequest) -> Optional[Float[Tensor, "n lh lw"]]:
-        from safetensors import safe_open
-
-        path = folder / "maps.safetensors"
-        if not path.is_file():
-            return None
-        with safe_open(path, "pt") as file:
-            known = (file.metadata() or {}).get("request") == _as_json(request, self.view_names)
-            return file.get_tensor("raw") if known else None
-
-    def _keep_maps(self, folder: Path, request: RelevanceRequest, raw: Float[Tensor, "n lh lw"]) -> None:
-        from safetensors.torch import save
-
-        metadata = {"request": _as_json(request, self.view_names)}
-        write_whole(folder / "maps.safetensors", save({"raw": raw.contiguous()}, metadata=metadata))
-
     def set_relevance(self, maps: Float[Tensor, "n h w"]) -> None:
         """Gives every view its relevance map in [0, 1], at the views' size; ray batches carry it as `relevance`."""
         self.cached_batch["relevance"] = maps[..., None].to(self.cached_batch["image"])
@@ -287,28 +249,6 @@ class WysDataManager(VanillaDataManager[InputDataset]):
     def relevance_of(self, view: int) -> Float[Tensor, "h w"]:
         """The relevance map of a view."""
         return self.cached_batch["relevance"][view, ..., 0]
-
-    def read_masks(self, folder: Path) -> Bool[Tensor, "n h w"]:
-        """One mask per view from a folder; a mask's file has its view's name. Bright is inside.
-
-        Raises:
-            WysError: If a view has no mask.
-        """
-        height, width = self.view_size
-        masks = []
-        offered = sorted(folder.iterdir()) if folder.is_dir() else []
-        for path in self.train_dataset.image_filenames:
-            found = [mask for mask in offered if mask.stem == path.stem]
-            if not found:
-                raise WysError(
-                    f'There is no mask for the view {path.name} in "{folder}": --pipeline.masks-dir needs one image per view, '
-                    f"named as the view, for instance {path.stem}.png."
-                )
-            check_picture(found[0], "--pipeline.masks-dir", whole=True)
-            with Image.open(found[0]) as image:
-                resized = image.convert("L").resize((width, height), Image.Resampling.NEAREST)
-            masks.append(torch.from_numpy(np.array(resized)) > 127)
-        return torch.stack(masks)
 
     # --------------------------------------------------------------------------------------------------------- edits
 
@@ -442,7 +382,3 @@ class WysDataManager(VanillaDataManager[InputDataset]):
 def _size(path: Path) -> tuple[int, int]:
     with Image.open(path) as image:  # reads the file's head only
         return image.size
-
-
-def _as_json(request: RelevanceRequest, names: Sequence[str]) -> str:
-    return json.dumps({**vars(request), "views": list(names)}, sort_keys=True)

@@ -1,6 +1,6 @@
 """What an edit did to the views of a scene: the paper's measures, per view, and against the truth where there is one.
 
-Only puts `metrics`, `clip` and `perceptual` together; rendering the views is the pipeline's business.
+Puts `metrics`, `clip`, `perceptual` and `truth` together; the measures themselves are there.
 """
 
 import math
@@ -9,15 +9,55 @@ from typing import Optional
 
 import torch
 from jaxtyping import Float
+from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from wys_nerfstudio import metrics
-from wys_nerfstudio.clip import Clip
-from wys_nerfstudio.perceptual import Lpips
+from wys_nerfstudio.clip import Clip, load_clip
+from wys_nerfstudio.datamanager import WysDataManager
+from wys_nerfstudio.errors import WysError
+from wys_nerfstudio.model import WysModel
+from wys_nerfstudio.options import WysOptions
+from wys_nerfstudio.perceptual import SMALLEST_LPIPS_PATCH, Lpips, lpips_is_cached
 from wys_nerfstudio.truth import Truth
 
 Figures = dict[str, list[float]]
 """Per measure one number per view, or per pair of neighbouring views; NaN where a measure says nothing."""
+
+
+@torch.no_grad()
+def figures_of_scene(options: WysOptions, model: WysModel, data: WysDataManager) -> Figures:
+    """What became of the training views, with every measure that can be had.
+
+    Args:
+        options: The run's; captions and CLIP are taken from them.
+        model: The edited scene, in eval mode.
+        data: The captured views.
+
+    Returns:
+        The measures of `edit_figures`, of `truth_figures` where the scene brings its truth, and of `clip_figures` where
+        there is a CLIP.
+    """
+    everything = range(data.num_views)
+    captured = data.captured_views(everything).cpu()
+    cameras = data.train_dataset.cameras
+    edited = torch.stack([model.render_view(cameras, view)["rgb"].clamp(0, 1).cpu() for view in everything])
+    perceptual = None
+    if lpips_is_cached(options.model.lpips_weights) and min(data.view_size) >= SMALLEST_LPIPS_PATCH:
+        perceptual = model.perceptual_distance().cpu()
+    figures = edit_figures(captured, edited, perceptual)
+    truth = Truth.find(data.get_datapath(), options.instruction)
+    captions = (options.caption_before, options.caption_after) if options.caption_after else None
+    if truth is not None:
+        names = [path.name for path in data.train_dataset.image_filenames]
+        figures |= truth_figures(truth, names, edited)
+        captions = captions or truth.captions
+    if options.clip is not None:
+        try:
+            figures |= clip_figures(load_clip(options.clip), captured, edited, captions)
+        except WysError as error:
+            CONSOLE.print(f"CLIP's measures are left out. {error}", markup=False)
+    return figures
 
 
 def edit_figures(

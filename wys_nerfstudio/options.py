@@ -14,11 +14,12 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
 
 from wys_nerfstudio import relevance
 from wys_nerfstudio.controls import LIVE_SETTINGS
-from wys_nerfstudio.datamanager import RelevanceRequest, WysDataManagerConfig
+from wys_nerfstudio.datamanager import WysDataManagerConfig
 from wys_nerfstudio.editing import EditSettings
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.model import WysModelConfig
 from wys_nerfstudio.perceptual import SMALLEST_LPIPS_PATCH
+from wys_nerfstudio.relevance_files import RelevanceRequest
 from wys_nerfstudio.run_state import RunState
 from wys_nerfstudio.schedule import Plan
 

@@ -4,7 +4,6 @@ A run goes through three phases (see `schedule`). Everything happens in one call
 autocast and without an autograd graph in memory.
 """
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,30 +19,22 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from wys_nerfstudio import evaluation
-from wys_nerfstudio.checkpoint import (
-    CAPTURED_SCENE,
-    find_checkpoint,
-    load_base,
-    model_state,
-    read_checkpoint,
-    run_folder,
-)
-from wys_nerfstudio.clip import load_clip
+from wys_nerfstudio.beginnings import clear_folder, take_base, take_over
+from wys_nerfstudio.capture import read_masks
+from wys_nerfstudio.checkpoint import CAPTURED_SCENE, model_state, read_checkpoint, run_folder
 from wys_nerfstudio.controls import Controls
 from wys_nerfstudio.datamanager import WysDataManager
 from wys_nerfstudio.edit_loop import EditLoop
 from wys_nerfstudio.editing import Editor, load_editor
 from wys_nerfstudio.errors import WysError
-from wys_nerfstudio.files import write_tensors, write_text
-from wys_nerfstudio.history import SNAPSHOTS, History
+from wys_nerfstudio.files import write_tensors
+from wys_nerfstudio.history import History
 from wys_nerfstudio.model import WysModel
 from wys_nerfstudio.options import Localization, WysOptions
-from wys_nerfstudio.perceptual import SMALLEST_LPIPS_PATCH, lpips_is_cached
 from wys_nerfstudio.pictures import contact_sheet, save_png, spread
 from wys_nerfstudio.run_folder import TITLES
-from wys_nerfstudio.run_state import STATE_KEY, RunState, edit_records, random_states
+from wys_nerfstudio.run_state import STATE_KEY, RunState, random_states
 from wys_nerfstudio.schedule import Phase, Plan
-from wys_nerfstudio.truth import Truth
 
 WARM_UP_STEPS = 50
 """Steps over which learning rates rise when editing begins."""
@@ -145,7 +136,8 @@ class WysPipeline(VanillaPipeline):
             self.datamanager.start_editing(in_patches=True)
             self.datamanager.train_pixel_sampler = sampler
         if config.masks_dir is not None:
-            self._masks = self.datamanager.read_masks(config.masks_dir)
+            pictures = self.datamanager.train_dataset.image_filenames
+            self._masks = read_masks(config.masks_dir, pictures, *self.datamanager.view_size)
         if self.plan.reconstruct_steps > 0 and torch.device(self.editor_device).type == "cuda":
             # Reconstruction should have the GPU's memory to itself; loading again takes seconds.
             self._editor = None
@@ -154,54 +146,18 @@ class WysPipeline(VanillaPipeline):
     def _begin(self) -> None:
         """Starts a run, from a base if there is one."""
         config, first = self.config, self.plan.reconstruct_steps
-        # What a run of this name left that was killed before its first checkpoint; its maps are found by what they are of.
-        for path in self._folder.glob("*"):
-            if path.is_dir() and path.name != "relevance":
-                shutil.rmtree(path)
-            elif path.is_file():
-                path.unlink()
-        self.history = History(self._folder)
-        edited = self._take_base(config.base_run) if config.base_run is not None else None
+        clear_folder(self._folder)
+        entries, edited = [], None
+        if config.base_run is not None:
+            entries, edited = take_base(config.base_run, self._folder, self.scene_model, self.datamanager)
+        self.history = History(self._folder, entries)
         start = "captured" if edited is None else "on top"
         self.history.add(config.instruction, start, config.live_settings(), first, before=edited)
-
-    def _take_base(self, base_run: Path) -> Optional[dict[str, Any]]:
-        """Takes over a base run's scene and, if it is an edited one, its views and history; returns it if so."""
-        path = find_checkpoint(base_run, "--base-run")
-        outputs = self.datamanager.train_dataparser_outputs
-        transform = {"transform": outputs.dataparser_transform.tolist(), "scale": outputs.dataparser_scale}
-        load_base(self.scene_model, path, transform)
-        CONSOLE.print(f"The scene of {base_run} is edited; it is not reconstructed again.")
-        checkpoint = read_checkpoint(path)
-        if STATE_KEY not in checkpoint:
-            return None
-        state = RunState.of(checkpoint, path)
-        if state.plan.phase(state.step) is not Phase.EDIT:
-            return None
-        self.datamanager.set_state(state.views)
-        self.datamanager.start_from_current()
-        self.history = History(self._folder, state.history)
-        self._copy_from(run_folder(path) / "wys", SNAPSHOTS, CAPTURED_SCENE)
-        return {key: checkpoint[key] for key in ("step", "pipeline", STATE_KEY)}
-
-    def _copy_from(self, old: Path, *names: str) -> None:
-        """Copies files and folders of another run's `wys` folder, those that are there."""
-        if old.resolve() == self._folder.resolve():
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            if (old / name).is_dir():
-                shutil.copytree(old / name, self._folder / name, dirs_exist_ok=True)
-            elif (old / name).is_file():
-                shutil.copy2(old / name, self._folder / name)
 
     def _resume(self, state: RunState) -> None:
         """Goes on with a run, in its own folder or in another."""
         assert self.config.resume_from is not None
-        old = run_folder(self.config.resume_from) / "wys"
-        self._copy_from(old, "relevance", "masks", SNAPSHOTS, CAPTURED_SCENE)
-        records = edit_records(old, before_step=state.step + 1)
-        write_text(self._folder / "edits.jsonl", "".join(f"{line}\n" for line in records))
+        take_over(state, run_folder(self.config.resume_from) / "wys", self._folder)
         self.history = History(self._folder, state.history)
         self.datamanager.set_state(state.views)
         self.edit_loop.edits = state.edits
@@ -428,37 +384,13 @@ class WysPipeline(VanillaPipeline):
         if self.test_mode == "val":
             return results
         self.eval()
-        figures = self._edit_figures()
+        figures = evaluation.figures_of_scene(self.config, self.scene_model, self.datamanager)
         views = {
             name: {measure: values[i] for measure, values in figures.items() if i < len(values)}
             for i, name in enumerate(self.datamanager.view_names)
         }
         results["edit"] = {"mean": evaluation.means(figures), "views": views}
         return results
-
-    def _edit_figures(self) -> evaluation.Figures:
-        config, data = self.config, self.datamanager
-        everything = range(data.num_views)
-        captured = data.captured_views(everything).cpu()
-        cameras = data.train_dataset.cameras
-        renders = [self.scene_model.render_view(cameras, view)["rgb"].clamp(0, 1).cpu() for view in everything]
-        edited = torch.stack(renders)
-        perceptual = None
-        if lpips_is_cached(config.model.lpips_weights) and min(data.view_size) >= SMALLEST_LPIPS_PATCH:
-            perceptual = self.scene_model.perceptual_distance().cpu()
-        figures = evaluation.edit_figures(captured, edited, perceptual)
-        truth = Truth.find(data.get_datapath(), config.instruction)
-        captions = (config.caption_before, config.caption_after) if config.caption_after else None
-        if truth is not None:
-            names = [path.name for path in data.train_dataset.image_filenames]
-            figures |= evaluation.truth_figures(truth, names, edited)
-            captions = captions or truth.captions
-        if config.clip is not None:
-            try:
-                figures |= evaluation.clip_figures(load_clip(config.clip), captured, edited, captions)
-            except WysError as error:
-                CONSOLE.print(f"CLIP's measures are left out. {error}", markup=False)
-        return figures
 
     # ------------------------------------------------------------------------------------------- the run's folder
 

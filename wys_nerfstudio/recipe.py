@@ -1,7 +1,10 @@
 """Recipes: YAML files of options, written as they are typed but without the dashes."""
 
+import sys
 from pathlib import Path
+from typing import Any
 
+import tyro
 import yaml
 
 from wys_nerfstudio.errors import WysError
@@ -32,3 +35,33 @@ def recipe_arguments(recipe: Path) -> list[str]:
     for option, value in content.items():
         arguments += [f"--{option}", str(value)]
     return arguments
+
+
+def parse_with_recipe(method: str, recipe: Path) -> Any:
+    """Parses ns-train's command line again with a recipe's options in front: of two equal options the later one counts.
+
+    Args:
+        method: The method that is trained.
+        recipe: The recipe that its command line names.
+
+    Returns:
+        The method's config.
+
+    Raises:
+        WysError: If there is no such command line, or the recipe's options do not fit it.
+    """
+    from nerfstudio.configs.method_configs import AnnotatedBaseConfigUnion
+
+    typed_method, typed = sys.argv[1:2], sys.argv[2:]
+    if typed_method != [method]:
+        raise WysError("--recipe is an option of ns-train's command line; from Python set the options themselves.")
+    options = recipe_arguments(recipe)
+    union: Any = AnnotatedBaseConfigUnion
+    try:
+        tyro.cli(union, args=[method, *options], console_outputs=False)
+    except SystemExit as error:
+        raise WysError(
+            f'The recipe "{recipe}" has an option that ns-train {method} does not know, or a value that does not fit it: '
+            f"{' '.join(options)}. See ns-train {method} --help."
+        ) from error
+    return tyro.cli(union, args=[method, *options, *typed])

@@ -5,10 +5,9 @@ import sys
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Optional
+from typing import Literal, NoReturn, Optional
 
 import torch
-import tyro
 import yaml
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.engine.callbacks import TrainingCallbackLocation
@@ -32,7 +31,7 @@ from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.files import write_text
 from wys_nerfstudio.options import refuse_nonsense
 from wys_nerfstudio.pipeline import WysPipeline, WysPipelineConfig
-from wys_nerfstudio.recipe import recipe_arguments
+from wys_nerfstudio.recipe import parse_with_recipe
 from wys_nerfstudio.run_state import STATE_KEY, RunState, set_random_states
 from wys_nerfstudio.steering import Steering
 
@@ -101,7 +100,12 @@ class WysTrainerConfig(TrainerConfig):
 
     def _resolve(self) -> None:
         if self.recipe is not None:
-            self._take_recipe(self.recipe)
+            parsed = parse_with_recipe(str(self.method_name), self.recipe)
+            for option in fields(self):
+                setattr(self, option.name, getattr(parsed, option.name))
+            # What nerfstudio's script had done to the first parse.
+            if self.data is not None:
+                self.pipeline.datamanager.data = self.data
         self._take_prompt()
         self.pipeline.asked = {"instruction": self.pipeline.instruction, **self.pipeline.live_settings()}
         self._choose_device()
@@ -120,29 +124,6 @@ class WysTrainerConfig(TrainerConfig):
             raise WysError(f'There is no data at "{data}": give --data a folder of captured views.')
         if isinstance(manager.dataparser, NerfstudioDataParserConfig):
             check_capture(data, manager.dataparser.downscale_factor)
-
-    def _take_recipe(self, recipe: Path) -> None:
-        """Parses the command line again with the recipe's options in front: of two equal options the later one counts."""
-        from nerfstudio.configs.method_configs import AnnotatedBaseConfigUnion
-
-        method, typed = sys.argv[1:2], sys.argv[2:]
-        if method != [self.method_name]:
-            raise WysError("--recipe is an option of ns-train's command line; from Python set the options themselves.")
-        options = recipe_arguments(recipe)
-        union: Any = AnnotatedBaseConfigUnion
-        try:
-            tyro.cli(union, args=[*method, *options], console_outputs=False)
-        except SystemExit as error:
-            raise WysError(
-                f'The recipe "{recipe}" has an option that ns-train {self.method_name} does not know, or a value that does '
-                f"not fit it: {' '.join(options)}. See ns-train {self.method_name} --help."
-            ) from error
-        parsed = tyro.cli(union, args=[*method, *options, *typed])
-        for option in fields(self):
-            setattr(self, option.name, getattr(parsed, option.name))
-        # What nerfstudio's script had done to the first parse.
-        if self.data is not None:
-            self.pipeline.datamanager.data = self.data
 
     def _take_prompt(self) -> None:
         """nerfstudio's own --prompt means the instruction here, as its users expect."""

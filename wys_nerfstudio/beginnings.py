@@ -1,0 +1,89 @@
+"""How a run begins: in a clean folder, from a base run's scene, or with what a run that is resumed has left.
+
+What is wrong with a base is said by `checkpoint`; how a run ends before its time is the business of `endings`.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any, Optional
+
+from nerfstudio.utils.rich_utils import CONSOLE
+
+from wys_nerfstudio.checkpoint import CAPTURED_SCENE, find_checkpoint, load_base, read_checkpoint, run_folder
+from wys_nerfstudio.datamanager import WysDataManager
+from wys_nerfstudio.files import write_text
+from wys_nerfstudio.history import SNAPSHOTS
+from wys_nerfstudio.model import WysModel
+from wys_nerfstudio.run_state import STATE_KEY, RunState, edit_records
+from wys_nerfstudio.schedule import Phase
+
+
+def clear_folder(folder: Path) -> None:
+    """Removes what a run of this name left that was killed before its first checkpoint; but for the relevance maps, which
+    are found by what they are of.
+
+    Args:
+        folder: The run's `wys` folder.
+    """
+    for path in folder.glob("*"):
+        if path.is_dir() and path.name != "relevance":
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
+
+
+def take_base(
+    base_run: Path, folder: Path, model: WysModel, data: WysDataManager
+) -> tuple[list[dict[str, Any]], Optional[dict[str, Any]]]:
+    """Takes over a base run's scene and, if it is an edited one, its views, history and captured scene.
+
+    Args:
+        base_run: As `--base-run` takes it.
+        folder: The new run's `wys` folder.
+        model: Gets the scene.
+        data: Gets the views.
+
+    Returns:
+        The entries of the base's history, and a checkpoint of its edited scene; no entries and None if the base is no
+        edited scene.
+    """
+    path = find_checkpoint(base_run, "--base-run")
+    outputs = data.train_dataparser_outputs
+    transform = {"transform": outputs.dataparser_transform.tolist(), "scale": outputs.dataparser_scale}
+    load_base(model, path, transform)
+    CONSOLE.print(f"The scene of {base_run} is edited; it is not reconstructed again.")
+    checkpoint = read_checkpoint(path)
+    if STATE_KEY not in checkpoint:
+        return [], None
+    state = RunState.of(checkpoint, path)
+    if state.plan.phase(state.step) is not Phase.EDIT:
+        return [], None
+    data.set_state(state.views)
+    data.start_from_current()
+    _copy(run_folder(path) / "wys", folder, SNAPSHOTS, CAPTURED_SCENE)
+    return state.history, {key: checkpoint[key] for key in ("step", "pipeline", STATE_KEY)}
+
+
+def take_over(state: RunState, old: Path, folder: Path) -> None:
+    """Brings the files of a run that is resumed to where it goes on, as they were at its checkpoint.
+
+    Args:
+        state: The checkpoint's.
+        old: Its run's `wys` folder.
+        folder: The `wys` folder of the run that goes on; it may be the same.
+    """
+    _copy(old, folder, "relevance", "masks", SNAPSHOTS, CAPTURED_SCENE)
+    records = edit_records(old, before_step=state.step + 1)
+    write_text(folder / "edits.jsonl", "".join(f"{line}\n" for line in records))
+
+
+def _copy(old: Path, new: Path, *names: str) -> None:
+    """Copies files and folders of another run's `wys` folder, those that are there."""
+    if old.resolve() == new.resolve():
+        return
+    new.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (old / name).is_dir():
+            shutil.copytree(old / name, new / name, dirs_exist_ok=True)
+        elif (old / name).is_file():
+            shutil.copy2(old / name, new / name)
