@@ -283,7 +283,8 @@ def test_editing_views_puts_the_editors_pictures_in_place(data, editor):
     masks[:, 4:20, 8:30] = True
     chosen = {"start_timestep": 600, "seeds": [1, 2]}
     data.set_view(6, torch.zeros(HEIGHT, WIDTH, 3))  # an earlier edit has no say
-    data.edit_views(editor, views, renders, masks, "make it red", settings, **chosen)
+    for view, image in zip(views, data.edited(editor, views, renders, masks, "make it red", settings, **chosen)):
+        data.set_view(view, image)
     captured = data.captured_views(views)
     wanted = edit_images(editor, renders, captured, masks, "make it red", settings, **chosen)
     current = data.current_views(views)

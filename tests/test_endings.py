@@ -108,6 +108,18 @@ def test_ctrl_c_saves_says_how_to_resume_and_exits_with_130(command, whole, caps
     goes_on_as_if_nothing_had_happened(command, whole)
 
 
+def test_the_end_of_a_queues_time_is_taken_as_ctrl_c(command, whole, capsys):
+    def both(_trainer: WysTrainer) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert command(at=7, happens=both) == 130
+    assert "wys: Stopped after step 7; to go on" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+    goes_on_as_if_nothing_had_happened(command, whole)
+
+
 def test_a_second_ctrl_c_stops_at_once_and_leaves_the_last_checkpoint(command, whole, capsys):
     def twice(trainer: WysTrainer) -> None:
         interrupt(trainer)

@@ -20,7 +20,7 @@ ROOMS = [
     {"steering"},
     {"pipeline"},
     {"edit_loop", "evaluation", "beginnings"},
-    {"options", "run_folder"},
+    {"options", "run_folder", "devices"},
     {"sweep_figures"},
     {
         "controls",
@@ -45,9 +45,12 @@ ROOMS = [
         "recipe",
         "endings",
         "relevance_files",
+        "warm_up",
     },
     {"relevance", "schedule", "hash_encoding"},
-    {"errors", "files"},
+    {"files"},
+    {"ranks"},
+    {"errors"},
 ]
 
 

@@ -14,10 +14,12 @@ from wys_nerfstudio.datamanager import WysDataManager
 from wys_nerfstudio.files import write_text
 from wys_nerfstudio.history import SNAPSHOTS
 from wys_nerfstudio.model import WysModel
+from wys_nerfstudio.ranks import first_only
 from wys_nerfstudio.run_state import STATE_KEY, RunState, edit_records
 from wys_nerfstudio.schedule import Phase
 
 
+@first_only
 def clear_folder(folder: Path) -> None:
     """Removes what a run of this name left that was killed before its first checkpoint; but for the relevance maps, which
     are found by what they are of.
@@ -64,6 +66,7 @@ def take_base(
     return state.history, {key: checkpoint[key] for key in ("step", "pipeline", STATE_KEY)}
 
 
+@first_only
 def take_over(state: RunState, old: Path, folder: Path) -> None:
     """Brings the files of a run that is resumed to where it goes on, as they were at its checkpoint.
 
@@ -77,6 +80,7 @@ def take_over(state: RunState, old: Path, folder: Path) -> None:
     write_text(folder / "edits.jsonl", "".join(f"{line}\n" for line in records))
 
 
+@first_only
 def _copy(old: Path, new: Path, *names: str) -> None:
     """Copies files and folders of another run's `wys` folder, those that are there."""
     if old.resolve() == new.resolve():

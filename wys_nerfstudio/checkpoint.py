@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.files import write_tensors
+from wys_nerfstudio.ranks import first_only
 
 CAPTURED_SCENE = "captured.ckpt"
 """In a run's `wys` folder: the weights as they were before the first edit."""
@@ -89,6 +90,7 @@ def run_folder(checkpoint: Path) -> Path:
     )
 
 
+@first_only
 def keep_checkpoint(folder: Path, checkpoint: dict[str, Any], only_latest: bool) -> None:
     """Writes a checkpoint into a run's folder of checkpoints.
 

@@ -151,6 +151,10 @@ class Controls(ViewerElement[None]):
 
     # ------------------------------------------------------------------------------------------- from the training loop
 
+    def take(self) -> list[Request]:
+        """What was asked for since the last call."""
+        return [self.requests.get() for _ in range(self.requests.qsize())]
+
     def show_status(self, text: str) -> None:
         """Shows Markdown in the status line."""
         if self._status is not None and self._status.content != text:

@@ -30,6 +30,7 @@ from wys_nerfstudio.capture import check_picture
 from wys_nerfstudio.editing import Editor, EditSettings, edit_images, relevance_maps
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.pictures import heat, to_uint8, write_png
+from wys_nerfstudio.ranks import first_only, from_first, gather, share
 from wys_nerfstudio.relevance_files import RelevanceRequest, find_maps, keep_maps
 from wys_nerfstudio.schedule import edit_seed
 
@@ -196,18 +197,20 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             outlier_factor: As in `relevance.normalize`.
             folder: Where `maps.safetensors` (raw) and a picture per view are kept.
             batch_size: Views per pass of the UNet.
-            report: Called with the number of maps that are made, and of all.
+            report: Called with the number of maps that this rank has made, and has to make.
         """
-        raw = find_maps(folder, request, self.view_names)
+        raw = from_first(lambda: find_maps(folder, request, self.view_names))
         if raw is None:
-            parts = self._raw_maps(editor, range(self.num_views), request, batch_size)
-            batches = -(-self.num_views // batch_size)
+            mine = share(range(self.num_views))
+            parts = self._raw_maps(editor, mine, request, batch_size)
+            batches = -(-len(mine) // batch_size)
             bar = track(parts, description="Relevance maps of the views", total=batches, console=CONSOLE)
             made: list[Tensor] = []
             for part in bar:
-                made.append(part.cpu())
-                report(sum(map(len, made)), self.num_views)
-            raw = torch.cat(made)
+                made.extend(part.cpu())
+                report(len(made), len(mine))
+            by_view = dict(pair for pairs in gather(list(zip(mine, made))) for pair in pairs)
+            raw = torch.stack([by_view[view] for view in range(self.num_views)])
             keep_maps(folder, request, self.view_names, raw)
         maps = relevance.at_pixels(raw, *self.view_size, normalization, outlier_factor)
         for name, view_map in zip(self.view_names, maps):
@@ -255,25 +258,6 @@ class WysDataManager(VanillaDataManager[InputDataset]):
     def forget_relevance(self) -> None:
         """Relevance is of another instruction: ray batches come without it."""
         self.cached_batch.pop("relevance", None)
-
-    def edit_views(
-        self,
-        editor: Editor,
-        views: Sequence[int],
-        renders: Float[Tensor, "b h w 3"],
-        masks: Bool[Tensor, "b h w"],
-        instruction: str,
-        settings: EditSettings,
-        *,
-        start_timestep: int,
-        seeds: Sequence[int],
-    ) -> None:
-        """Edits views and puts the results in their places."""
-        edited = self.edited(
-            editor, views, renders, masks, instruction, settings, start_timestep=start_timestep, seeds=seeds
-        )
-        for view, image in zip(views, edited):
-            self.set_view(view, image)
 
     def edited(
         self,
@@ -365,6 +349,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         """Takes the views as they are now for the reference of the edits to come."""
         self._reference = torch.from_numpy(to_uint8(self.cached_batch["image"])).to(self._captured.device)
 
+    @first_only
     def save_edits(self, folder: Path) -> None:
         """Writes every edited view as it is now, and removes what an undone edit left."""
         for view, name in enumerate(self.view_names):

@@ -6,6 +6,7 @@ written by `run_folder`.
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
@@ -20,7 +21,24 @@ from wys_nerfstudio.editing import Editor
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.model import WysModel
 from wys_nerfstudio.options import WysOptions
+from wys_nerfstudio.ranks import gather, share
 from wys_nerfstudio.run_folder import EditRecord, picture_row, record_edit, show_edit
+
+
+@dataclass
+class Edit:
+    """An edit that has been made, as the ranks tell it to each other."""
+
+    number: int
+    """Its number, from 0 on."""
+    view: int
+    """Which view."""
+    mask: Bool[Tensor, "h w"]
+    """Where the view may change."""
+    image: Optional[Float[Tensor, "h w 3"]]
+    """The edited view; None if the mask is empty, so that there is nothing to edit."""
+    seconds: float
+    """How long it took."""
 
 
 class EditLoop:
@@ -48,23 +66,40 @@ class EditLoop:
 
     @torch.no_grad()
     def edit(self, step: int, folder: Path) -> None:
-        """Edits the views whose turn it is, those with a mask that is not empty.
+        """Edits the views whose turn it is, those with a mask that is not empty; each rank edits its share of them.
 
         Args:
             step: The step that is about to be trained.
             folder: The run's `wys` folder, where edits are recorded.
         """
         options, data = self._options, self._data
-        numbers = range(self.edits, self.edits + options.edit_count)
-        views = [schedule.view_of_edit(options.seed, number, data.num_views) for number in numbers]
+        numbers = share(range(self.edits, self.edits + options.edit_count))
         t = self._start_timestep(self.edits)
         self.edits += options.edit_count
+        mine, first_render = self._make_edits(numbers, t) if numbers else ([], {})
+        edits = sorted((edit for edits in gather(mine) for edit in edits), key=lambda edit: edit.number)
+        steps = len(schedule.timesteps(t, options.diffusion_steps, self._editor().num_train_timesteps))
+        for edit in edits:
+            if edit.image is not None:
+                data.set_view(edit.view, edit.image)
+                self.seconds_per_edit = 0.8 * (self.seconds_per_edit or edit.seconds) + 0.2 * edit.seconds
+            self.skipped += edit.image is None
+            name = data.view_names[edit.view]
+            record_edit(folder, EditRecord(edit.number, step, name, t, steps, edit.mask, edit.seconds))
+        if writer.EVENT_WRITERS:  # the first rank alone has some, and it has an edit
+            show_edit(step, picture_row(data, mine[0].view, first_render, mine[0].mask))
+
+    def _make_edits(self, numbers: Sequence[int], t: int) -> tuple[list[Edit], dict[str, Tensor]]:
+        """Makes edits, all in one batch, without putting them in place; also returns the render that the first began from."""
+        options, data = self._options, self._data
         began = time.perf_counter()
+        views = [schedule.view_of_edit(options.seed, number, data.num_views) for number in numbers]
         renders = [self._model.render_view(data.train_dataset.cameras, view) for view in views]
         masks = self.masks_of(views, renders)
         chosen = [i for i in range(len(views)) if masks[i].any()]
+        images: dict[int, Tensor] = {}
         if chosen:
-            data.edit_views(
+            edited = data.edited(
                 self._editor(),
                 [views[i] for i in chosen],
                 torch.stack([renders[i]["rgb"] for i in chosen]),
@@ -74,15 +109,10 @@ class EditLoop:
                 start_timestep=t,
                 seeds=[schedule.edit_seed(options.seed, numbers[i]) for i in chosen],
             )
-        steps = len(schedule.timesteps(t, options.diffusion_steps, self._editor().num_train_timesteps))
+            images = dict(zip(chosen, edited.cpu()))
         seconds = (time.perf_counter() - began) / len(views)
-        self.skipped += len(views) - len(chosen)
-        if chosen:
-            self.seconds_per_edit = 0.8 * (self.seconds_per_edit or seconds) + 0.2 * seconds
-        for number, view, mask in zip(numbers, views, masks):
-            record_edit(folder, EditRecord(number, step, data.view_names[view], t, steps, mask, seconds))
-        if writer.EVENT_WRITERS:
-            show_edit(step, picture_row(data, views[0], renders[0], masks[0]))
+        edits = [Edit(number, views[i], masks[i].cpu(), images.get(i), seconds) for i, number in enumerate(numbers)]
+        return edits, renders[0]
 
     def _start_timestep(self, edit_number: int) -> int:
         options = self._options

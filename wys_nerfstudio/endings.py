@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Optional
+from typing import Any, Optional
 
 from nerfstudio.utils.rich_utils import CONSOLE
 
@@ -60,24 +60,25 @@ def how_to_resume(folder: Path) -> str:
 
 class Interrupts:
     """While it is entered, a first Ctrl-C is only noted, so that the step that is being trained can come to its end.
-    A second one is Python's own."""
+    A second one is Python's own. SIGTERM, which ends a job in a queue and one of several ranks, is always only noted."""
 
     def __init__(self) -> None:
         self.came = False
         """Whether there was one."""
-        self._before = None
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interrupts":
         # Signals can only be taken in the main thread.
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._note)
+            self._before = {kind: signal.signal(kind, self._note) for kind in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        for kind, handler in self._before.items():
+            signal.signal(kind, handler)
 
     def _note(self, _number: int, _frame: Optional[FrameType]) -> None:
+        if not self.came:
+            CONSOLE.print("Stopping after this step. Ctrl-C again stops at once and saves nothing.")
         self.came = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        CONSOLE.print("Stopping after this step. Ctrl-C again stops at once and saves nothing.")

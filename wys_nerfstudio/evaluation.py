@@ -139,3 +139,11 @@ def means(figures: Figures) -> dict[str, float]:
     """Mean of each measure over the views of which it says something; measures that say nothing are left out."""
     said = {name: [value for value in values if not math.isnan(value)] for name, values in figures.items()}
     return {name: sum(values) / len(values) for name, values in said.items() if values}
+
+
+def per_view(figures: Figures, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The same numbers by view; those of neighbours are under the first view's name."""
+    return {
+        name: {measure: values[i] for measure, values in figures.items() if i < len(values)}
+        for i, name in enumerate(names)
+    }

@@ -1,4 +1,5 @@
-"""Files are written whole or not at all: whoever is killed in between leaves the old file, or none, but never half of one."""
+"""Files are written whole or not at all: whoever is killed in between leaves the old file, or none, but never half of one.
+Of several ranks the first one writes."""
 
 import io
 import json
@@ -8,7 +9,10 @@ from typing import Any, Optional
 
 import torch
 
+from wys_nerfstudio.ranks import first_only
 
+
+@first_only
 def write_whole(path: Path, content: "bytes | memoryview", partial: Optional[Path] = None) -> None:
     """Writes a file under another name, waits until it is on the disk, and puts it in its place.
 

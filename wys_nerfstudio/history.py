@@ -8,6 +8,7 @@ from typing import Any, Literal, Optional
 from wys_nerfstudio.checkpoint import read_checkpoint
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.files import write_json, write_tensors
+from wys_nerfstudio.ranks import first_only
 
 HISTORY_FILE = "history.json"
 SNAPSHOTS = "history"
@@ -95,6 +96,7 @@ class History:
         """Writes `history.json`."""
         write_json(self._folder / HISTORY_FILE, self.data())
 
+    @first_only
     def tidy(self) -> None:
         """Removes the snapshots that no entry names, once no checkpoint needs them."""
         kept = {entry.snapshot for entry in self.entries}

@@ -17,6 +17,7 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 
 from wys_nerfstudio import evaluation
 from wys_nerfstudio.beginnings import clear_folder, take_base, take_over
@@ -32,12 +33,11 @@ from wys_nerfstudio.history import History
 from wys_nerfstudio.model import WysModel
 from wys_nerfstudio.options import Localization, WysOptions
 from wys_nerfstudio.pictures import contact_sheet, save_png, spread
+from wys_nerfstudio.ranks import first_only, gather, same_everywhere
 from wys_nerfstudio.run_folder import TITLES
 from wys_nerfstudio.run_state import STATE_KEY, RunState, random_states
 from wys_nerfstudio.schedule import Phase, Plan
-
-WARM_UP_STEPS = 50
-"""Steps over which learning rates rise when editing begins."""
+from wys_nerfstudio.warm_up import warm_up
 
 
 @dataclass
@@ -72,7 +72,12 @@ class WysPipeline(VanillaPipeline):
         grad_scaler: Optional[GradScaler] = None,
     ) -> None:
         config.datamanager.white_background = config.model.background_color == "white"
-        super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)  # type: ignore
+        super().__init__(config, device, test_mode, 1, local_rank, grad_scaler)  # type: ignore
+        self.world_size = world_size
+        if world_size > 1:
+            # nerfstudio's own wrapping works on CUDA devices only.
+            devices = [local_rank] if torch.device(device).type == "cuda" else None
+            self._model: Any = DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=True)
         self.plan = config.plan()
         self.edit_loop = EditLoop(config, self.scene_model, self.datamanager, self.editor)
         """Edits the views; knows how many edits there were."""
@@ -189,7 +194,8 @@ class WysPipeline(VanillaPipeline):
             self.enter(phase)
         if phase is not Phase.EDIT:
             return
-        self._warm_up(step)
+        assert self._optimizers is not None
+        warm_up(self._optimizers, step - self._warm_from)
         if self.plan.edits_due(step, self.config.edit_every) and not self.edit_loop.paused:
             self.edit_loop.edit(step, self._folder)
 
@@ -212,28 +218,11 @@ class WysPipeline(VanillaPipeline):
         self._phase = phase
         self.scene_model.phase = phase
 
-    def _warm_up(self, step: int) -> None:
-        """Starts the scene's optimizers anew and brings their learning rates up slowly.
-
-        Reconstruction's squared error leaves Adam with second moments far too small for the gradients of editing's absolute
-        error: at the full rate its first step would throw the scene out of place, with old moments as with new ones.
-        """
-        assert self._optimizers is not None
-        share = (step + 1 - self._warm_from) / WARM_UP_STEPS
-        for name in ("fields", "proposal_networks"):
-            optimizer = self._optimizers.optimizers[name]
-            if step == self._warm_from:
-                optimizer.state.clear()
-            # A scheduler sets the rate anew after each step, so this one's factor does not pile up.
-            if share < 1 and name in self._optimizers.schedulers:
-                for group in optimizer.param_groups:
-                    group["lr"] *= share
-
     def _keep_captured_scene(self) -> None:
         """Keeps the scene as it is before the first edit, as a checkpoint that --base-run takes."""
         path = self._folder / CAPTURED_SCENE
         if not path.is_file():
-            write_tensors(path, {"step": self.plan.edit_start - 1, "pipeline": self.state_dict()})
+            write_tensors(path, {"step": self.plan.edit_start - 1, "pipeline": self.weights()})
 
     def _prepare_relevance(self) -> None:
         config = self.config
@@ -276,8 +265,12 @@ class WysPipeline(VanillaPipeline):
             raise
         self.scene_model.mask_threshold = self.config.mask_threshold
 
+    def weights(self) -> dict[str, Tensor]:
+        """The pipeline's state, named the same for any number of ranks."""
+        return {name.replace("_model.module.", "_model.", 1): value for name, value in self.state_dict().items()}
+
     def run_state(self, step: int) -> RunState:
-        """What resuming needs beside weights and optimizers.
+        """What resuming needs beside weights and optimizers. All ranks must come here.
 
         Args:
             step: The step that has just been trained.
@@ -293,17 +286,18 @@ class WysPipeline(VanillaPipeline):
             sampler=self.scene_model.sampler_state(),
             warm_from=self._warm_from,
             warmup_done=self.scene_model.warmup_done,
-            random=random_states(),
+            random=gather(random_states()),
         )
 
     def snapshot(self, step: int) -> dict[str, Any]:
-        """The run as of now for `restore`: a checkpoint without optimizers, but with the relevance maps.
+        """The run as of now for `restore`: a checkpoint without optimizers, but with the relevance maps. All ranks must come
+        here.
 
         Args:
             step: The step that has just been trained.
         """
         maps = self.datamanager.cached_batch.get("relevance")
-        state = {"step": step, "pipeline": self.state_dict(), STATE_KEY: self.run_state(step).data()}
+        state = {"step": step, "pipeline": self.weights(), STATE_KEY: self.run_state(step).data()}
         return {**state, "relevance": maps}
 
     def restore(self, snapshot: dict[str, Any], step: int) -> None:
@@ -357,6 +351,7 @@ class WysPipeline(VanillaPipeline):
         config.instruction = instruction
         self.datamanager.forget_relevance()
         self.scene_model.field.reset_relevance()
+        same_everywhere(self.scene_model.field)
         self.scene_model.localized = config.localization != "none"
         localize = config.localize_steps if self.scene_model.localized else 0
         self.plan = Plan(step + 1, localize, config.edit_steps)
@@ -385,10 +380,7 @@ class WysPipeline(VanillaPipeline):
             return results
         self.eval()
         figures = evaluation.figures_of_scene(self.config, self.scene_model, self.datamanager)
-        views = {
-            name: {measure: values[i] for measure, values in figures.items() if i < len(values)}
-            for i, name in enumerate(self.datamanager.view_names)
-        }
+        views = evaluation.per_view(figures, self.datamanager.view_names)
         results["edit"] = {"mean": evaluation.means(figures), "views": views}
         return results
 
@@ -399,6 +391,7 @@ class WysPipeline(VanillaPipeline):
         self.datamanager.save_edits(self._folder / "edits")
         self.history.write()
 
+    @first_only
     def finish(self) -> None:
         """Writes the contact sheet."""
         # The viewer draws from other threads, and a training view is rendered in that view's own appearance.

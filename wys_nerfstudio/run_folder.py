@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wys_nerfstudio.datamanager import WysDataManager
 from wys_nerfstudio.pictures import heat, write_png
+from wys_nerfstudio.ranks import first_only
 
 TITLES = ("captured", "relevance map", "relevance field", "mask", "edited view", "render")
 """Of the pictures of a view, from left to right."""
@@ -45,6 +46,7 @@ class EditRecord:
         return f"{json.dumps(record)}\n"
 
 
+@first_only
 def record_edit(folder: Path, edit: EditRecord) -> None:
     """Appends an edit to `edits.jsonl` in a run's `wys` folder, and puts its mask into `masks`."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ import torch
 
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.history import Entry
+from wys_nerfstudio.ranks import rank
 from wys_nerfstudio.schedule import Plan
 
 STATE_KEY = "wys"
@@ -42,8 +43,8 @@ class RunState:
     """Step from which learning rates rise or rose."""
     warmup_done: bool
     """Whether the proposal networks came trained."""
-    random: dict[str, Any]
-    """As of `random_states`."""
+    random: list[dict[str, Any]]
+    """As of `random_states`, of each rank."""
 
     def data(self) -> dict[str, Any]:
         """The state as torch's weights-only loader reads it."""
@@ -63,8 +64,9 @@ class RunState:
         data = checkpoint.get(STATE_KEY)
         try:
             state = RunState(**{**data, "plan": Plan(**data["plan"])})  # type: ignore
-            kinds = [(state.step, int), (state.edits, int), (state.warm_from, int), (state.history, list)]
-            kinds += [(part, dict) for part in (state.settings, state.asked, state.views, state.sampler, state.random)]
+            kinds = [(state.step, int), (state.edits, int), (state.warm_from, int)]
+            kinds += [(part, list) for part in (state.history, state.random)]
+            kinds += [(part, dict) for part in (state.settings, state.asked, state.views, state.sampler)]
             kinds += [(steps, int) for steps in vars(state.plan).values()]
             if not all(isinstance(value, kind) for value, kind in kinds):
                 raise TypeError("a part of the state is of another kind")
@@ -91,8 +93,11 @@ def random_states() -> dict[str, Any]:
     }
 
 
-def set_random_states(states: dict[str, Any]) -> None:
-    """Goes back to `random_states`; GPUs that are no longer there are left out."""
+def set_random_states(ranks: list[dict[str, Any]]) -> None:
+    """Goes back to this rank's `random_states`; ranks and GPUs that were not there then go on with what they have."""
+    if rank() >= len(ranks):
+        return
+    states = ranks[rank()]
     random.setstate(states["python"])
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

@@ -11,6 +11,7 @@ from wys_nerfstudio.controls import ON_TOP, Request
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.history import History
 from wys_nerfstudio.pipeline import WysPipeline
+from wys_nerfstudio.ranks import from_first, rank
 from wys_nerfstudio.schedule import Phase
 
 STATUS_SECONDS = 0.5
@@ -71,14 +72,13 @@ class Steering:
         return self.history.entries[-1].start == "reset"
 
     def take_requests(self, step: int) -> None:
-        """Carries out all that was asked for since the last call, and refreshes the status line.
+        """Carries out all that was asked for since the last call, on all ranks, and refreshes the status line.
 
         Args:
             step: The step that has just been trained.
         """
         controls = self.pipeline.controls
-        while not controls.requests.empty():
-            request = controls.requests.get()
+        for request in from_first(controls.take):
             # A big picture is drawn for seconds with the lock held; drawing it anew lets the request in between.
             self._run.redraw()
             with self._run.train_lock:
@@ -150,6 +150,8 @@ class Steering:
         return "This is the captured scene. Undo brings the edit back, Apply begins another one."
 
     def _preview(self, request: Request) -> str:
+        if rank() > 0:
+            return ""
         data = self.pipeline.datamanager
         poses = data.train_dataset.cameras.camera_to_worlds.cpu()
         wanted = torch.tensor(request.value)

@@ -20,6 +20,7 @@ from nerfstudio.viewer.viewer import Viewer
 
 from wys_nerfstudio.capture import check_capture
 from wys_nerfstudio.checkpoint import find_checkpoint, is_wys, keep_checkpoint, newest_checkpoint, read_checkpoint
+from wys_nerfstudio.devices import check_devices, choose_device
 from wys_nerfstudio.endings import (
     INTERRUPTED,
     Interrupts,
@@ -31,6 +32,7 @@ from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.files import write_text
 from wys_nerfstudio.options import refuse_nonsense
 from wys_nerfstudio.pipeline import WysPipeline, WysPipelineConfig
+from wys_nerfstudio.ranks import first_only, from_first, lost_ranks_as_sentences, rank
 from wys_nerfstudio.recipe import parse_with_recipe
 from wys_nerfstudio.run_state import STATE_KEY, RunState, set_random_states
 from wys_nerfstudio.steering import Steering
@@ -86,12 +88,7 @@ class WysTrainerConfig(TrainerConfig):
         refuse_nonsense("", self, {"max_num_iterations": 1, "steps_per_save": 0})
         if not 0 <= self.machine.seed < 2**32:
             raise WysError(f"--machine.seed must be from 0 to {2**32 - 1}, not {self.machine.seed}.")
-        if self.machine.num_devices != 1 or self.machine.num_machines != 1:
-            raise WysError(
-                f"A scene is trained on one device, not on {self.machine.num_machines * self.machine.num_devices}: leave out "
-                "--machine.num-devices and --machine.num-machines. The editor can have another device than the scene: "
-                "--pipeline.editor-device cuda:1."
-            )
+        check_devices(self.machine, self.pipeline.edit_count, self.pipeline.edit_every)
         for name, group in self.optimizers.items():
             flag = f"optimizers.{name.replace('_', '-')}"
             refuse_nonsense(f"{flag}.optimizer.", group["optimizer"], {"lr": 0, "eps": 0, "max_norm": 0})
@@ -108,7 +105,7 @@ class WysTrainerConfig(TrainerConfig):
                 self.pipeline.datamanager.data = self.data
         self._take_prompt()
         self.pipeline.asked = {"instruction": self.pipeline.instruction, **self.pipeline.live_settings()}
-        self._choose_device()
+        choose_device(self.machine, self.pipeline.model)
         resumed = self._take_load_dir()
         self.pipeline.check()
         self._check_data()
@@ -132,20 +129,6 @@ class WysTrainerConfig(TrainerConfig):
         if self.pipeline.instruction and self.pipeline.instruction != self.prompt:
             raise WysError("--prompt and --instruction mean the same and say different things here: give one of them.")
         self.pipeline.instruction = self.prompt
-
-    def _choose_device(self) -> None:
-        if self.machine.device_type == "cuda" and not torch.cuda.is_available():
-            self.machine.device_type = "cpu"
-            CONSOLE.print(
-                "No CUDA device was found: running on the CPU. Try ns-train wys-tiny for a size that suits it."
-            )
-        model = self.pipeline.model
-        if model.implementation == "tcnn":
-            from nerfstudio.utils.external import TCNN_EXISTS
-
-            if not TCNN_EXISTS:
-                model.implementation = "torch"
-                CONSOLE.print("tiny-cuda-nn is not installed: nerfstudio's torch encodings are used, which are slower.")
 
     def _take_load_dir(self) -> Optional[RunState]:
         """A checkpoint of this method is resumed; one of nerfacto is a base, as Instruct-NeRF2NeRF's users type it.
@@ -192,13 +175,15 @@ class WysTrainer(Trainer):
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """As nerfstudio's; what fails here fails before the first step."""
+        CONSOLE.quiet = rank() > 0
         try:
-            with errors_as_sentences(), disk_errors_as_sentences(self.base_dir):
+            with errors_as_sentences(), disk_errors_as_sentences(self.base_dir), lost_ranks_as_sentences():
                 super().setup(test_mode)
         except SystemExit:
             self._leave_nothing()
             raise
 
+    @first_only
     def _leave_nothing(self) -> None:
         """Removes the folder of a run that did not begin, if nothing but its config.yml is in it."""
         if self.base_dir.is_dir() and [path.name for path in self.base_dir.iterdir()] == ["config.yml"]:
@@ -216,49 +201,66 @@ class WysTrainer(Trainer):
         """
         assert self.config.max_num_iterations is not None
         self.step, self.last_step, self.stop_training = self._start_step - 1, self.config.max_num_iterations - 1, False
-        with errors_as_sentences(), disk_errors_as_sentences(self.base_dir), Interrupts() as self._interrupts:
+        self._paused = self._interrupted = self._stopped = False
+        with (
+            errors_as_sentences(),
+            disk_errors_as_sentences(self.base_dir),
+            lost_ranks_as_sentences(),
+            Interrupts() as self._interrupts,
+        ):
             self._steering = Steering(self)
             if self._steering.was_reset:
                 self.last_step = self.step
             if self._left() <= 0:
                 self._reopen()
             self._started = self.step
-            outputs = self.pipeline.datamanager.train_dataparser_outputs
-            outputs.save_dataparser_transform(self.base_dir / "dataparser_transforms.json")
+            self._save_transform()
             self._init_viewer_state()
             if self.pipeline.resumed is not None:
                 set_random_states(self.pipeline.resumed.random)
-            while self._left() > 0 and not self.stop_training:
+            self._listen()
+            while self._left() > 0 and not self._stopped:
                 with TimeWriter(writer, EventName.TOTAL_TRAIN_TIME):
                     self._train_steps()
-                if self._interrupts.came and self._left() > 0:
+                if self._interrupted and self._left() > 0:
                     self._stop_here()
                 self._after_train()
-            if self._interrupts.came:
+            if self._interrupted:
                 self.shutdown()
 
     def _left(self) -> int:
         return self.last_step - self.step
 
     def _train_steps(self) -> None:
-        while self._left() > 0 and not self._stops():
-            self._train_step(self.step + 1)
-            self._steering.take_requests(self.step)
-            while self.training_state == "paused" and not self._stops():
+        while self._left() > 0 and not self._stopped:
+            if self._paused:
                 time.sleep(0.02)
-                self._steering.take_requests(self.step)
+            else:
+                self._train_step(self.step + 1)
+            self._listen()
 
-    def _stops(self) -> bool:
-        return self.stop_training or self._interrupts.came
+    def _listen(self) -> None:
+        """Takes requests, and learns from the first rank, which has the viewer, what comes next."""
+        self._steering.take_requests(self.step)
+        self._paused, self._interrupted, shut_down = from_first(
+            lambda: (self.training_state == "paused", self._interrupts.came, self.stop_training)
+        )
+        self._stopped = self._interrupted or shut_down
+
+    @first_only
+    def _save_transform(self) -> None:
+        outputs = self.pipeline.datamanager.train_dataparser_outputs
+        outputs.save_dataparser_transform(self.base_dir / "dataparser_transforms.json")
 
     def _stop_here(self) -> NoReturn:
         """Saves what there is, and says how to go on."""
         self.shutdown()
+        sentence = "Stopped before the first step; there is nothing to save."
         if self.step > self._started:
             self.save_checkpoint(self.step)
-            print(f"wys: Stopped after step {self.step}; {how_to_resume(self.base_dir)}", file=sys.stderr)
-        else:
-            print("wys: Stopped before the first step; there is nothing to save.", file=sys.stderr)
+            sentence = f"Stopped after step {self.step}; {how_to_resume(self.base_dir)}"
+        if rank() == 0:
+            print(f"wys: {sentence}", file=sys.stderr)
         raise SystemExit(INTERRUPTED)
 
     def _refuse_unless_finite(self, step: int, what: str, *values: torch.Tensor) -> None:
@@ -286,7 +288,7 @@ class WysTrainer(Trainer):
                 callback.run_callback_at_location(step, location=TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
         if step > 1:  # the first ones are slow
             rays = self.pipeline.datamanager.get_train_rays_per_batch()
-            rate = rays / max(0.001, timer.duration)
+            rate = self.world_size * rays / max(0.001, timer.duration)
             writer.put_time(EventName.TRAIN_RAYS_PER_SEC, rate, step=step, avg_over_steps=True)
         self._update_viewer_state(step)
         if step_check(step, self.config.logging.steps_per_log, run_at_zero=True):
@@ -329,14 +331,15 @@ class WysTrainer(Trainer):
 
     def _train_complete_viewer(self) -> None:
         """Waits, as nerfstudio does, but for requests."""
-        if not isinstance(self.viewer_state, Viewer):
+        if not self.config.is_viewer_enabled():
             return
-        self.viewer_state.training_complete()
+        if isinstance(self.viewer_state, Viewer):
+            self.viewer_state.training_complete()
         CONSOLE.print("Use ctrl+c to quit", justify="center")
-        while self._left() <= 0 and not self._stops():
+        while self._left() <= 0 and not self._stopped:
             self.training_state = "completed"
             time.sleep(0.02)
-            self._steering.take_requests(self.step)
+            self._listen()
 
     def _after_train(self) -> None:
         """Leaves all that is to be left before the last checkpoint says that the run is through."""
@@ -365,7 +368,7 @@ class WysTrainer(Trainer):
         pipeline.write_pictures()
         checkpoint = {
             "step": step,
-            "pipeline": pipeline.state_dict(),
+            "pipeline": pipeline.weights(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.optimizers.items()},
             "schedulers": {name: scheduler.state_dict() for name, scheduler in optimizers.schedulers.items()},
             "scalers": self.grad_scaler.state_dict(),
