@@ -23,6 +23,9 @@ def state() -> RunState:
         step=1234,
         plan=Plan(1000, 200, 4000),
         edits=17,
+        made=[
+            {"number": 16, "view": 0, "t": 300, "steps": 6, "mask": torch.ones(2, 3) > 0, "image": None, "seconds": 0.5}
+        ],
         settings={**asked, "mask_threshold": 0.25},
         asked=asked,
         views={"names": ["a"], "size": [2, 3], "edited": [0], "current": torch.zeros(1, 2, 3, 3), "reference": None},
@@ -30,7 +33,7 @@ def state() -> RunState:
         sampler={"anneal": 0.5, "steps_since_update": 3, "step": 1234},
         warm_from=1200,
         warmup_done=False,
-        random=random_states(),
+        random=[random_states()],
     )
 
 
@@ -42,12 +45,13 @@ def draws() -> list[float]:
 def test_a_state_is_read_as_it_was_written_by_the_weights_only_loader(tmp_path):
     written = state()
     random.gauss(0, 1), np.random.randn()  # both keep a second number back
-    written.random = random_states()
+    written.random = [random_states()]
     wanted = draws()
     torch.save({STATE_KEY: written.data()}, tmp_path / "x.ckpt")
     read = RunState.of(torch.load(tmp_path / "x.ckpt", weights_only=True), tmp_path / "x.ckpt")
     set_random_states(read.random)
     assert draws() == wanted != draws()
+    assert read.made[0].keys() == written.made[0].keys()
     for name in ("step", "plan", "edits", "settings", "asked", "history", "sampler", "warm_from", "warmup_done"):
         assert getattr(read, name) == getattr(written, name), name
 

@@ -100,13 +100,14 @@ def keep_checkpoint(folder: Path, checkpoint: dict[str, Any], only_latest: bool)
         only_latest: Remove older ones, but for the one before it: should this one ever be damaged, that one is used.
     """
     path = folder / checkpoint_name(checkpoint["step"])
-    # The partial file is not beside it: nerfstudio takes every name in that folder for a checkpoint's.
-    write_tensors(path, checkpoint, partial=folder.parent / "wys" / "checkpoint.partial")
     if only_latest:
+        # Before this one is written, so that whoever is killed right after it has nothing left to do.
         found = sorted(folder.glob("step-*.ckpt"))
         before = [other for other in found if other.name < path.name]
         for other in {*found} - {path, *before[-1:]}:  # also those of a later step, which this run has gone back from
             other.unlink()
+    # The partial file is not beside it: nerfstudio takes every name in that folder for a checkpoint's.
+    write_tensors(path, checkpoint, partial=folder.parent / "wys" / "checkpoint.partial")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -21,6 +21,12 @@ def choose_device(machine: MachineConfig, model: WysModelConfig) -> None:
             CONSOLE.print("tiny-cuda-nn is not installed: nerfstudio's torch encodings are used, which are slower.")
 
 
+def same_device(first: "str | torch.device", second: "str | torch.device") -> bool:
+    """Whether two names mean one device; "cuda" is "cuda:0"."""
+    one, other = torch.device(first), torch.device(second)
+    return (one.type, one.index or 0) == (other.type, other.index or 0)
+
+
 def check_devices(machine: MachineConfig, edit_count: int, edit_every: int) -> None:
     """Refuses devices that are not there, and says when some of them will edit nothing.
 

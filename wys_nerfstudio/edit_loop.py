@@ -6,6 +6,7 @@ written by `run_folder`.
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -17,28 +18,47 @@ from torch import Tensor
 
 from wys_nerfstudio import relevance, schedule
 from wys_nerfstudio.datamanager import WysDataManager
-from wys_nerfstudio.editing import Editor
+from wys_nerfstudio.editing import Editor, EditSettings
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.model import WysModel
 from wys_nerfstudio.options import WysOptions
-from wys_nerfstudio.ranks import gather, share
+from wys_nerfstudio.ranks import gather, rank, share
 from wys_nerfstudio.run_folder import EditRecord, picture_row, record_edit, show_edit
 
 
 @dataclass
 class Edit:
-    """An edit that has been made, as the ranks tell it to each other."""
+    """An edit that has been made; plain data, for the other ranks and for checkpoints."""
 
     number: int
     """Its number, from 0 on."""
     view: int
     """Which view."""
+    t: int
+    """Timestep that the render was noised to."""
+    steps: int
+    """Diffusion steps from there."""
     mask: Bool[Tensor, "h w"]
     """Where the view may change."""
     image: Optional[Float[Tensor, "h w 3"]]
     """The edited view; None if the mask is empty, so that there is nothing to edit."""
     seconds: float
     """How long it took."""
+
+
+@dataclass
+class Job:
+    """Edits that are yet to be made, in one batch, with the settings of the moment at which they were due."""
+
+    numbers: list[int]
+    views: list[int]
+    t: int
+    renders: list[dict[str, Tensor]]
+    masks: Bool[Tensor, "b h w"]
+    instruction: str
+    settings: EditSettings
+    seconds: float
+    """How long rendering took."""
 
 
 class EditLoop:
@@ -49,12 +69,21 @@ class EditLoop:
         model: The scene.
         data: Its training views.
         editor: Gives the editor; it is loaded when it is first asked for.
+        overlap: Whether the editor works while training goes on, on a device of its own. What it makes is put in place when
+            the next edits are due, however long it took, so that a run comes to the same each time.
     """
 
     def __init__(
-        self, options: WysOptions, model: WysModel, data: WysDataManager, editor: Callable[[], Editor]
+        self,
+        options: WysOptions,
+        model: WysModel,
+        data: WysDataManager,
+        editor: Callable[[], Editor],
+        overlap: bool = False,
     ) -> None:
         self._options, self._model, self._data, self._editor = options, model, data, editor
+        self._worker = ThreadPoolExecutor(1) if overlap else None
+        self._making: Optional[Future[list[Edit]]] = None
         self.edits = 0
         """Edits begun so far; the next edit's number."""
         self.skipped = 0
@@ -64,7 +93,6 @@ class EditLoop:
         self.paused = False
         """Whether no further views are edited for the time being."""
 
-    @torch.no_grad()
     def edit(self, step: int, folder: Path) -> None:
         """Edits the views whose turn it is, those with a mask that is not empty; each rank edits its share of them.
 
@@ -72,47 +100,82 @@ class EditLoop:
             step: The step that is about to be trained.
             folder: The run's `wys` folder, where edits are recorded.
         """
-        options, data = self._options, self._data
-        numbers = share(range(self.edits, self.edits + options.edit_count))
-        t = self._start_timestep(self.edits)
-        self.edits += options.edit_count
-        mine, first_render = self._make_edits(numbers, t) if numbers else ([], {})
-        edits = sorted((edit for edits in gather(mine) for edit in edits), key=lambda edit: edit.number)
-        steps = len(schedule.timesteps(t, options.diffusion_steps, self._editor().num_train_timesteps))
+        self.put_in_place(step, folder)
+        job = self._next_job()
+        if self._worker is not None:
+            self._making = self._worker.submit(self._make, job)
+            return
+        self._making = Future()
+        self._making.set_result(self._make(job))
+        self.put_in_place(step, folder)
+        if writer.EVENT_WRITERS:  # the first rank alone has some, and it has an edit
+            show_edit(step, picture_row(self._data, job.views[0], job.renders[0], job.masks[0]))
+
+    def put_in_place(self, step: int, folder: Path) -> None:
+        """Puts the edits that were due last in place, on all ranks, if that has not been done. All ranks must come here.
+
+        Args:
+            step: As for `edit`.
+            folder: As for `edit`.
+        """
+        data, edits = self._data, self.made()
+        self._making = None
         for edit in edits:
             if edit.image is not None:
                 data.set_view(edit.view, edit.image)
                 self.seconds_per_edit = 0.8 * (self.seconds_per_edit or edit.seconds) + 0.2 * edit.seconds
             self.skipped += edit.image is None
             name = data.view_names[edit.view]
-            record_edit(folder, EditRecord(edit.number, step, name, t, steps, edit.mask, edit.seconds))
-        if writer.EVENT_WRITERS:  # the first rank alone has some, and it has an edit
-            show_edit(step, picture_row(data, mine[0].view, first_render, mine[0].mask))
+            record_edit(folder, EditRecord(edit.number, step, name, edit.t, edit.steps, edit.mask, edit.seconds))
 
-    def _make_edits(self, numbers: Sequence[int], t: int) -> tuple[list[Edit], dict[str, Tensor]]:
-        """Makes edits, all in one batch, without putting them in place; also returns the render that the first began from."""
+    def made(self) -> list[Edit]:
+        """The edits of all ranks that are not yet in place; waits for those that are being made. All ranks must come here."""
+        mine = [] if self._making is None else self._making.result()
+        return sorted((edit for edits in gather(mine) for edit in edits), key=lambda edit: edit.number)
+
+    def set_made(self, edits: Sequence[Edit]) -> None:
+        """Goes back to `made`; what is being made is dropped."""
+        if self._making is not None:
+            self._making.exception()
+        self._making = Future()
+        self._making.set_result(list(edits) if rank() == 0 else [])
+
+    @torch.no_grad()
+    def _next_job(self) -> Job:
         options, data = self._options, self._data
         began = time.perf_counter()
+        numbers = share(range(self.edits, self.edits + options.edit_count))
         views = [schedule.view_of_edit(options.seed, number, data.num_views) for number in numbers]
+        t = self._start_timestep(self.edits)
+        self.edits += options.edit_count
         renders = [self._model.render_view(data.train_dataset.cameras, view) for view in views]
-        masks = self.masks_of(views, renders)
-        chosen = [i for i in range(len(views)) if masks[i].any()]
+        masks = self.masks_of(views, renders) if views else torch.zeros((0, *data.view_size), dtype=torch.bool)
+        settings, seconds = options.edit_settings(), time.perf_counter() - began
+        return Job(numbers, views, t, renders, masks, options.instruction, settings, seconds)
+
+    @torch.no_grad()  # which is a matter of each thread
+    def _make(self, job: Job) -> list[Edit]:
+        began = time.perf_counter()
+        chosen = [i for i in range(len(job.views)) if job.masks[i].any()]
         images: dict[int, Tensor] = {}
         if chosen:
-            edited = data.edited(
+            edited = self._data.edited(
                 self._editor(),
-                [views[i] for i in chosen],
-                torch.stack([renders[i]["rgb"] for i in chosen]),
-                masks[chosen],
-                options.instruction,
-                options.edit_settings(),
-                start_timestep=t,
-                seeds=[schedule.edit_seed(options.seed, numbers[i]) for i in chosen],
+                [job.views[i] for i in chosen],
+                torch.stack([job.renders[i]["rgb"] for i in chosen]),
+                job.masks[chosen],
+                job.instruction,
+                job.settings,
+                start_timestep=job.t,
+                seeds=[schedule.edit_seed(self._options.seed, job.numbers[i]) for i in chosen],
             )
             images = dict(zip(chosen, edited.cpu()))
-        seconds = (time.perf_counter() - began) / len(views)
-        edits = [Edit(number, views[i], masks[i].cpu(), images.get(i), seconds) for i, number in enumerate(numbers)]
-        return edits, renders[0]
+        steps = len(schedule.timesteps(job.t, job.settings.diffusion_steps, self._editor().num_train_timesteps))
+        seconds = (job.seconds + time.perf_counter() - began) / max(1, len(job.views))
+        return [
+            Edit(number, job.views[i], job.t, steps, job.masks[i].cpu(), images.get(i), seconds)
+            for i, number in enumerate(job.numbers)
+        ]
 
     def _start_timestep(self, edit_number: int) -> int:
         options = self._options
@@ -149,6 +212,8 @@ class EditLoop:
             view_map = data.relevance_map(self._editor(), view, request, options.relevance_outlier_factor)
             mask = relevance.threshold(view_map[None], options.mask_threshold)
         reference = data.reference_views([view])
+        if self._making is not None:
+            self._making.exception()  # one editor, one thing at a time
         if not mask.any():
             raise WysError(
                 f"Nothing in {data.view_names[view]} is relevant at this threshold: lower it, or look elsewhere."

@@ -25,7 +25,8 @@ from wys_nerfstudio.capture import read_masks
 from wys_nerfstudio.checkpoint import CAPTURED_SCENE, model_state, read_checkpoint, run_folder
 from wys_nerfstudio.controls import Controls
 from wys_nerfstudio.datamanager import WysDataManager
-from wys_nerfstudio.edit_loop import EditLoop
+from wys_nerfstudio.devices import same_device
+from wys_nerfstudio.edit_loop import Edit, EditLoop
 from wys_nerfstudio.editing import Editor, load_editor
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.files import write_tensors
@@ -79,7 +80,8 @@ class WysPipeline(VanillaPipeline):
             devices = [local_rank] if torch.device(device).type == "cuda" else None
             self._model: Any = DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=True)
         self.plan = config.plan()
-        self.edit_loop = EditLoop(config, self.scene_model, self.datamanager, self.editor)
+        overlap = not same_device(self.editor_device, self.model.device)
+        self.edit_loop = EditLoop(config, self.scene_model, self.datamanager, self.editor, overlap)
         """Edits the views; knows how many edits there were."""
         self.history = History(Path())
         """What was applied to the scene; of the run's folder once the run has begun."""
@@ -165,7 +167,7 @@ class WysPipeline(VanillaPipeline):
         take_over(state, run_folder(self.config.resume_from) / "wys", self._folder)
         self.history = History(self._folder, state.history)
         self.datamanager.set_state(state.views)
-        self.edit_loop.edits = state.edits
+        self._set_edits(state)
         self._warm_from = state.warm_from
         self.scene_model.warmup_done = state.warmup_done
         self.scene_model.set_sampler_state(state.sampler)
@@ -218,11 +220,15 @@ class WysPipeline(VanillaPipeline):
         self._phase = phase
         self.scene_model.phase = phase
 
+    @property
+    def has_captured_scene(self) -> bool:
+        """Whether there is a captured scene to return to."""
+        return (self._folder / CAPTURED_SCENE).is_file()
+
     def _keep_captured_scene(self) -> None:
         """Keeps the scene as it is before the first edit, as a checkpoint that --base-run takes."""
-        path = self._folder / CAPTURED_SCENE
-        if not path.is_file():
-            write_tensors(path, {"step": self.plan.edit_start - 1, "pipeline": self.weights()})
+        if not self.has_captured_scene:
+            write_tensors(self._folder / CAPTURED_SCENE, {"step": self.plan.edit_start - 1, "pipeline": self.weights()})
 
     def _prepare_relevance(self) -> None:
         config = self.config
@@ -279,6 +285,7 @@ class WysPipeline(VanillaPipeline):
             step=step,
             plan=self.plan,
             edits=self.edit_loop.edits,
+            made=[vars(edit) for edit in self.edit_loop.made()],
             settings={"instruction": self.config.instruction, **self.config.live_settings()},
             asked=self.config.asked,
             views=self.datamanager.state(),
@@ -313,7 +320,7 @@ class WysPipeline(VanillaPipeline):
         self.datamanager.set_state(state.views)
         plan = state.plan
         self.plan = Plan(plan.reconstruct_steps + step - state.step, plan.localize_steps, plan.edit_steps)
-        self.edit_loop.edits = state.edits
+        self._set_edits(state)
         for name, value in state.settings.items():
             setattr(self.config, name, value)
         self.scene_model.mask_threshold = self.config.mask_threshold
@@ -325,6 +332,10 @@ class WysPipeline(VanillaPipeline):
             self._prepare_relevance()
         self._start_over(step)
 
+    def _set_edits(self, state: RunState) -> None:
+        self.edit_loop.edits = state.edits
+        self.edit_loop.set_made([Edit(**edit) for edit in state.made])
+
     def reset(self, step: int) -> None:
         """Returns to the captured scene and the captured views; nothing is left to do.
 
@@ -333,6 +344,7 @@ class WysPipeline(VanillaPipeline):
         """
         self.scene_model.load_state_dict(model_state(read_checkpoint(self._folder / CAPTURED_SCENE)))
         self.datamanager.start_from_captured()
+        self.edit_loop.set_made([])
         self._start_over(step)
 
     def apply(self, instruction: str, on_top: bool, step: int) -> None:
@@ -344,6 +356,7 @@ class WysPipeline(VanillaPipeline):
             step: The step that has just been trained.
         """
         if on_top:
+            self.edit_loop.put_in_place(step + 1, self._folder)
             self.datamanager.start_from_current()
         else:
             self.reset(step)
@@ -391,9 +404,17 @@ class WysPipeline(VanillaPipeline):
         self.datamanager.save_edits(self._folder / "edits")
         self.history.write()
 
+    def finish(self, step: int) -> None:
+        """Puts the last edits in place and writes the contact sheet. All ranks must come here.
+
+        Args:
+            step: The step that has just been trained.
+        """
+        self.edit_loop.put_in_place(step + 1, self._folder)
+        self._write_contact_sheet()
+
     @first_only
-    def finish(self) -> None:
-        """Writes the contact sheet."""
+    def _write_contact_sheet(self) -> None:
         # The viewer draws from other threads, and a training view is rendered in that view's own appearance.
         with self._train_lock:
             views = spread(6, self.datamanager.num_views)

@@ -29,6 +29,8 @@ class RunState:
     """Phases of the run."""
     edits: int
     """Edits begun so far, skipped ones included; the next edit's number."""
+    made: list[dict[str, Any]]
+    """Edits that are made and not yet in place, of an editor that works while training goes on."""
     settings: dict[str, Any]
     """Instruction and live settings as they are now."""
     asked: dict[str, Any]
@@ -65,7 +67,7 @@ class RunState:
         try:
             state = RunState(**{**data, "plan": Plan(**data["plan"])})  # type: ignore
             kinds = [(state.step, int), (state.edits, int), (state.warm_from, int)]
-            kinds += [(part, list) for part in (state.history, state.random)]
+            kinds += [(part, list) for part in (state.history, state.random, state.made)]
             kinds += [(part, dict) for part in (state.settings, state.asked, state.views, state.sampler)]
             kinds += [(steps, int) for steps in vars(state.plan).values()]
             if not all(isinstance(value, kind) for value, kind in kinds):

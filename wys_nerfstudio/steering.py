@@ -106,7 +106,9 @@ class Steering:
         if request.action == "pause":
             pipeline.edit_loop.paused = bool(request.value)
             return "No further views are edited until Pause editing is off." if request.value else ""
-        if pipeline.plan.phase(step) is not Phase.EDIT:
+        editing = pipeline.plan.phase(step) is Phase.EDIT
+        # What was applied by mistake can be taken back while it is being localised, but not the run's first instruction.
+        if not (editing or (pipeline.has_captured_scene and request.action != "preview")):
             raise WysError(f"{request.action.capitalize()} is possible once editing has begun.")
         if request.action == "preview":
             return self._preview(request)

@@ -343,7 +343,7 @@ class WysTrainer(Trainer):
 
     def _after_train(self) -> None:
         """Leaves all that is to be left before the last checkpoint says that the run is through."""
-        self.pipeline.finish()
+        self.pipeline.finish(self.step)
         super()._after_train()
 
     def _load_checkpoint(self) -> None:
