@@ -118,7 +118,7 @@ def test_ctrl_c_stops_all_ranks_at_one_step_and_the_run_goes_on_exactly(runs):
 def test_a_rank_that_dies_ends_the_run_with_a_sentence_and_the_run_goes_on_exactly(runs):
     left, gone = endings(runs, "died")
     assert gone["code"] == 9 and left["code"] == 1
-    assert "wys: Of the 2 processes that train this scene another one has ended" in left["said"]
+    assert "wys: Of the 2 processes that train this scene another one seems to have ended" in left["said"]
     assert "Traceback" not in left["said"]
     for whole, revived in zip(kept(runs, "two"), kept(runs, "died")):
         assert equal(whole["weights"], revived["weights"]) and equal(whole["views"], revived["views"])
@@ -141,5 +141,9 @@ def test_what_is_undone_is_undone_on_all_ranks(runs):
 
 def test_a_lost_rank_is_a_sentence(monkeypatch):
     monkeypatch.setattr(ranks, "world_size", lambda: 2)
-    with pytest.raises(WysError, match="this one .rank 0. ends too"), ranks.lost_ranks_as_sentences():
+    monkeypatch.setattr(ranks, "rank", lambda: 0)
+    with (
+        pytest.raises(WysError, match="Connection closed by peer.*this one .rank 0. ends too"),
+        ranks.lost_ranks_as_sentences(),
+    ):
         raise RuntimeError("[pair.cc:525] Connection closed by peer [127.0.0.1]:2334")

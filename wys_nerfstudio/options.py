@@ -71,7 +71,7 @@ class WysOptions(VanillaPipelineConfig):
     """InstructPix2Pix-type checkpoint: a hub id, a local folder in diffusers format, or "embedded" for the small editor of
     toy pictures that comes with the package."""
     editor_device: Optional[str] = None
-    """Device of the editor, such as cuda:1; by default the training device."""
+    """Device of the editor, such as cuda:1, where it works while training goes on; by default the training device."""
     editor_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the editor; auto is bfloat16 (or float16) on a GPU and float32 on the CPU."""
     editor_allow_pickle: bool = False

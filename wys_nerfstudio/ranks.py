@@ -6,6 +6,7 @@ first one has heard from its user, and because the first one alone writes files.
 """
 
 import functools
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
@@ -15,6 +16,8 @@ from torch import nn
 
 from wys_nerfstudio.errors import WysError
 
+LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "nccl", "gloo")
+"""What torch's errors speak of when another rank is gone."""
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -76,10 +79,10 @@ def lost_ranks_as_sentences() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Gloo", "gloo")
-        if world_size() == 1 or not any(word in str(error) for word in lost):
+        said = textwrap.shorten(str(error), 100)
+        if world_size() == 1 or not any(word in said.lower() for word in LOST):
             raise
         raise WysError(
-            f"Of the {world_size()} processes that train this scene another one has ended, so this one (rank {rank()}) ends "
-            "too; what that one said last tells why."
+            f"Of the {world_size()} processes that train this scene another one seems to have ended ({said}), so this one "
+            f"(rank {rank()}) ends too: see what that one said last."
         ) from error

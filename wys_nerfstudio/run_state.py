@@ -52,6 +52,10 @@ class RunState:
         """The state as torch's weights-only loader reads it."""
         return {**{option.name: getattr(self, option.name) for option in fields(self)}, "plan": vars(self.plan)}
 
+    def random_of_this_rank(self) -> Optional[dict[str, Any]]:
+        """As of `random_states`; None for a rank that was not there when the state was taken."""
+        return self.random[rank()] if rank() < len(self.random) else None
+
     @staticmethod
     def of(checkpoint: dict[str, Any], path: Path) -> "RunState":
         """The state in a checkpoint.
@@ -95,11 +99,8 @@ def random_states() -> dict[str, Any]:
     }
 
 
-def set_random_states(ranks: list[dict[str, Any]]) -> None:
-    """Goes back to this rank's `random_states`; ranks and GPUs that were not there then go on with what they have."""
-    if rank() >= len(ranks):
-        return
-    states = ranks[rank()]
+def set_random_states(states: dict[str, Any]) -> None:
+    """Goes back to `random_states`; GPUs that are no longer there are left out."""
     random.setstate(states["python"])
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

@@ -216,8 +216,9 @@ class WysTrainer(Trainer):
             self._started = self.step
             self._save_transform()
             self._init_viewer_state()
-            if self.pipeline.resumed is not None:
-                set_random_states(self.pipeline.resumed.random)
+            random = self.pipeline.resumed and self.pipeline.resumed.random_of_this_rank()
+            if random is not None:
+                set_random_states(random)
             self._listen()
             while self._left() > 0 and not self._stopped:
                 with TimeWriter(writer, EventName.TOTAL_TRAIN_TIME):
