@@ -50,10 +50,10 @@ def test_pairs_contrast_ball_and_block():
     assert {s for pair in slugs for s in pair} == set(BY_SLUG)
 
 
-def small_trainer(tmp_path, **options):
+def small_trainer(tmp_path, batch_scenes=8, **options):
     vae = build_vae()
     write_editor(tmp_path / "editor", Networks(build_unet_and_text_encoder()[0], vae, build_unet_and_text_encoder()[1]))
-    settings = train_editor.Options(tmp_path, batch_scenes=8, **options)
+    settings = train_editor.Options(tmp_path, batch_scenes=batch_scenes, **options)
     data = train_editor.Latents(torch.randn(3, len(EDITS), 4, 8, 8).half(), torch.ones(3, len(EDITS), 8, 8).bool())
     return train_editor.Trainer(settings, vae, train_editor.tokenise(tmp_path / "editor")), [data]
 
@@ -105,19 +105,20 @@ def test_noised_pictures_from_before_the_edit_tell_nothing_of_it(tmp_path):
 
 @pytest.mark.parametrize("samples", [0, 10**6])
 def test_pointing_comes_first(tmp_path, samples):
-    trainer, data = small_trainer(tmp_path, grounding_samples=samples)
+    trainer, data = small_trainer(tmp_path, batch_scenes=2, grounding_samples=samples)
     before = [p.detach().clone() for p in (trainer.unet.conv_out.weight, trainer.pointer.weight)]
     trainer.train_step(data, 1.0)
     assert torch.equal(before[0], trainer.unet.conv_out.weight) == (samples > 0)
     assert not torch.equal(before[1], trainer.pointer.weight)
 
 
+@pytest.mark.slow
 def test_training_resumes_where_it_stopped(tmp_path):
-    first, data = small_trainer(tmp_path)
+    first, data = small_trainer(tmp_path, batch_scenes=2)
     first.train_step(data, 1.0)
     first.save(tmp_path / "state.pt")
     expected = first.train_step(data, 1.0)
-    second, _ = small_trainer(tmp_path)
+    second, _ = small_trainer(tmp_path, batch_scenes=2)
     second.load(tmp_path / "state.pt")
     assert second.train_step(data, 1.0) == pytest.approx(expected, rel=1e-3)
 
