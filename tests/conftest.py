@@ -4,10 +4,14 @@ import json
 import math
 import os
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# The suite runs in two workers; torch's own threads would only get into each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -19,7 +23,32 @@ from PIL import Image
 settings.register_profile("wys", deadline=None)
 settings.load_profile("wys")
 
+SMALL_FIELD = {
+    "num_levels": 3,
+    "max_res": 32,
+    "log2_hashmap_size": 8,
+    "hidden_dim": 8,
+    "hidden_dim_color": 8,
+    "implementation": "torch",
+}
 WORDS = "a the make turn paint give it bear ball block hat red blue green panda polar snow night into of photo".split()
+
+
+def run_wys(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    """Runs the `wys` command in this process."""
+    from wys_nerfstudio import cli
+
+    monkeypatch.setattr(sys, "argv", ["wys", *map(str, arguments)])
+    cli.entrypoint()
+
+
+def sentence_of(refused: Callable[[], object]) -> str:
+    """The one sentence with which a command ends."""
+    with pytest.raises(SystemExit) as stopped:
+        refused()
+    sentence = str(stopped.value.code)
+    assert sentence.startswith("wys: ") and "\n" not in sentence
+    return sentence
 
 
 def build_editor_folder(folder: Path, *, prediction_type: str = "epsilon", in_channels: int = 8, seed: int = 0) -> Path:

@@ -1,13 +1,13 @@
 """`wys edit-image` through its command line: the files it leaves, and what it refuses before an editor is loaded."""
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_wys, sentence_of
 from PIL import Image
 
 from wys_nerfstudio import __version__, cli, image_edits
@@ -34,16 +34,11 @@ def pixels_of(path: Path) -> np.ndarray:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["wys", "edit-image", *map(str, arguments)])
-    cli.entrypoint()
+    run_wys(monkeypatch, "edit-image", *arguments)
 
 
 def refusal(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, *arguments)
-    sentence = str(stopped.value.code)
-    assert sentence.startswith("wys: ") and "\n" not in sentence
-    return sentence
+    return sentence_of(lambda: run(monkeypatch, *arguments))
 
 
 @pytest.fixture

@@ -175,6 +175,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", disk], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_leaves_it_whole(small_disk, scene, editor_folder, whole, monkeypatch):
     command, ballast = Command(scene, editor_folder, small_disk / "out", monkeypatch), small_disk / "ballast"
 
@@ -204,6 +205,7 @@ def test_a_truncated_newest_checkpoint_costs_the_steps_since_the_one_before_it(c
     assert "could not be read" in said and "The one before it is used." in said and "Resuming at step 9" in said
 
 
+@pytest.mark.slow
 def test_edits_follow_one_another_and_every_earlier_state_can_be_brought_back(
     scene, editor_folder, whole, tmp_path, monkeypatch
 ):
@@ -247,6 +249,7 @@ def test_edits_follow_one_another_and_every_earlier_state_can_be_brought_back(
     assert all(torch.equal(captured[0][key], captured[1][key]) for key in whole)
 
 
+@pytest.mark.slow
 def test_twenty_kills_at_seeded_moments_change_nothing(tmp_path):
     script = Path(__file__).parent / "benchmarks" / "kills.py"
     arguments = ["--kills", "20", "--seed", "1", "--output", tmp_path]

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import as_blender_scene, as_colmap_scene, write_ring_scene
+from conftest import as_blender_scene, as_colmap_scene, run_wys, write_ring_scene
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from wys_nerfstudio import cli
 from wys_nerfstudio.checkpoint import find_checkpoint, read_checkpoint, register_safe_globals
 
 register_safe_globals()
+pytestmark = pytest.mark.slow
 
 SMALL_MODEL = [
     "--pipeline.model.num-nerf-samples-per-ray=8",
@@ -206,8 +206,7 @@ def test_export_needs_no_editor(finished_run: Path, tmp_path: Path) -> None:
 
 def test_compare_puts_runs_beside_each_other(finished_run: Path, tmp_path: Path, monkeypatch) -> None:
     again = shutil.copytree(finished_run, tmp_path / "again")
-    monkeypatch.setattr(sys, "argv", ["wys", "compare", str(finished_run), str(again), "-o", str(tmp_path / "out")])
-    cli.entrypoint()
+    run_wys(monkeypatch, "compare", finished_run, again, "-o", tmp_path / "out")
     figures = list(json.loads((tmp_path / "out" / "comparison.json").read_text())["figures"].values())
     assert len(figures) == 2 and figures[0] == figures[1] and figures[0]["edit_psnr"] > 0
     for picture in ("contact_sheet.png", "chart.png", "relevance_A.png", "relevance_B.png"):
@@ -215,8 +214,7 @@ def test_compare_puts_runs_beside_each_other(finished_run: Path, tmp_path: Path,
 
 
 def test_compare_shows_the_relevance_field_of_a_single_run(finished_run: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["wys", "compare", str(finished_run), "-o", str(tmp_path / "out")])
-    cli.entrypoint()
+    run_wys(monkeypatch, "compare", finished_run, "-o", tmp_path / "out")
     sheet = np.asarray(Image.open(tmp_path / "out" / "relevance_A.png").convert("RGB")).astype(int)
     # Four columns of cells with a gap of four pixels: captured, render, relevance field, overlay.
     cells = np.split(sheet[18 : 18 + 160, 4:], 4, axis=1)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import SMALL_FIELD
 from nerfstudio.cameras.rays import Frustums, RaySamples
 from nerfstudio.field_components.field_heads import FieldHeadNames
 from nerfstudio.field_components.spatial_distortions import SceneContraction
@@ -10,14 +11,9 @@ from nerfstudio.fields.nerfacto_field import NerfactoField
 from wys_nerfstudio.field import WysField
 
 SIZES = {
-    "num_levels": 3,
-    "max_res": 32,
-    "log2_hashmap_size": 8,
-    "hidden_dim": 8,
-    "hidden_dim_color": 8,
+    **SMALL_FIELD,
     "appearance_embedding_dim": 4,
     "use_average_appearance_embedding": True,
-    "implementation": "torch",
 }
 AABB = torch.tensor([[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0]])
 VIEWS = 5

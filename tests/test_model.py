@@ -3,6 +3,7 @@
 import matplotlib
 import pytest
 import torch
+from conftest import SMALL_FIELD
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.cameras.rays import RayBundle
@@ -16,11 +17,7 @@ from wys_nerfstudio.schedule import Phase
 VIEWS = 4
 HEIGHT, WIDTH = 12, 16
 SIZES = {
-    "num_levels": 3,
-    "max_res": 32,
-    "log2_hashmap_size": 8,
-    "hidden_dim": 8,
-    "hidden_dim_color": 8,
+    **SMALL_FIELD,
     "appearance_embed_dim": 4,
     "num_proposal_samples_per_ray": (12, 8),
     "num_nerf_samples_per_ray": 6,
@@ -28,7 +25,6 @@ SIZES = {
         {"hidden_dim": 8, "log2_hashmap_size": 8, "num_levels": 2, "max_res": 16, "use_linear": False},
         {"hidden_dim": 8, "log2_hashmap_size": 8, "num_levels": 2, "max_res": 32, "use_linear": False},
     ],
-    "implementation": "torch",
     "background_color": "black",
 }
 INPUTS = pytest.mark.parametrize("relevance_input", ["geometry", "geometry+position", "hashgrid"])

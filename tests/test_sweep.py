@@ -2,15 +2,15 @@
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_wys, sentence_of
 from PIL import Image
 
-from wys_nerfstudio import cli, sweep
+from wys_nerfstudio import sweep
 from wys_nerfstudio.clip import load_clip
 from wys_nerfstudio.editing import LocalEditSettings, edit_image, load_editor
 from wys_nerfstudio.image_files import read_picture
@@ -41,16 +41,11 @@ def quick(editor_folder: Path, clip_folder: Path) -> list[str]:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["wys", "sweep", *map(str, arguments)])
-    cli.entrypoint()
+    run_wys(monkeypatch, "sweep", *arguments)
 
 
 def refusal(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, *arguments)
-    sentence = str(stopped.value.code)
-    assert sentence.startswith("wys: ") and "\n" not in sentence
-    return sentence
+    return sentence_of(lambda: run(monkeypatch, *arguments))
 
 
 def table(folder: Path) -> list[dict[str, str]]:

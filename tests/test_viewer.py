@@ -21,7 +21,10 @@ from wys_nerfstudio.demo.scene import write_demo_scene
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine"),
+]
 
 STEPS = ["--pipeline.reconstruct-steps=150", "--pipeline.localize-steps=60", "--pipeline.edit-steps=11"]
 

@@ -1,15 +1,14 @@
 """The toy world's CLIP: small, loaded by its name, and it means something on scenes that it has never seen."""
 
 import csv
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_wys
 from transformers import CLIPModel
 
-from wys_nerfstudio import cli
 from wys_nerfstudio.clip import load_clip
 from wys_nerfstudio.demo import train_clip
 from wys_nerfstudio.demo.instructions import BY_SLUG, EDITS
@@ -46,6 +45,7 @@ def test_it_knows_every_word_of_every_caption() -> None:
                 clip.embed_texts([text])
 
 
+@pytest.mark.slow
 def test_it_understands_held_out_scenes(pictures: np.ndarray) -> None:
     figures = train_clip.evaluate(load_clip("embedded"), pictures)
     assert figures["mean_accuracy"] > 0.5, "chance is 1 in 15"
@@ -81,6 +81,7 @@ def test_loss_is_the_cross_entropy_over_distinct_captions() -> None:
     assert loss == pytest.approx(float(wanted), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_training_learns(pictures: np.ndarray, tmp_path: Path, monkeypatch) -> None:
     torch.manual_seed(0)
     write_tokenizer(tmp_path, train_clip.words(), train_clip.TOKENS)
@@ -99,8 +100,7 @@ def test_training_learns(pictures: np.ndarray, tmp_path: Path, monkeypatch) -> N
 
 
 def test_demo_pictures_are_held_out_and_each_has_something_to_change(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["wys", "demo-pictures", str(tmp_path), "--count", "3"])
-    cli.entrypoint()
+    run_wys(monkeypatch, "demo-pictures", tmp_path, "--count", 3)
     with (tmp_path / "list.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 and len(list(tmp_path.glob("*.png"))) == 3

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wys_nerfstudio.demo import train_editor
+from wys_nerfstudio.demo import editor_data, train_editor
 from wys_nerfstudio.demo.instructions import BY_SLUG, EDITS, LOCAL_KINDS
 from wys_nerfstudio.demo.networks import Networks, build_unet_and_text_encoder, build_vae, load_tokenizer, write_editor
 from wys_nerfstudio.demo.optimizers import MuonAndAdamW
@@ -43,19 +43,19 @@ def test_tokenizer_knows_every_word(tmp_path):
 
 
 def test_pairs_contrast_ball_and_block():
-    pairs = train_editor.draw_pairs(400, torch.Generator().manual_seed(0))
+    pairs = editor_data.draw_pairs(400, torch.Generator().manual_seed(0))
     slugs = [(EDITS[a].slug, EDITS[b].slug) for a, b in pairs.tolist()]
     contrast = [(a, b) for a, b in slugs if a.startswith("ball") and b == a.replace("ball", "block")]
     assert 0.25 < len(contrast) / len(slugs) < 0.45
     assert {s for pair in slugs for s in pair} == set(BY_SLUG)
 
 
-def small_trainer(tmp_path, **options):
+def small_trainer(tmp_path, batch_scenes=8, **options):
     vae = build_vae()
     write_editor(tmp_path / "editor", Networks(build_unet_and_text_encoder()[0], vae, build_unet_and_text_encoder()[1]))
-    settings = train_editor.Options(tmp_path, batch_scenes=8, **options)
-    data = train_editor.Latents(torch.randn(3, len(EDITS), 4, 8, 8).half(), torch.ones(3, len(EDITS), 8, 8).bool())
-    return train_editor.Trainer(settings, vae, train_editor.tokenise(tmp_path / "editor")), [data]
+    settings = train_editor.Options(tmp_path, batch_scenes=batch_scenes, **options)
+    data = editor_data.Latents(torch.randn(3, len(EDITS), 4, 8, 8).half(), torch.ones(3, len(EDITS), 8, 8).bool())
+    return train_editor.Trainer(settings, vae, editor_data.tokenise(tmp_path / "editor")), [data]
 
 
 @pytest.mark.parametrize("meaning", ["no change", "edit"])
@@ -105,19 +105,20 @@ def test_noised_pictures_from_before_the_edit_tell_nothing_of_it(tmp_path):
 
 @pytest.mark.parametrize("samples", [0, 10**6])
 def test_pointing_comes_first(tmp_path, samples):
-    trainer, data = small_trainer(tmp_path, grounding_samples=samples)
+    trainer, data = small_trainer(tmp_path, batch_scenes=2, grounding_samples=samples)
     before = [p.detach().clone() for p in (trainer.unet.conv_out.weight, trainer.pointer.weight)]
     trainer.train_step(data, 1.0)
     assert torch.equal(before[0], trainer.unet.conv_out.weight) == (samples > 0)
     assert not torch.equal(before[1], trainer.pointer.weight)
 
 
+@pytest.mark.slow
 def test_training_resumes_where_it_stopped(tmp_path):
-    first, data = small_trainer(tmp_path)
+    first, data = small_trainer(tmp_path, batch_scenes=2)
     first.train_step(data, 1.0)
     first.save(tmp_path / "state.pt")
     expected = first.train_step(data, 1.0)
-    second, _ = small_trainer(tmp_path)
+    second, _ = small_trainer(tmp_path, batch_scenes=2)
     second.load(tmp_path / "state.pt")
     assert second.train_step(data, 1.0) == pytest.approx(expected, rel=1e-3)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wys_nerfstudio.demo import instructions, world
+from wys_nerfstudio.demo import instructions, tracer, world
 from wys_nerfstudio.demo.training_data import render_edits
 
 
@@ -57,7 +57,7 @@ def slow_hit(scene, origin, direction):
 @pytest.mark.parametrize("seed", [world.TEST_SEEDS[5], world.TEST_SEEDS[6]])
 def test_hits_equal_a_slow_twin(seed):
     scene, camera = scene_and_camera([seed], 12, 8)
-    picture = world.render(scene, camera, samples=1)
+    picture = tracer.render(scene, camera, samples=1)
     pose, focal = camera.pose[0], camera.focal[0].item()
     for y in range(8):
         for x in range(12):
@@ -73,7 +73,7 @@ def test_the_ball_is_where_the_projection_says():
     # From the side away from bear and block, so that nothing hides it.
     away = torch.nn.functional.normalize(centre - scene.centre() * torch.tensor([1.0, 1.0, 0.0]), dim=-1)
     camera = world.look_at(centre + 2 * away, centre, torch.tensor([math.radians(45)]), 96, 96)
-    picture = world.render(scene, camera, samples=1)
+    picture = tracer.render(scene, camera, samples=1)
     ball = picture.objects[0] == world.OBJECTS.index("ball")
     ys, xs = torch.nonzero(ball, as_tuple=True)
     assert abs(xs.float().mean() - 47.5) < 0.6 and abs(ys.float().mean() - 47.5) < 0.6
@@ -88,7 +88,7 @@ def test_views_agree_on_what_they_both_see():
         world.look_at(target + torch.tensor([offset]), target, torch.tensor([0.8]), 120, 96)
         for offset in ([2.5, 0.4, 1.2], [2.4, 0.9, 1.3])
     )
-    one, other = world.render(scene, first, 1), world.render(scene, second, 1)
+    one, other = tracer.render(scene, first, 1), tracer.render(scene, second, 1)
     y, x = torch.meshgrid(torch.arange(96), torch.arange(120), indexing="ij")
     local = torch.stack([(x + 0.5 - 60), (48 - y - 0.5), -first.focal * torch.ones_like(x)], -1) / first.focal
     points = first.pose[0, :, 3] + (local * one.depth[0, ..., None]) @ first.pose[0, :, :3].T
@@ -118,10 +118,10 @@ def test_a_scene_depends_on_its_seed_alone(offset, count):
 
 def test_batches_equal_single_renders():
     scene, camera = scene_and_camera(world.TEST_SEEDS[:3])
-    batch = world.render(scene, camera)
+    batch = tracer.render(scene, camera)
     for i in range(3):
         one = world.Camera(camera.pose[i : i + 1], camera.focal[i : i + 1], camera.width, camera.height)
-        assert torch.allclose(world.render(scene[i : i + 1], one).rgb[0], batch.rgb[i], atol=1e-5)
+        assert torch.allclose(tracer.render(scene[i : i + 1], one).rgb[0], batch.rgb[i], atol=1e-5)
 
 
 def test_splits_share_no_seed():
@@ -132,12 +132,12 @@ def test_splits_share_no_seed():
 
 def test_recolourings_change_their_object_and_nothing_else():
     scene, camera = scene_and_camera(world.TEST_SEEDS[:6], 40, 32)
-    before = world.render(scene, camera, samples=1)
+    before = tracer.render(scene, camera, samples=1)
     for edit in instructions.EDITS:
         if edit.kind not in ("recolour", "turn-into"):
             continue
-        after = world.render(instructions.apply(edit, scene), camera, samples=1)
-        changed = (world.to_bytes(after.rgb) != world.to_bytes(before.rgb)).any(-1)
+        after = tracer.render(instructions.apply(edit, scene), camera, samples=1)
+        changed = (tracer.to_bytes(after.rgb) != tracer.to_bytes(before.rgb)).any(-1)
         named = before.objects == world.OBJECTS.index(edit.target)
         assert not (changed & ~named).any()
         assert torch.equal(before.depth, after.depth)
@@ -147,9 +147,9 @@ def test_recolourings_change_their_object_and_nothing_else():
 
 def test_add_ons_change_only_what_they_cover():
     scene, camera = scene_and_camera(world.TEST_SEEDS[:6], 40, 32)
-    before = world.render(scene, camera, samples=1)
+    before = tracer.render(scene, camera, samples=1)
     for slug in ("hat", "sunglasses"):
-        after = world.render(instructions.apply(instructions.BY_SLUG[slug], scene), camera, samples=1)
+        after = tracer.render(instructions.apply(instructions.BY_SLUG[slug], scene), camera, samples=1)
         covered = after.objects == world.OBJECTS.index(slug)
         assert covered.any()
         assert torch.equal(after.rgb[~covered], before.rgb[~covered])
@@ -159,9 +159,9 @@ def test_no_change_changes_nothing_and_all_edits_share_one_trace():
     scene, camera = scene_and_camera(world.TEST_SEEDS[:2])
     pictures = render_edits(scene, camera)
     for number, edit in enumerate(instructions.EDITS):
-        alone = world.to_bytes(world.render(instructions.apply(edit, scene), camera).rgb)
+        alone = tracer.to_bytes(tracer.render(instructions.apply(edit, scene), camera).rgb)
         assert torch.equal(pictures[:, number], alone)
-    assert torch.equal(pictures[:, -1], world.to_bytes(world.render(scene, camera).rgb))
+    assert torch.equal(pictures[:, -1], tracer.to_bytes(tracer.render(scene, camera).rgb))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """What can be asked of the toy world: the edits, their wordings and captions, and what each does to a scene.
 
-Here: the list of edits and their ground truth. Not here: geometry and pictures (`world.py`).
+Here: the list of edits and their ground truth. Not here: geometry (`world.py`) and pictures (`tracer.py`).
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """The demo scene: one toy scene seen from all round, in nerfstudio's format, with the ground truth of every edit.
 
-Here: which views there are, and the files. Not here: how a view is rendered (`world.py`). Nothing under `ground_truth/` is
+Here: which views there are, and the files. Not here: how a view is rendered (`tracer.py`). Nothing under `ground_truth/` is
 read by training; it is there to measure what training has done.
 """
 

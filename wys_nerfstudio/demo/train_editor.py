@@ -2,7 +2,8 @@
 
 Stages: render the toy world, train the autoencoder, encode the pictures, train text encoder and UNet together. Every
 stage leaves its result in OUT/work and is skipped when it is there; the last stage goes on from its checkpoint. OUT/editor
-is a complete editor from the first export on, swapped in whole. Not here: the held-out figures (`evaluate_editor.py`).
+is a complete editor from the first export on, swapped in whole. Not here: what its batches are drawn from (`editor_data.py`)
+and the held-out figures (`evaluate_editor.py`).
 
 How it differs from InstructPix2Pix's recipe: a dropped instruction is trained towards "no change", not towards the edit.
 The difference of the two predictions is then exactly the edit, which is what a relevance map measures. And the UNet
@@ -28,12 +29,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wys_nerfstudio import metrics, relevance
+from wys_nerfstudio.demo.editor_data import INDEX, NO_CHANGE, Latents, draw_pairs, load_latents, tokenise
 from wys_nerfstudio.demo.instructions import BY_SLUG, EDITS, LOCAL_KINDS
 from wys_nerfstudio.demo.networks import (
     Networks,
     build_scheduler,
     build_unet_and_text_encoder,
-    load_tokenizer,
     words,
     write_editor,
     write_tokenizer,
@@ -41,12 +42,9 @@ from wys_nerfstudio.demo.networks import (
 from wys_nerfstudio.demo.optimizers import MuonAndAdamW
 from wys_nerfstudio.demo.train_vae import encode_data_set, train_vae
 from wys_nerfstudio.demo.training_data import render_data_set
-from wys_nerfstudio.demo.world import NAMED_COLOURS, TRAIN_SEEDS, VALIDATION_SEEDS
+from wys_nerfstudio.demo.world import TRAIN_SEEDS, VALIDATION_SEEDS
 
-INDEX = {edit.slug: number for number, edit in enumerate(EDITS)}
-NO_CHANGE = INDEX["no-change"]
 OBJECT_EDITS = [[INDEX[edit.slug] for edit in EDITS if edit.target == target] for target in ("ball", "block", "bear")]
-ENDINGS = ("", "", ".", "!")
 MAX_TIMESTEP = 1000
 FROM_BEFORE_TIMESTEP = 400
 POINTING_WEIGHT = 2.0
@@ -84,51 +82,6 @@ class Options:
     """AdamW's learning rate, for the rest."""
     report_every: int = 8000
     """Samples between two looks at the validation scenes, each with an export."""
-
-
-@dataclass
-class Latents:
-    """The encoded data set of one picture size."""
-
-    codes: Float[Tensor, "scenes edits 4 h w"]
-    """Unscaled latents, fp16; the last edit is the picture before."""
-    changed: Bool[Tensor, "scenes edits h w"]
-    """Whether any pixel under a latent changes."""
-
-
-def load_latents(pictures: Path, codes: Path) -> Latents:
-    """Latents and latent-sized change masks of one picture size, the mirrored scenes last."""
-    raw = np.load(pictures, mmap_mode="c")
-    different = [torch.from_numpy((views != views[NO_CHANGE]).any(-1)).float() for views in raw]
-    changed = torch.stack([F.max_pool2d(mask, 4).bool() for mask in different])
-    return Latents(torch.from_numpy(np.load(codes)), torch.cat([changed, changed.flip(-1)]))
-
-
-def draw_pairs(count: int, generator: torch.Generator) -> Int[Tensor, "count 2"]:
-    """Two edits per scene. Every third pair gives ball and block the same colour: only the named object differs."""
-    colours = list(NAMED_COLOURS)
-    others = [INDEX[s] for s in ("panda", "polar-bear", "hat", "hat", "sunglasses", "sunglasses", "snow", "night")]
-    others += [NO_CHANGE, -1, -1]
-    pairs = []
-    for kind, first, second, colour, colour2 in torch.rand(count, 5, generator=generator).tolist():
-        contrast = colours[int(colour * 4)]
-        recolour = INDEX[f"{'ball' if colour2 < 0.5 else 'block'}-{contrast}"]
-        if kind < 0.35:
-            pairs.append((INDEX[f"ball-{contrast}"], INDEX[f"block-{contrast}"]))
-        else:
-            picks = [others[int(u * len(others))] for u in (first, second)]
-            pairs.append(tuple(recolour if pick < 0 else pick for pick in picks))
-    return torch.tensor(pairs)
-
-
-def tokenise(folder: Path) -> list[Int[Tensor, "variants tokens"]]:
-    """Tokens of all wordings and endings, one stack per edit, and last those of the empty instruction."""
-    tokenizer = load_tokenizer(folder)
-    texts = [[wording + end for wording in edit.wordings for end in ENDINGS] for edit in EDITS]
-    return [
-        torch.tensor(tokenizer(text, padding="max_length", max_length=tokenizer.model_max_length).input_ids)
-        for text in [*texts, [""]]
-    ]
 
 
 @dataclass

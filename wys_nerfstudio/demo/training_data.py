@@ -11,7 +11,8 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from wys_nerfstudio.demo.instructions import EDITS, apply
-from wys_nerfstudio.demo.world import Camera, Scene, sample_cameras, sample_scenes, shade, to_bytes, trace
+from wys_nerfstudio.demo.tracer import shade, to_bytes, trace
+from wys_nerfstudio.demo.world import Camera, Scene, sample_cameras, sample_scenes
 
 SIZES = ((80, 64, 0.72), (64, 80, 0.14), (64, 64, 0.08), (96, 72, 0.06))
 """Width, height and share of the training scenes."""
