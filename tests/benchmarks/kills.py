@@ -177,8 +177,7 @@ def different(first: Any, second: Any, where: str = "") -> list[str]:
 def contents(run_folder: Path) -> dict[str, Any]:
     """Everything that a run leaves and that must be the same: files by name, and as what they hold."""
     found: dict[str, Any] = {}
-    # The two newest: killed between the last checkpoint and the removal of an older one, a run is through, and keeps that one.
-    paths = [*sorted(run_folder.glob("nerfstudio_models/*"))[-2:], *run_folder.glob("wys/**/*")]
+    paths = [*run_folder.glob("nerfstudio_models/*"), *run_folder.glob("wys/**/*")]
     for path in (path for path in paths if path.is_file() and not path.name.endswith(".partial")):
         name = str(path.relative_to(run_folder))
         if path.suffix == ".ckpt":
