@@ -151,9 +151,9 @@ class Controls(ViewerElement[None]):
 
     # ------------------------------------------------------------------------------------------- from the training loop
 
-    def take(self) -> list[Request]:
-        """What was asked for since the last call."""
-        return [self.requests.get() for _ in range(self.requests.qsize())]
+    def take(self) -> Optional[Request]:
+        """What was asked for first and has not been taken yet, if anything."""
+        return None if self.requests.empty() else self.requests.get()
 
     def show_status(self, text: str) -> None:
         """Shows Markdown in the status line."""

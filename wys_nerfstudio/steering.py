@@ -78,7 +78,7 @@ class Steering:
             step: The step that has just been trained.
         """
         controls = self.pipeline.controls
-        for request in from_first(controls.take):
+        while (request := from_first(controls.take)) is not None:
             # A big picture is drawn for seconds with the lock held; drawing it anew lets the request in between.
             self._run.redraw()
             with self._run.train_lock:
