@@ -68,10 +68,11 @@ CHECKS = {
 
 
 def why(text: str) -> str:
-    """The line of an output that says what went wrong: the last one that names an error, or the last one."""
-    lines = [line.strip(" ×│╰─▶\t") for line in text.splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"error|failed|because|no solution", line, re.IGNORECASE)]
-    return (telling or lines or ["no output"])[-1][:160].replace("|", "/")
+    """The line of an output that says what went wrong: uv's first reason, or the last line that names an error."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    reasons = [line for line in lines if "Because" in line]
+    errors = [line for line in lines if re.search("error|failed", line, re.IGNORECASE)]
+    return (reasons[:1] or errors[-1:] or lines[-1:] or ["no output"])[0][:200].replace("|", "/")
 
 
 def run(command: str, folder: Path, log: Path, environment: Optional[Path] = None) -> tuple[bool, str]:
@@ -81,7 +82,7 @@ def run(command: str, folder: Path, log: Path, environment: Optional[Path] = Non
         Whether it ended with 0, and what it printed, which goes to the log, too.
     """
     variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    variables |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    variables |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     if environment is not None:
         variables |= {"VIRTUAL_ENV": str(environment), "PATH": f"{environment}/bin:{os.environ['PATH']}"}
     done = subprocess.run(

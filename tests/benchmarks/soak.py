@@ -310,9 +310,11 @@ def draw(samples: Sequence[Sample], path: Path) -> None:
     figure, axes = pyplot.subplots(3, 1, sharex=True, figsize=(7, 5), layout="constrained")
     rows = (("memory", "resident MiB"), ("threads", "threads"), ("files", "open files"))
     for axis, (name, label) in zip(axes, rows):
-        axis.plot([sample.step for sample in samples], [getattr(sample, name) for sample in samples], linewidth=0.8)
+        values = [getattr(sample, name) for sample in samples]
+        axis.plot([sample.step for sample in samples], values, linewidth=0.8)
         axis.axvline(WARM_UP * samples[-1].step, color="grey", linestyle=":")
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.2 * max(values))
+        axis.yaxis.get_major_locator().set_params(integer=True)
         axis.set_ylabel(label)
     axes[-1].set_xlabel("step (dotted: end of warm-up)")
     figure.savefig(path, dpi=90)
