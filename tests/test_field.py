@@ -85,6 +85,32 @@ def test_density_and_radiance_are_nerfactos_bit_for_bit(relevance_input, trainin
     assert float(result.detach().std()) > 1e-3
 
 
+def test_gradients_are_nerfactos_and_places_get_one_only_if_rays_are_to_move():
+    field = build()
+    theirs = nerfacto_with_our_weights(field)
+    gradients = []
+    for each in (field, theirs):
+        rays = samples()
+        rays.frustums.origins = rays.frustums.origins.clone().requires_grad_()
+        density, features = each.get_density(rays)
+        (density.sum() + features.square().sum()).backward()
+        gradients.append((rays.frustums.origins.grad, each.mlp_base.model[0].hash_table.grad))
+    for ours, their in zip(*gradients):
+        torch.testing.assert_close(ours, their, rtol=1e-4, atol=1e-6)
+        assert ours.any()
+    field.get_density(samples())
+    assert not field._sample_locations.requires_grad
+
+
+def test_a_scene_within_bounds_is_nerfactos_too():
+    field, theirs = build(), build(NerfactoField)
+    field.load_state_dict(theirs.state_dict(), strict=False)
+    for each in (field, theirs):
+        each.spatial_distortion = None
+    for ours, their in zip(field.get_density(samples()), theirs.get_density(samples())):
+        assert torch.equal(ours, their)
+
+
 def test_a_field_without_appearance_is_nerfactos_too():
     field, theirs = build(appearance_embedding_dim=0), build(NerfactoField, appearance_embedding_dim=0)
     field.load_state_dict(theirs.state_dict(), strict=False)

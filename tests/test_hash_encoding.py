@@ -90,5 +90,6 @@ def test_encodings_of_tiny_cuda_nn_stay() -> None:
 @pytest.mark.parametrize("size", [1 << 3, 1 << 19])
 def test_every_entry_is_of_its_own_level(size: int) -> None:
     _, fast = build(4, 4, 4096, size.bit_length() - 1, 2, 0)
-    entries = fast._entries((torch.rand(50, 4, 3) * 4096).int())
+    entries = fast._entries((torch.rand(3, 4, 50) * 4096).int())
+    assert entries.shape == (8, 4, 50)
     assert (entries // size == torch.arange(4)[:, None]).all()

@@ -9,6 +9,8 @@ from typing import Literal, Optional
 import torch
 from jaxtyping import Float, Shaped
 from nerfstudio.cameras.rays import RaySamples
+from nerfstudio.data.scene_box import SceneBox
+from nerfstudio.field_components.activations import trunc_exp
 from nerfstudio.field_components.encodings import NeRFEncoding
 from nerfstudio.field_components.field_heads import FieldHeadNames
 from nerfstudio.field_components.mlp import MLP
@@ -94,6 +96,21 @@ class WysField(NerfactoField):
         else:
             inputs = self.mlp_base.model[0](positions).detach()
         return self.mlp_relevance(inputs).view(*shape, 1)
+
+    def get_density(self, ray_samples: RaySamples) -> tuple[Float[Tensor, "*bs 1"], Float[Tensor, "*bs features"]]:
+        """Density and geometry features of samples, as nerfacto has them. Nerfacto also has the encodings compute gradients
+        at the samples' places, for normals, which are not supported here; without them their backward pass is half the work."""
+        positions = ray_samples.frustums.get_positions()
+        if self.spatial_distortion is None:
+            positions = SceneBox.get_normalized_positions(positions, self.aabb)
+        else:
+            positions = (self.spatial_distortion(positions) + 2) / 4
+        inside = ((positions > 0) & (positions < 1)).all(dim=-1, keepdim=True)
+        self._sample_locations = positions * inside
+        base = self.mlp_base(self._sample_locations.view(-1, 3)).view(*positions.shape[:-1], -1)
+        before_activation, features = base.split([1, self.geo_feat_dim], dim=-1)
+        density = self.average_init_density * trunc_exp(before_activation.to(positions))
+        return density * inside, features
 
     def get_outputs(
         self, ray_samples: RaySamples, density_embedding: Optional[Tensor] = None

@@ -4,8 +4,13 @@ Where tiny-cuda-nn is not installed, most of a training step is spent in this en
 eight corners anew, in 64 bits with a division, and keeps every partial sum for the backward pass. Here a corner's hash is put
 together from one product per axis and side, in 32 bits (only the lowest bits count, as tables have a power of two of
 entries), and the backward pass knows just entries and weights.
+
+Samples are the last axis of every tensor and features are looked up one after the other: long rows are what a CPU adds,
+multiplies and copies fast, and rows of two features or eight corners are not.
 """
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,36 +35,38 @@ class FastHashEncoding(HashEncoding):
         Returns:
             Features of all levels, one level after the other.
         """
-        scaled = in_tensor[..., None, :] * self.scalings.view(-1, 1).to(in_tensor.device)
+        axes = in_tensor.reshape(-1, 3).t().contiguous()
+        scaled = axes[:, None] * self.scalings.view(-1, 1).to(axes.device)
         low = scaled.detach().floor()
-        index = self._entries(low.int()).view(-1, 8)
-        weights = _corner_weights(scaled - low).view(-1, 8)
+        index = self._entries(low.int())
+        weights = _corner_weights(scaled - low)
         with torch.autocast(in_tensor.device.type, enabled=False):  # a lookup gains nothing from half precision
             features = _WeightedLookup.apply(self.hash_table, index, weights.float())
-        return features.view(*in_tensor.shape[:-1], self.num_levels * self.features_per_level)  # type: ignore
+        width = self.num_levels * self.features_per_level
+        return features.permute(2, 1, 0).reshape(*in_tensor.shape[:-1], width)  # type: ignore
 
-    def _entries(self, low: Int[Tensor, "*bs levels 3"]) -> Int[Tensor, "*bs levels 8"]:
+    def _entries(self, low: Int[Tensor, "3 levels samples"]) -> Int[Tensor, "8 levels samples"]:
         """Entries of the corners of cells; the upper side of an axis counts 4 for x, 2 for y, 1 for z."""
-        primes = torch.tensor(PRIMES, dtype=torch.int32, device=low.device)
+        primes = torch.tensor(PRIMES, dtype=torch.int32, device=low.device).view(3, 1, 1)
         near = low * primes
-        x, y, z = (torch.stack(sides, dim=-1) for sides in zip(near.unbind(-1), (near + primes).unbind(-1)))
-        hashed = (x[..., :, None, None] ^ y[..., None, :, None] ^ z[..., None, None, :]).flatten(-3)
-        return hashed.bitwise_and_(self.hash_table_size - 1) + self.hash_offset.int().to(low.device)[:, None]
+        x, y, z = torch.stack([near, near + primes], dim=1)
+        hashed = ((x[:, None] ^ y)[:, :, None] ^ z).flatten(0, 2)
+        return hashed.bitwise_and_(self.hash_table_size - 1).add_(self.hash_offset.int().to(low.device)[:, None])
 
 
-def _corner_weights(offset: Float[Tensor, "*bs levels 3"]) -> Float[Tensor, "*bs levels 8"]:
+def _corner_weights(offset: Float[Tensor, "3 levels samples"]) -> Float[Tensor, "8 levels samples"]:
     """Weights of the corners of cells, in the order of `FastHashEncoding._entries`."""
-    x, y, z = (torch.stack(sides, dim=-1) for sides in zip((1 - offset).unbind(-1), offset.unbind(-1)))
-    return (x[..., :, None, None] * y[..., None, :, None] * z[..., None, None, :]).flatten(-3)
+    x, y, z = torch.stack([1 - offset, offset], dim=1)
+    return ((x[:, None] * y)[:, :, None] * z).flatten(0, 2)
 
 
 class _WeightedLookup(torch.autograd.Function):
-    """sum_i weights[n, i] table[index[n, i]]"""
+    """sum_i weights[i, l, n] table[index[i, l, n], f], as (f, l, n)"""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(table, index, weights)
-        return torch.bmm(weights[:, None], _look_up(table, index))[:, 0]
+        return torch.stack([values.mul_(weights).sum(0) for values in _look_up(table, index)])
 
     @staticmethod
     @once_differentiable
@@ -67,19 +74,21 @@ class _WeightedLookup(torch.autograd.Function):
         table, index, weights = ctx.saved_tensors
         of_table = of_weights = None
         if ctx.needs_input_grad[0]:
-            # One feature after the other: adding up rows of two is many times as slow on a CPU.
             of_table = torch.zeros(table.shape[::-1], dtype=table.dtype, device=table.device)
             entries = index.flatten().long()
-            for feature, part in enumerate(gradient.unbind(-1)):
-                of_table[feature].scatter_add_(0, entries, (weights * part[:, None]).flatten())
+            for sums, part in zip(of_table, gradient):
+                sums.scatter_add_(0, entries, (weights * part).flatten())
             of_table = of_table.t()
         if ctx.needs_input_grad[2]:
-            of_weights = torch.bmm(_look_up(table, index), gradient[..., None])[..., 0]
+            products = (values.mul_(part) for values, part in zip(_look_up(table, index), gradient))
+            of_weights = functools.reduce(torch.add, products)
         return of_table, None, of_weights
 
 
-def _look_up(table: Tensor, index: Tensor) -> Tensor:
-    return table.index_select(0, index.flatten()).view(*index.shape, table.shape[-1])
+def _look_up(table: Tensor, index: Tensor) -> Iterator[Tensor]:
+    """The entries' features, one after the other, each of the index's shape."""
+    for feature in table.t().contiguous():
+        yield feature.index_select(0, index.flatten()).view(index.shape)
 
 
 def speed_up_hash_encodings(module: nn.Module) -> None:
