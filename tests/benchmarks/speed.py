@@ -4,7 +4,8 @@ The other way is written out here as a slow twin, after that system's loop (for 
 release): one view at a time, always all diffusion steps, always three branches, sliced attention, single-precision weights
 (under autocast on a GPU), the condition encoded anew at every edit, a map at every visit, whole views rendered in train mode
 with all outputs, the edit between a step's forward and backward pass, nerfstudio's own torch hash encoding. Both ways use the same networks, views, seeds and
-settings; they take turns, and medians are compared.
+settings; they take turns, and medians are compared. On a CPU the process's CPU seconds are counted, which other work on the
+machine disturbs less than the clock's (OMP_NUM_THREADS=1 makes them those of an idle machine).
 
     wys demo-scene SCENE && ns-train wys-tiny --data SCENE --instruction "turn the bear into a panda" --vis tensorboard
     python tests/benchmarks/speed.py SCENE RUN/wys/captured.ckpt
@@ -167,14 +168,15 @@ def slow_map(
 def in_turns(work: str, slow: Callable[[int], None], ours: Callable[[int], None], repeats: int, views: int) -> Row:
     """Both ways once to warm up, then in turns; each is handed the number of its turn."""
     times: dict[Callable[[int], None], list[float]] = {slow: [], ours: []}
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     for turn in range(repeats + 1):
         for way in (slow, ours):
-            began = time.perf_counter()
+            began = clock()
             way(turn)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn > 0:
-                times[way].append((time.perf_counter() - began) / views)
+                times[way].append((clock() - began) / views)
     spread = [(min(t), statistics.median(t), max(t)) for t in times.values()]
     return Row(work, *spread)
 

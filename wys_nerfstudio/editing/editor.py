@@ -42,7 +42,12 @@ class Editor:
     @property
     def device(self) -> torch.device:
         """Where the networks are."""
-        return self.unet.device
+        return self._weight.device
+
+    @property
+    def _weight(self) -> Tensor:
+        # The UNet's first weight knows its device and precision; diffusers looks through the whole network for them.
+        return next(self.unet.parameters())
 
     @property
     def num_train_timesteps(self) -> int:
@@ -144,10 +149,10 @@ class Editor:
         Returns:
             Predicted noise, float32.
         """
-        inputs = torch.cat([latents, image_latents], dim=1).to(self.unet.dtype)
+        inputs = torch.cat([latents, image_latents], dim=1).to(self._weight.dtype)
         # A tensor, not a number: a number would be moved to the device once per call.
         timestep = torch.full((len(inputs),), t, device=inputs.device)
-        prediction = self._predict(inputs, timestep, text.to(self.unet.dtype)).float()
+        prediction = self._predict(inputs, timestep, text.to(self._weight.dtype)).float()
         if self.prediction_type == "v_prediction":
             return noise_from_velocity(prediction, latents.float(), self.alphas[t])
         return prediction

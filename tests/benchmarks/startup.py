@@ -1,0 +1,83 @@
+"""What the plugin adds to the start of nerfstudio's commands: with it, and as if it were not installed.
+
+Whether it is installed is what importlib.metadata lists; the child process that goes without takes this package's entry points
+out of that list and runs the same command. Both take turns; CPU seconds of whole processes, medians.
+
+    python tests/benchmarks/startup.py
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+LIMIT = 0.3
+"""Seconds that the plugin may add."""
+COMMANDS = (["--help"], ["nerfacto", "--help"])
+
+CHILD = """
+import importlib.metadata, sys
+if sys.argv.pop(1) == "without":
+    listed = importlib.metadata.entry_points
+    importlib.metadata.entry_points = lambda **query: importlib.metadata.EntryPoints(
+        point for point in listed(**query) if not point.value.startswith("wys_nerfstudio"))
+sys.argv[0] = "ns-train"
+try:
+    from nerfstudio.scripts.train import entrypoint
+    entrypoint()
+finally:
+    loaded = any(name.split(".")[0] == "wys_nerfstudio" for name in sys.modules)
+    heavy = [name for name in ("diffusers", "transformers") if name in sys.modules]
+    print("LOADED", loaded, *heavy, file=sys.stderr)
+"""
+
+
+@dataclass
+class Options:
+    """Options of the benchmark."""
+
+    repeats: int = 5
+    """Turns."""
+    output: Path = Path("startup.json")
+    """JSON to write; Markdown goes to the terminal."""
+
+
+def seconds_of(arguments: list[str], plugin: str) -> float:
+    """CPU seconds of a whole process, "with" the plugin or "without"."""
+    command = [sys.executable, "-W", "ignore", "-c", CHILD, plugin, *arguments]
+    before = os.times()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    after = os.times()
+    assert done.stderr.splitlines()[-1] == f"LOADED {plugin == 'with'}", done.stderr
+    assert ("wys-tiny" in done.stdout) == (plugin == "with" and arguments == ["--help"])
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
+def main(options: Options) -> None:
+    """Measures, prints the table and writes the JSON."""
+    rows: list[dict[str, Any]] = []
+    for arguments in COMMANDS:
+        times: dict[str, list[float]] = {"without": [], "with": []}
+        for _ in range(options.repeats):
+            for plugin, seen in times.items():
+                seen.append(seconds_of(arguments, plugin))
+        row = {plugin: (min(t), statistics.median(t), max(t)) for plugin, t in times.items()}
+        rows.append({"command": " ".join(["ns-train", *arguments]), **row, "added": row["with"][1] - row["without"][1]})
+    print("| command, CPU seconds | without the plugin | with it | added |\n|---|---|---|---|")
+    for row in rows:
+        cells = (f"{t[1]:.2f} ({t[0]:.2f} to {t[2]:.2f})" for t in (row["without"], row["with"]))
+        print(f"| `{row['command']}` | {' | '.join(cells)} | {row['added']:.2f} (at most {LIMIT}) |")
+    about = {"date": date.today().isoformat(), "hardware": platform.machine(), "python": platform.python_version()}
+    options.output.write_text(json.dumps(about | {"rows": rows}, indent=1), "utf8")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
