@@ -9,11 +9,22 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import field
+import mutations
 import speed
 import startup
 
 from wys_nerfstudio import schedule
 from wys_nerfstudio.editing import Editor, EditSettings, edit_images, load_editor, relevance_maps
+
+
+def test_every_fault_of_the_mutations_stands_once_in_its_module(tmp_path: Path) -> None:
+    package = mutations.ROOT / "wys_nerfstudio"
+    for fault in mutations.FAULTS:
+        copy = tmp_path / fault.module
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text((package / fault.module).read_text("utf8"), "utf8")
+        fault.apply(tmp_path)
+        compile(copy.read_text("utf8"), fault.module, "exec")
 
 
 @pytest.fixture(scope="module")

@@ -277,6 +277,14 @@ def test_wys_command_lists_its_subcommands() -> None:
     assert done.returncode == 0 and "demo" in done.stdout and "demo-scene" in done.stdout
 
 
+def test_the_wys_command_says_nothing_of_deprecations_in_nerfstudio(tmp_path: Path) -> None:
+    arguments = ["compare", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "wys_nerfstudio.cli", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and done.stderr.strip().startswith("wys: There is no config.yml")
+
+
 def test_demo_scene_of_an_impossible_size_is_refused_in_a_sentence(tmp_path: Path) -> None:
     arguments = ["demo-scene", str(tmp_path / "scene"), "--width", "50"]
     done = subprocess.run(

@@ -39,7 +39,8 @@ def commands(text: str) -> Iterator[str]:
             yield from (part.strip() for part in line.split("&&"))
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     for code in re.findall(r"`([^`]+)`", prose):
-        if re.match(r"(ns-[a-z-]+|wys|python|pytest) ", code):
+        if re.match(r"(ns-[a-z-]+|wys|python|pytest) \S+ ", code):
+            # A program and a subcommand alone are a name.
             yield from (part.strip() for part in " ".join(code.split()).split("&&"))
 
 

@@ -1,5 +1,6 @@
 """The `wys` command: what the method offers beside ns-train, one subcommand each."""
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Union
@@ -210,6 +211,9 @@ Command = Union[
 
 def entrypoint() -> None:
     """Entry point of the `wys` console script."""
+    # Deprecations inside nerfstudio and in its calls of torch, said while it is imported; its users can do nothing about them.
+    warnings.filterwarnings("ignore", module="nerfstudio")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit")
     command = tyro.cli(Command, prog="wys", description=__doc__)  # type: ignore
     try:
         command.main()

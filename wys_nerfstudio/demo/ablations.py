@@ -5,7 +5,6 @@ under given masks (G; here the true ones) and under nothing (Instruct-NeRF2NeRF)
 """
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,6 @@ def run_ablations(output: Path, instruction: str, seeds: int) -> None:
     """
     if seeds < 1:
         raise WysError(f"--seeds must be at least 1, not {seeds}.")
-    warnings.filterwarnings("ignore", module="nerfstudio")
     scene = output / "scene"
     if not (scene / "transforms.json").is_file():
         CONSOLE.print("Drawing the demo scene ...")

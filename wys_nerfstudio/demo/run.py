@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -49,8 +48,6 @@ def run_demo(output: Path, instruction: str, recipe: Path | None) -> None:
     Raises:
         WysError: If training fails.
     """
-    # Deprecations inside nerfstudio, about which its users can do nothing.
-    warnings.filterwarnings("ignore", module="nerfstudio")
     started = time.perf_counter()
     scene = output / "scene"
     if not (scene / "transforms.json").is_file():
