@@ -8,7 +8,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+import field
 import speed
+import startup
 
 from wys_nerfstudio import schedule
 from wys_nerfstudio.editing import Editor, EditSettings, edit_images, load_editor, relevance_maps
@@ -68,3 +70,27 @@ def test_the_benchmark_of_speed_runs_and_writes_its_table(
     ]
     assert all(row["ratio"] == pytest.approx(row["slow"][1] / row["ours"][1]) for row in result["rows"])
     assert result["unet_gflop"] > 0.01
+
+
+def test_the_benchmark_of_the_field_runs_and_writes_its_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    field.main(field.Options(rays=64, repeats=1, output=tmp_path / "field.json"))
+    assert capsys.readouterr().out.count("\n") == 2 + 5 + 1 + 2 + 2
+    result = json.loads((tmp_path / "field.json").read_text())
+    rows = {row["step"]: row for row in result["steps"]}
+    assert rows["nerfacto"]["time_ratio"] == rows["nerfacto"]["memory_ratio"] == 1
+    # A step of localisation keeps nothing of the scene; one of editing keeps what the relevance head saw.
+    localize, reconstruct, edit = (rows[f"wys, {phase}"]["mib"] for phase in ("localize", "reconstruct", "edit"))
+    assert localize < reconstruct < edit
+    assert len(result["encodings"]) == 2 and result["encodings"][0]["times_as_fast"] == 1
+
+
+def test_the_benchmark_of_start_up_runs_and_hides_the_plugin(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startup, "COMMANDS", (["--help"],))
+    startup.main(startup.Options(repeats=1, output=tmp_path / "startup.json"))
+    assert capsys.readouterr().out.count("\n") == 3
+    (row,) = json.loads((tmp_path / "startup.json").read_text())["rows"]
+    assert row["command"] == "ns-train --help" and row["added"] == row["with"][1] - row["without"][1]

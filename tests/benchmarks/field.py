@@ -60,7 +60,7 @@ def build(kind: str) -> NerfactoModel:
     if kind in (PLAIN, STOCK):
         known = {option.name: getattr(tiny, option.name) for option in fields(NerfactoModelConfig)}
         # nerfacto loads LPIPS even to train without it.
-        with patch("nerfstudio.models.nerfacto.LearnedPerceptualImagePatchSimilarity"):
+        with patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity"):
             model: NerfactoModel = NerfactoModelConfig(**{**known, "_target": NerfactoModel}).setup(**scene)
         if kind == PLAIN:
             speed_up_hash_encodings(model)
