@@ -27,8 +27,12 @@ CHILD = """
 import importlib.metadata, sys
 if sys.argv.pop(1) == "without":
     listed = importlib.metadata.entry_points
-    importlib.metadata.entry_points = lambda **query: importlib.metadata.EntryPoints(
-        point for point in listed(**query) if not point.value.startswith("wys_nerfstudio"))
+    def without_plugin(**query):
+        found = listed(**query)
+        if query != {"group": "nerfstudio.method_configs"}:
+            return found
+        return importlib.metadata.EntryPoints(p for p in found if not p.value.startswith("wys_nerfstudio"))
+    importlib.metadata.entry_points = without_plugin
 sys.argv[0] = "ns-train"
 try:
     from nerfstudio.scripts.train import entrypoint
