@@ -97,6 +97,7 @@ def test_the_benchmark_of_the_field_runs_and_writes_its_tables(
     assert len(result["encodings"]) == 2 and result["encodings"][0]["times_as_fast"] == 1
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_start_up_runs_and_hides_the_plugin(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
