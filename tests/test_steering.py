@@ -313,6 +313,24 @@ def test_live_changes_outlive_the_process_unless_typed_otherwise(
     assert config.pipeline.guidance_scale == 7.0
 
 
+def test_a_client_that_leaves_while_it_is_told_ends_nothing(
+    ring_scene: Path, editor_folder: Path, tmp_path: Path
+) -> None:
+    told = []
+
+    def gone(*_: object) -> None:
+        told.append(True)
+        raise KeyError(3)
+
+    def then(trainer: WysTrainer) -> None:
+        trainer.viewer_state.update_scene = trainer.viewer_state._trigger_rerender = gone  # type: ignore
+        assert ask(trainer, "set", "guidance_scale", 2.0)
+        wait(lambda: finished(trainer))
+
+    with running(small_config(ring_scene, editor_folder, tmp_path, **OPTIONS), then) as trainer:
+        assert len(told) > 3 and trainer.pipeline.config.guidance_scale == 2.0
+
+
 @pytest.mark.parametrize("seed", [0])
 def test_300_random_requests_break_nothing(ring_scene: Path, editor_folder: Path, tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)

@@ -3,6 +3,7 @@ errors that are sentences instead of tracebacks."""
 
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NoReturn, Optional
@@ -328,7 +329,13 @@ class WysTrainer(Trainer):
     def redraw(self) -> None:
         """Lets the viewer draw the scene anew, whatever it is drawing."""
         if isinstance(self.viewer_state, Viewer):
-            self.viewer_state._trigger_rerender()
+            with suppress(KeyError):  # as below
+                self.viewer_state._trigger_rerender()
+
+    def _update_viewer_state(self, step: int) -> None:
+        # nerfstudio tells every client of a list that it has copied; one that has left since is no longer in its table.
+        with suppress(KeyError):
+            super()._update_viewer_state(step)
 
     def _train_complete_viewer(self) -> None:
         """Waits, as nerfstudio does, but for requests."""
