@@ -14,6 +14,7 @@ from nerfstudio.scripts import eval as ns_eval
 from nerfstudio.scripts import exporter, process_data, render
 from nerfstudio.scripts.downloads import download_data
 from nerfstudio.scripts.viewer import run_viewer
+from nerfstudio.utils import install_checks
 from readme_tables import README, ROOT, with_tables
 
 import wys_nerfstudio
@@ -52,6 +53,8 @@ def test_the_tables_are_the_present_ones():
 @pytest.mark.parametrize("command", sorted(set(commands(TEXT))))
 def test_every_command_is_one_that_its_program_takes(command: str, ring_scene: Path, monkeypatch: pytest.MonkeyPatch):
     program, *arguments = shlex.split(command)
+    for check in ("check_colmap_installed", "check_ffmpeg_installed"):  # which are not needed to parse a command
+        monkeypatch.setattr(install_checks, check, lambda *_: None)
     if program in PARSERS:
         monkeypatch.chdir(ring_scene)  # ns-train without --data looks for a scene where it is started
         try:

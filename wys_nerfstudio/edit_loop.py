@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from jaxtyping import Bool, Float
@@ -51,12 +51,19 @@ class Job:
     """Edits that are yet to be made, in one batch, with the settings of the moment at which they were due."""
 
     numbers: list[int]
+    """Numbers of this rank's edits."""
     views: list[int]
+    """The view of each."""
     t: int
+    """Timestep that the renders are noised to."""
     renders: list[dict[str, Tensor]]
+    """The model's outputs for each view."""
     masks: Bool[Tensor, "b h w"]
+    """Where each view may change."""
     instruction: str
+    """What to change."""
     settings: EditSettings
+    """Guidance, steps, resolution."""
     seconds: float
     """How long rendering took."""
 
@@ -133,12 +140,18 @@ class EditLoop:
         mine = [] if self._making is None else self._making.result()
         return sorted((edit for edits in gather(mine) for edit in edits), key=lambda edit: edit.number)
 
-    def set_made(self, edits: Sequence[Edit]) -> None:
-        """Goes back to `made`; what is being made is dropped."""
+    def set_state(self, edits: int, made: Sequence[dict[str, Any]]) -> None:
+        """Goes back to an earlier moment; what is being made is dropped.
+
+        Args:
+            edits: Edits begun by then.
+            made: What had been made and was not yet in place, as plain data.
+        """
+        self.edits = edits
         if self._making is not None:
             self._making.exception()
         self._making = Future()
-        self._making.set_result(list(edits) if rank() == 0 else [])
+        self._making.set_result([Edit(**edit) for edit in made] if rank() == 0 else [])
 
     @torch.no_grad()
     def _next_job(self) -> Job:

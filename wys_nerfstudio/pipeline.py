@@ -17,7 +17,6 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
-from torch.nn.parallel import DistributedDataParallel
 
 from wys_nerfstudio import evaluation
 from wys_nerfstudio.beginnings import clear_folder, take_base, take_over
@@ -26,7 +25,7 @@ from wys_nerfstudio.checkpoint import CAPTURED_SCENE, model_state, read_checkpoi
 from wys_nerfstudio.controls import Controls
 from wys_nerfstudio.datamanager import WysDataManager
 from wys_nerfstudio.devices import same_device
-from wys_nerfstudio.edit_loop import Edit, EditLoop
+from wys_nerfstudio.edit_loop import EditLoop
 from wys_nerfstudio.editing import Editor, load_editor
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.files import write_tensors
@@ -34,7 +33,7 @@ from wys_nerfstudio.history import History
 from wys_nerfstudio.model import WysModel
 from wys_nerfstudio.options import Localization, WysOptions
 from wys_nerfstudio.pictures import contact_sheet, save_png, spread
-from wys_nerfstudio.ranks import first_only, gather, same_everywhere
+from wys_nerfstudio.ranks import first_only, gather, same_everywhere, with_averaged_gradients
 from wys_nerfstudio.run_folder import TITLES
 from wys_nerfstudio.run_state import STATE_KEY, RunState, random_states
 from wys_nerfstudio.schedule import Phase, Plan
@@ -77,8 +76,7 @@ class WysPipeline(VanillaPipeline):
         self.world_size = world_size
         if world_size > 1:
             # nerfstudio's own wrapping works on CUDA devices only.
-            devices = [local_rank] if torch.device(device).type == "cuda" else None
-            self._model: Any = DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=True)
+            self._model: Any = with_averaged_gradients(self.model)
         self.plan = config.plan()
         overlap = not same_device(self.editor_device, self.model.device)
         self.edit_loop = EditLoop(config, self.scene_model, self.datamanager, self.editor, overlap)
@@ -95,7 +93,7 @@ class WysPipeline(VanillaPipeline):
         self._masks: Optional[Tensor] = None
         self._optimizers: Optional[Optimizers] = None
         self._folder = Path()
-        self.scene_model.mask_threshold = config.mask_threshold
+        self._set_threshold(config.mask_threshold)
         self.scene_model.localized = config.localization != "none"
         self.controls = Controls(
             config.instruction,
@@ -167,7 +165,7 @@ class WysPipeline(VanillaPipeline):
         take_over(state, run_folder(self.config.resume_from) / "wys", self._folder)
         self.history = History(self._folder, state.history)
         self.datamanager.set_state(state.views)
-        self._set_edits(state)
+        self.edit_loop.set_state(state.edits, state.made)
         self._warm_from = state.warm_from
         self.scene_model.warmup_done = state.warmup_done
         self.scene_model.set_sampler_state(state.sampler)
@@ -320,7 +318,7 @@ class WysPipeline(VanillaPipeline):
         self.datamanager.set_state(state.views)
         plan = state.plan
         self.plan = Plan(plan.reconstruct_steps + step - state.step, plan.localize_steps, plan.edit_steps)
-        self._set_edits(state)
+        self.edit_loop.set_state(state.edits, state.made)
         for name, value in state.settings.items():
             setattr(self.config, name, value)
         self.scene_model.mask_threshold = self.config.mask_threshold
@@ -332,10 +330,6 @@ class WysPipeline(VanillaPipeline):
             self._prepare_relevance()
         self._start_over(step)
 
-    def _set_edits(self, state: RunState) -> None:
-        self.edit_loop.edits = state.edits
-        self.edit_loop.set_made([Edit(**edit) for edit in state.made])
-
     def reset(self, step: int) -> None:
         """Returns to the captured scene and the captured views; nothing is left to do.
 
@@ -344,7 +338,7 @@ class WysPipeline(VanillaPipeline):
         """
         self.scene_model.load_state_dict(model_state(read_checkpoint(self._folder / CAPTURED_SCENE)))
         self.datamanager.start_from_captured()
-        self.edit_loop.set_made([])
+        self.edit_loop.set_state(self.edit_loop.edits, made=[])
         self._start_over(step)
 
     def apply(self, instruction: str, on_top: bool, step: int) -> None:

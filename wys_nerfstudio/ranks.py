@@ -13,6 +13,7 @@ from typing import ParamSpec, TypeVar
 
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from wys_nerfstudio.errors import WysError
 
@@ -60,6 +61,13 @@ def same_everywhere(module: nn.Module) -> None:
     if world_size() > 1:
         for parameter in module.parameters():
             dist.broadcast(parameter.data, src=0)
+
+
+def with_averaged_gradients(model: nn.Module) -> DistributedDataParallel:
+    """Wraps a model whose every backward pass averages its gradients over the ranks. All ranks must come here."""
+    device = next(model.parameters()).device
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
 
 
 def first_only(function: Callable[P, None]) -> Callable[P, None]:
