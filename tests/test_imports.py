@@ -37,6 +37,7 @@ ROOMS = [
         "editing",
         "perceptual",
         "metrics",
+        "niqe",
         "clip",
         "pictures",
         "image_files",

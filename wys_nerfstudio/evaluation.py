@@ -1,6 +1,6 @@
 """What an edit did to the views of a scene: the paper's measures, per view, and against the truth where there is one.
 
-Puts `metrics`, `clip`, `perceptual` and `truth` together; the measures themselves are there.
+Puts `metrics`, `niqe`, `clip`, `perceptual` and `truth` together; the measures themselves are there.
 """
 
 import math
@@ -17,6 +17,7 @@ from wys_nerfstudio.clip import Clip, load_clip
 from wys_nerfstudio.datamanager import WysDataManager
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.model import WysModel
+from wys_nerfstudio.niqe import Natural, niqe
 from wys_nerfstudio.options import WysOptions
 from wys_nerfstudio.perceptual import SMALLEST_LPIPS_PATCH, Lpips, lpips_is_cached
 from wys_nerfstudio.truth import Truth
@@ -35,7 +36,7 @@ def figures_of_scene(options: WysOptions, model: WysModel, data: WysDataManager)
         data: The captured views.
 
     Returns:
-        The measures of `edit_figures`, of `truth_figures` where the scene brings its truth, and of `clip_figures` where
+        The measures of `edit_figures`, `edit_niqe` if its parameters are given, those of `truth_figures` where the scene brings its truth, and of `clip_figures` where
         there is a CLIP.
     """
     everything = range(data.num_views)
@@ -46,6 +47,9 @@ def figures_of_scene(options: WysOptions, model: WysModel, data: WysDataManager)
     if lpips_is_cached(options.model.lpips_weights) and min(data.view_size) >= SMALLEST_LPIPS_PATCH:
         perceptual = model.perceptual_distance().cpu()
     figures = edit_figures(captured, edited, perceptual)
+    if options.niqe_parameters is not None:
+        natural = Natural.read(options.niqe_parameters)
+        figures["edit_niqe"] = [niqe(view, natural) for view in edited]
     truth = Truth.find(data.get_datapath(), options.instruction)
     captions = (options.caption_before, options.caption_after) if options.caption_after else None
     if truth is not None:

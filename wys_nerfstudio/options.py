@@ -124,6 +124,8 @@ class WysOptions(VanillaPipelineConfig):
     clip: Optional[str] = "openai/clip-vit-base-patch32"
     """CLIP that ns-eval asks about the edit: a hub id, a local folder, or "embedded" for the toy world's own; None leaves its
     measures out."""
+    niqe_parameters: Optional[Path] = None
+    """modelparameters.mat of NIQE's authors; with it ns-eval measures how natural the edited views look."""
     caption_before: str = ""
     """What the captured scene shows, such as "a stone bear in a garden"; for ns-eval."""
     caption_after: str = ""

@@ -31,6 +31,7 @@ from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.files import write_tensors
 from wys_nerfstudio.history import History
 from wys_nerfstudio.model import WysModel
+from wys_nerfstudio.niqe import check_niqe
 from wys_nerfstudio.options import Localization, WysOptions
 from wys_nerfstudio.pictures import contact_sheet, save_png, spread
 from wys_nerfstudio.ranks import first_only, gather, same_everywhere, with_averaged_gradients
@@ -140,6 +141,8 @@ class WysPipeline(VanillaPipeline):
             sampler = self.datamanager.train_pixel_sampler
             self.datamanager.start_editing(in_patches=True)
             self.datamanager.train_pixel_sampler = sampler
+        if config.niqe_parameters is not None:
+            check_niqe(config.niqe_parameters, *self.datamanager.view_size)
         if config.masks_dir is not None:
             pictures = self.datamanager.train_dataset.image_filenames
             self._masks = read_masks(config.masks_dir, pictures, *self.datamanager.view_size)
@@ -169,8 +172,7 @@ class WysPipeline(VanillaPipeline):
         self._warm_from = state.warm_from
         self.scene_model.warmup_done = state.warmup_done
         self.scene_model.set_sampler_state(state.sampler)
-        count = len(self.datamanager.edited_views)
-        CONSOLE.print(f"Resuming at step {state.step + 1} with {count} edited views.")
+        CONSOLE.print(f"Resuming at step {state.step + 1} with {len(self.datamanager.edited_views)} edited views.")
 
     @property
     def editor_device(self) -> str:
@@ -387,8 +389,8 @@ class WysPipeline(VanillaPipeline):
             return results
         self.eval()
         figures = evaluation.figures_of_scene(self.config, self.scene_model, self.datamanager)
-        views = evaluation.per_view(figures, self.datamanager.view_names)
-        results["edit"] = {"mean": evaluation.means(figures), "views": views}
+        names = self.datamanager.view_names
+        results["edit"] = {"mean": evaluation.means(figures), "views": evaluation.per_view(figures, names)}
         return results
 
     # ------------------------------------------------------------------------------------------- the run's folder
@@ -409,12 +411,10 @@ class WysPipeline(VanillaPipeline):
 
     @first_only
     def _write_contact_sheet(self) -> None:
+        data = self.datamanager
         # The viewer draws from other threads, and a training view is rendered in that view's own appearance.
         with self._train_lock:
-            views = spread(6, self.datamanager.num_views)
-            rows = [(self.datamanager.view_names[view], self.edit_loop.picture_row_of(view)) for view in views]
+            rows = [(data.view_names[view], self.edit_loop.picture_row_of(view)) for view in spread(6, data.num_views)]
         save_png(self._folder / "contact_sheet.png", contact_sheet(TITLES, rows))
-        count = len(self.datamanager.edited_views)
-        CONSOLE.print(
-            f"{count} of {self.datamanager.num_views} views are edited; see {self._folder}/contact_sheet.png."
-        )
+        edited = f"{len(data.edited_views)} of {data.num_views} views are edited"
+        CONSOLE.print(f"{edited}; see {self._folder}/contact_sheet.png.")
