@@ -35,6 +35,7 @@ def test_what_leaks_is_told_and_what_settles_is_not(samples: list[Sample], compl
     assert (complaint in found[0] and len(found) == 1) if complaint else not found
 
 
+@pytest.mark.slow
 def test_a_short_soak(tmp_path: Path) -> None:
     samples = soak(tmp_path, steps=90, clients=2)
     steps = [sample.step for sample in samples]

@@ -17,6 +17,7 @@ from wys_nerfstudio.controls import INSTEAD, ON_TOP, Request
 from wys_nerfstudio.schedule import Phase
 from wys_nerfstudio.trainer import WysTrainer
 
+pytestmark = pytest.mark.slow
 FINISHED = "completed"
 
 
