@@ -159,6 +159,24 @@ def alexnet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def torch_home(alexnet_file: Path, tmp_path_factory: pytest.TempPathFactory) -> "object":
+    """A torch cache with AlexNet in it: nerfacto looks there even to train."""
+    home = tmp_path_factory.mktemp("torch_home")
+    (home / "hub" / "checkpoints").mkdir(parents=True)
+    state = torch.load(alexnet_file, weights_only=True)
+    from torchvision.models import alexnet
+
+    full = alexnet(weights=None).state_dict()
+    torch.save({**full, **state}, home / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth")
+    before = os.environ.get("TORCH_HOME")
+    os.environ["TORCH_HOME"] = str(home)
+    yield home
+    os.environ.pop("TORCH_HOME")
+    if before is not None:
+        os.environ["TORCH_HOME"] = before
+
+
 def write_ring_scene(
     folder: Path, *, width: int = 40, height: int = 32, views: int = 14, alpha: bool = False, distorted: bool = False
 ) -> Path:

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import as_blender_scene, as_colmap_scene, run_wys, write_ring_scene
+from conftest import run_wys
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from wys_nerfstudio.checkpoint import find_checkpoint, read_checkpoint, register_safe_globals
 
 register_safe_globals()
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("torch_home")]
 
 SMALL_MODEL = [
     "--pipeline.model.num-nerf-samples-per-ray=8",
@@ -307,142 +307,3 @@ def test_the_captured_scene_of_a_wys_run_is_a_base_without_its_edits(finished_ru
     assert any(not torch.equal(base[key], start[key]) for key in base if "mlp_relevance" in key)
     assert not (run / "wys" / "reference").exists()
     assert len(json.loads((run / "wys" / "history.json").read_text())) == 1
-
-
-@pytest.fixture(scope="module")
-def nerfacto_run(ring_scene: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few steps of nerfacto with its own default shapes."""
-    output = tmp_path_factory.mktemp("nerfacto")
-    train("nerfacto", ring_scene, output, "--max-num-iterations=3", "--pipeline.model.implementation=torch",
-          "--pipeline.datamanager.train-num-rays-per-batch=64", "--pipeline.model.num-proposal-samples-per-ray", "8", "8",
-          "--pipeline.model.num-nerf-samples-per-ray=8", TORCH_HOME=os.environ["TORCH_HOME"])  # fmt: skip
-    return the_run(output)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def torch_home(alexnet_file: Path, tmp_path_factory: pytest.TempPathFactory) -> "object":
-    """A torch cache with AlexNet in it: nerfacto looks there even to train."""
-    home = tmp_path_factory.mktemp("torch_home")
-    (home / "hub" / "checkpoints").mkdir(parents=True)
-    state = torch.load(alexnet_file, weights_only=True)
-    from torchvision.models import alexnet
-
-    full = alexnet(weights=None).state_dict()
-    torch.save({**full, **state}, home / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth")
-    before = os.environ.get("TORCH_HOME")
-    os.environ["TORCH_HOME"] = str(home)
-    yield home
-    os.environ.pop("TORCH_HOME")
-    if before is not None:
-        os.environ["TORCH_HOME"] = before
-
-
-FULL_SIZE = [
-    "--pipeline.localize-steps=2",
-    "--pipeline.edit-steps=3",
-    "--pipeline.model.num-proposal-samples-per-ray", "8", "8",
-    "--pipeline.model.eval-num-rays-per-chunk=4096",
-    "--pipeline.datamanager.edit-num-rays-per-batch=1024",
-    "--pipeline.datamanager.edit-patch-size=32",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("option", ["--base-run", "--load-dir"])
-def test_nerfacto_run_is_a_base(nerfacto_run: Path, ring_scene: Path, editor_folder: Path, tmp_path: Path,
-                                option: str) -> None:  # fmt: skip
-    given = nerfacto_run if option == "--base-run" else nerfacto_run / "nerfstudio_models"
-    done = train("wys", ring_scene, tmp_path, *SMALL_MODEL, *FULL_SIZE, "--editor", editor_folder, "--instruction",
-                 "make the ball blue", "--mask-threshold=0", option, given)  # fmt: skip
-    run = the_run(tmp_path)
-    assert "Phase: localize." in done.stdout and "Phase: reconstruct." not in done.stdout
-    assert (run / "nerfstudio_models" / "step-000000004.ckpt").is_file()
-    base, start = weights(nerfacto_run), read_checkpoint(run / "wys" / "captured.ckpt")["pipeline"]
-    shared = [key for key in base if "lpips" not in key and base[key].is_floating_point()]
-    assert shared and all(torch.equal(base[key], start[key]) for key in shared)
-    assert not any("lpips" in key for key in start)
-
-
-def test_base_of_another_shape_is_refused_with_the_flags_to_type(nerfacto_run: Path, ring_scene: Path,
-                                                                 editor_folder: Path, tmp_path: Path) -> None:  # fmt: skip
-    done = train("wys-tiny", ring_scene, tmp_path, *SMALL_MODEL, "--editor", editor_folder, "--instruction",
-                 "make the ball blue", "--base-run", nerfacto_run, check=False)  # fmt: skip
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "not a scene of this shape" in done.stderr and "--pipeline.model.num-levels 16" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("size", "extra"),
-    [((34, 50), {}), ((40, 32), {"alpha": True}), ((48, 32), {"distorted": True})],
-    ids=["portrait", "transparent", "distorted"],
-)
-def test_other_captures_run_to_the_end(size, extra, editor_folder: Path, tmp_path: Path) -> None:
-    scene = write_ring_scene(tmp_path / "scene", width=size[0], height=size[1], **extra)
-    train("wys-tiny", scene, tmp_path / "out", *SMALL_MODEL, *SHORT, "--editor", editor_folder, "--instruction",
-          "make the ball blue", "--mask-threshold=0.3")  # fmt: skip
-    run = the_run(tmp_path / "out")
-    sizes = {Image.open(path).size for path in (run / "wys" / "edits").glob("*.png")}
-    assert sizes == {size}
-
-
-def test_downscaled_views_run_to_the_end(editor_folder: Path, tmp_path: Path) -> None:
-    scene = write_ring_scene(tmp_path / "scene", width=64, height=48)
-    (scene / "images_2").mkdir()
-    for path in (scene / "images").glob("*.png"):
-        Image.open(path).resize((32, 24)).save(scene / "images_2" / path.name)
-    train("wys-tiny", scene, tmp_path / "out", *SMALL_MODEL, *SHORT, "--editor", editor_folder, "--instruction",
-          "make the ball blue", "--mask-threshold=0.3", "nerfstudio-data", "--downscale-factor", "2")  # fmt: skip
-    run = the_run(tmp_path / "out")
-    assert {Image.open(path).size for path in (run / "wys" / "edits").glob("*.png")} == {(32, 24)}
-
-
-@pytest.mark.parametrize("localization", ["relevance-map", "masks", "none"])
-def test_other_localizations_run_to_the_end(
-    localization: str, ring_scene: Path, editor_folder: Path, tmp_path: Path
-) -> None:
-    extra: list[object] = []
-    if localization == "masks":
-        (tmp_path / "masks").mkdir()
-        for path in (ring_scene / "images").glob("*.png"):
-            mask = Image.new("L", (40, 32))
-            mask.paste(255, (10, 8, 20, 16))
-            mask.save(tmp_path / "masks" / path.name)
-        extra = ["--pipeline.masks-dir", tmp_path / "masks"]
-    train("wys-tiny", ring_scene, tmp_path / "out", *SMALL_MODEL, *SHORT, "--editor", editor_folder, "--instruction",
-          "make the ball blue", "--localization", localization, *extra)  # fmt: skip
-    run = the_run(tmp_path / "out")
-    fractions = {edit["mask_fraction"] for edit in records(run)}
-    if localization == "masks":
-        assert fractions == {80 / (40 * 32)}
-    if localization == "none":
-        assert fractions == {1.0}
-        assert (run / "nerfstudio_models" / "step-000000028.ckpt").is_file(), "nothing to localise"
-
-
-NO_NETWORK = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
-
-
-def test_editor_that_cannot_be_had_is_told_before_the_first_step(ring_scene: Path, tmp_path: Path) -> None:
-    done = train("wys", ring_scene, tmp_path, "--instruction", "make the ball blue", "--pipeline.model.lpips-loss-mult=0",
-                 "--editor", "nobody/no-such-editor", check=False, HF_HOME=str(tmp_path), **NO_NETWORK)  # fmt: skip
-    assert done.returncode == 1 and "Traceback" not in done.stderr and "Phase:" not in done.stdout
-    sentence = done.stderr.strip().splitlines()[-1]
-    assert sentence.startswith('wys: The editor "nobody/no-such-editor"') and "--editor embedded" in sentence
-
-
-def test_perceptual_weights_that_cannot_be_had_are_told_before_the_first_step(ring_scene: Path, editor_folder: Path,
-                                                                              tmp_path: Path) -> None:  # fmt: skip
-    done = train("wys", ring_scene, tmp_path, "--instruction", "make the ball blue", "--editor", editor_folder,
-                 "--pipeline.datamanager.edit-num-rays-per-batch=1024", check=False, TORCH_HOME=str(tmp_path / "empty"),
-                 **NO_NETWORK)  # fmt: skip
-    assert done.returncode == 1 and "Traceback" not in done.stderr and "Phase:" not in done.stdout
-    assert "--pipeline.model.lpips-weights" in done.stderr and "--pipeline.model.lpips-loss-mult 0" in done.stderr
-
-
-@pytest.mark.parametrize(("parser", "convert"), [("blender-data", as_blender_scene), ("colmap", as_colmap_scene)])
-def test_other_formats_run_to_the_end(parser, convert, ring_scene: Path, editor_folder: Path, tmp_path: Path) -> None:
-    scene = convert(ring_scene, tmp_path / "scene")
-    command("train", "wys-tiny", "--output-dir", tmp_path / "out", *QUIET, *SMALL_MODEL, *SHORT, "--editor",
-            editor_folder, "--instruction", "make the ball blue", "--mask-threshold=0.3", parser, "--data",
-            scene)  # fmt: skip
-    run = the_run(tmp_path / "out")
-    assert list((run / "wys" / "edits").glob("*.png")) and (run / "wys" / "contact_sheet.png").is_file()
