@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from test_entry_points import NO_NETWORK, editorless
+from test_entry_points import editorless
+from test_entry_points_of_data import NO_NETWORK
 
 from wys_nerfstudio.demo.scene import write_demo_scene
 
