@@ -21,7 +21,7 @@ from typing import Optional
 ROOT = Path(__file__).parent.parent.parent
 TESTS = ["relevance", "schedule", "editing_denoise", "editing_local", "checkpoint"]
 """Tests that are run: of the mathematics, the editor and the files, without those that take minutes."""
-TEST_TOOLS = ["pytest", "hypothesis", "beartype"]
+TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "beartype"]
 SHOWN = ["torch", "diffusers", "transformers", "numpy"]
 """Packages whose versions are in the table."""
 
