@@ -1,20 +1,27 @@
 """The benchmarks run, and what they compare is the same work: the slow twins' pictures and maps are this package's."""
 
+import copy
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import field
+import localization
 import mutations
+import scale
 import speed
 import startup
 
 from wys_nerfstudio import schedule
+from wys_nerfstudio.config import wys_tiny
+from wys_nerfstudio.demo.scene import write_demo_scene
 from wys_nerfstudio.editing import Editor, EditSettings, edit_images, load_editor, relevance_maps
+from wys_nerfstudio.files import write_tensors
 
 
 def test_every_fault_of_the_mutations_stands_once_in_its_module(tmp_path: Path) -> None:
@@ -106,3 +113,42 @@ def test_the_benchmark_of_start_up_runs_and_hides_the_plugin(
     assert capsys.readouterr().out.count("\n") == 3
     (row,) = json.loads((tmp_path / "startup.json").read_text())["rows"]
     assert row["command"] == "ns-train --help" and row["added"] == row["with"][1] - row["without"][1]
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_scale_runs_and_tells_what_grows(
+    ring_scene: Path, editor_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = scale.Options(ring_scene, editor=str(editor_folder), instruction="make the ball blue", rounds=1)
+    options.counts, options.sides, options.editing_sides, options.output = (3, 6), (40, 80), (20,), tmp_path / "scale"
+    scale.main(options)
+    assert "| 6 | 40 | " in capsys.readouterr().out and (options.output / "scale.png").is_file()
+    rows = json.loads((options.output / "scale.json").read_text())["rows"]
+    assert [(row["views"], row["side"]) for row in rows] == [(3, 40), (6, 40), (3, 40), (3, 80), (3, 40)]
+    few, many, same, wide, _ = (row["mib_per_view"] for row in rows)
+    # Captured in 8 bit, edited and relevance in single precision, and the number of the view.
+    assert few == many == same == pytest.approx((32 * 40 * (3 + 12 + 4) + 8) / 2**20)
+    assert wide == pytest.approx(4 * few, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_localisation_runs_and_compares_maps_with_all_inputs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scene = write_demo_scene(tmp_path / "scene", width=32, height=32, num_views=10)
+    config: Any = copy.deepcopy(wys_tiny.config.pipeline)
+    config.datamanager.data = scene
+    base = tmp_path / "captured.ckpt"
+    write_tensors(base, {"step": 0, "pipeline": config.setup(device="cpu", test_mode="val").weights()})
+    options = localization.Options(scene, base, draws=1, steps=2, seeds=(0,), edits=("panda",))
+    options.output = tmp_path / "localization.json"
+    localization.main(options)
+    assert "| maps | view | " in capsys.readouterr().out
+    rows = json.loads(options.output.read_text())
+    inputs = ["maps", "geometry", "geometry+position", "hashgrid"]
+    assert {(row["source"], row["normalization"]) for row in rows} == {
+        (source, over) for source in inputs for over in ("view", "scene")
+    }
+    figures = {row["source"]: row["AP"] for row in rows if row["normalization"] == "view"}
+    # The embedded editor finds the bear; two steps on a scene that is not trained find nothing.
+    assert figures["maps"] > 0.5 > figures["geometry"]

@@ -195,7 +195,10 @@ def test_device_and_backend_are_what_the_machine_has(monkeypatch, capsys) -> Non
     assert config.machine.device_type == "cpu"
     assert config.pipeline.model.implementation == "torch"
     said = capsys.readouterr().out
-    assert "running on the CPU" in said and said.count("tiny-cuda-nn") == 1
+    assert "running on the CPU. Try ns-train wys-tiny" in said and said.count("tiny-cuda-nn") == 1
+    resolve(monkeypatch, "wys-tiny", "--instruction", "x")
+    said = capsys.readouterr().out
+    assert "running on the CPU." in said and "Try" not in said
 
 
 def test_steps_are_those_of_the_phases_or_those_that_are_typed(monkeypatch, tmp_path: Path) -> None:

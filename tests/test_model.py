@@ -350,11 +350,20 @@ def _with_index(camera: Cameras, view: int) -> Cameras:
     return camera
 
 
+def test_a_coarser_render_of_a_view_has_the_pixels_at_the_middle_of_its_own():
+    model = build()
+    fine, coarse = (model.render_view(cameras(), 1, size) for size in ((HEIGHT * 3, WIDTH * 5), (HEIGHT, WIDTH)))
+    for name in ("rgb", "relevance_value"):
+        torch.testing.assert_close(coarse[name], fine[name][1::3, 2::5], atol=1e-5, rtol=0)
+    assert torch.equal(coarse["rgb"], model.render_view(cameras(), 1)["rgb"])
+
+
 def test_rendering_leaves_the_cameras_as_they_are():
     given = cameras()
     before = given.camera_to_worlds.clone()
-    build(camera_optimizer=CameraOptimizerConfig(mode="SO3xR3")).render_view(given, 2)
+    build(camera_optimizer=CameraOptimizerConfig(mode="SO3xR3")).render_view(given, 2, (HEIGHT // 2, WIDTH // 2))
     assert torch.equal(given.camera_to_worlds, before)
+    assert int(given.width[2]) == WIDTH and float(given.fx[2]) == 20
     assert given.metadata is None
 
 

@@ -12,6 +12,7 @@ from nerfstudio.engine.callbacks import TrainingCallbackLocation
 
 from wys_nerfstudio.config import wys_tiny
 from wys_nerfstudio.metrics import psnr
+from wys_nerfstudio.pictures import read_png
 from wys_nerfstudio.schedule import Phase
 from wys_nerfstudio.trainer import WysTrainer, WysTrainerConfig
 
@@ -134,6 +135,31 @@ def test_edits_are_the_same_whatever_was_drawn_before(ring_scene: Path, editor_f
         (view,) = trainer.pipeline.datamanager.edited_views
         edits.append((view, trainer.pipeline.datamanager.current_views([view])))
     assert edits[0][0] == edits[1][0] and torch.equal(edits[0][1], edits[1][1])
+
+
+@pytest.mark.parametrize(("long_side", "rendered"), [(20, (16, 20)), (40, (32, 40)), (80, (32, 40))])
+def test_edits_start_from_renders_no_finer_than_they_are_made(
+    ring_scene: Path, editor_folder: Path, tmp_path: Path, long_side: int, rendered: tuple[int, int]
+) -> None:
+    trainer = build_trainer(
+        small_config(ring_scene, editor_folder, tmp_path, edit_long_side=long_side, reconstruct_steps=0)
+    )
+    data, sizes = trainer.pipeline.datamanager, []
+    edited = data.edited
+
+    def watched(*arguments, **named) -> torch.Tensor:
+        sizes.append(tuple(arguments[2].shape[1:3]))
+        return edited(*arguments, **named)
+
+    data.edited = watched
+    with trainer.train_lock:
+        trainer.pipeline.enter(Phase.LOCALIZE)
+        trainer.pipeline.enter(Phase.EDIT)
+    (view,) = data.edited_views
+    assert sizes == [rendered] and data.view_size == (32, 40)
+    mask = read_png(trainer.base_dir / "wys" / "masks" / f"{data.view_names[view]}.png")[..., 0] > 0
+    assert mask.any() and mask.shape == data.view_size
+    assert torch.equal(data.current_views([view])[0][~mask], data.captured_views([view])[0][~mask])
 
 
 def test_the_viewer_can_draw_while_relevance_maps_are_made(

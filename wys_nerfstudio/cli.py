@@ -1,6 +1,5 @@
 """The `wys` command: what the method offers beside ns-train, one subcommand each."""
 
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Union
@@ -9,6 +8,7 @@ import tyro
 
 from wys_nerfstudio.editing import LocalEditSettings
 from wys_nerfstudio.errors import WysError
+from wys_nerfstudio.quiet import ignore_warnings
 from wys_nerfstudio.sweep import SweepSettings
 
 
@@ -211,9 +211,7 @@ Command = Union[
 
 def entrypoint() -> None:
     """Entry point of the `wys` console script."""
-    # Deprecations inside nerfstudio and in its calls of torch, said while it is imported; its users can do nothing about them.
-    warnings.filterwarnings("ignore", module="nerfstudio")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit")
+    ignore_warnings()
     command = tyro.cli(Command, prog="wys", description=__doc__)  # type: ignore
     try:
         command.main()

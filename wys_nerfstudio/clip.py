@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from wys_nerfstudio.editing.loading import EMBEDDED
 from wys_nerfstudio.errors import WysError
+from wys_nerfstudio.quiet import no_bar_for_files
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_SPREAD = (0.26862954, 0.26130258, 0.27577711)
@@ -89,7 +90,8 @@ def load_clip(name: str, device: "str | torch.device" = "cpu") -> Clip:
 
     source = str(Path(__file__).parent / "demo" / "clip") if name == EMBEDDED else name
     try:
-        model: Any = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+        with no_bar_for_files(source):
+            model: Any = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
         tokenizer = CLIPTokenizer.from_pretrained(source)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -263,7 +263,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         self,
         editor: Editor,
         views: Sequence[int],
-        renders: Float[Tensor, "b h w 3"],
+        renders: Float[Tensor, "b render_h render_w 3"],
         masks: Bool[Tensor, "b h w"],
         instruction: str,
         settings: EditSettings,
@@ -276,7 +276,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         Args:
             editor: The editor.
             views: Which views.
-            renders: What the scene looks like from there now, in [0, 1].
+            renders: What the scene looks like from there now, in [0, 1], at any size.
             masks: Where they may change.
             instruction: What to change.
             settings: Guidance, steps, resolution.

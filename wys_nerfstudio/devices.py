@@ -1,5 +1,7 @@
 """Which devices a run has: chosen, and refused where they are not there, before anything starts."""
 
+from typing import Optional
+
 import torch
 from nerfstudio.configs.base_config import MachineConfig
 from nerfstudio.utils.rich_utils import CONSOLE
@@ -8,11 +10,12 @@ from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.model import WysModelConfig
 
 
-def choose_device(machine: MachineConfig, model: WysModelConfig) -> None:
+def choose_device(method: Optional[str], machine: MachineConfig, model: WysModelConfig) -> None:
     """Takes the CPU where there is no CUDA, torch's encodings where there is no tiny-cuda-nn, and says so."""
     if machine.device_type == "cuda" and not torch.cuda.is_available():
         machine.device_type = "cpu"
-        CONSOLE.print("No CUDA device was found: running on the CPU. Try ns-train wys-tiny for a size that suits it.")
+        hint = " Try ns-train wys-tiny for a size that suits it." if method == "wys" else ""
+        CONSOLE.print(f"No CUDA device was found: running on the CPU.{hint}")
     if model.implementation == "tcnn":
         from nerfstudio.utils.external import TCNN_EXISTS
 

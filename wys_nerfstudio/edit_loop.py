@@ -161,7 +161,7 @@ class EditLoop:
         views = [schedule.view_of_edit(options.seed, number, data.num_views) for number in numbers]
         t = self._start_timestep(self.edits)
         self.edits += options.edit_count
-        renders = [self._model.render_view(data.train_dataset.cameras, view) for view in views]
+        renders = [self._render(view) for view in views]
         masks = self.masks_of(views, renders) if views else torch.zeros((0, *data.view_size), dtype=torch.bool)
         settings, seconds = options.edit_settings(), time.perf_counter() - began
         return Job(numbers, views, t, renders, masks, options.instruction, settings, seconds)
@@ -190,6 +190,15 @@ class EditLoop:
             for i, number in enumerate(job.numbers)
         ]
 
+    def _render(self, view: int) -> dict[str, Tensor]:
+        """The model's outputs for a view, what edits start from: no finer than they are made, relevance at the view's size."""
+        data, size = self._data, self._data.view_size
+        editing_size = self._options.edit_settings().size_for(self._editor(), *size)
+        finer = editing_size[0] * editing_size[1] < size[0] * size[1]
+        render = self._model.render_view(data.train_dataset.cameras, view, editing_size if finer else None)
+        value = relevance.resize(render["relevance_value"][None, ..., 0], *size)[0]
+        return {**render, "relevance_value": value[..., None]}
+
     def _start_timestep(self, edit_number: int) -> int:
         options = self._options
         level = schedule.noise_level_of_edit(
@@ -217,7 +226,7 @@ class EditLoop:
             WysError: If nothing in this view is relevant.
         """
         options, data = self._options, self._data
-        render = self._model.render_view(data.train_dataset.cameras, view)
+        render = self._render(view)
         if instruction == options.instruction or options.localization in ("none", "masks"):
             mask = self.masks_of([view], [render])
         else:

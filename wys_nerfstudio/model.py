@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn import functional as F
 
+from wys_nerfstudio.encodings import speed_up_encodings
 from wys_nerfstudio.field import RelevanceInput, WysField
-from wys_nerfstudio.hash_encoding import speed_up_hash_encodings
 from wys_nerfstudio.perceptual import Lpips, lpips_is_cached
 from wys_nerfstudio.schedule import Phase
 
@@ -80,7 +80,7 @@ class WysModel(NerfactoModel):
         )
         self.camera_optimizer = config.camera_optimizer.setup(num_cameras=self.num_train_data, device="cpu")
         self._build_proposals(contraction)
-        speed_up_hash_encodings(self)
+        speed_up_encodings(self)
         self.collider = NearFarCollider(near_plane=config.near_plane, far_plane=config.far_plane)
 
         self.renderer_rgb = RGBRenderer(background_color=config.background_color)
@@ -175,7 +175,7 @@ class WysModel(NerfactoModel):
     # ------------------------------------------------------------------------------------------------- rendering
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
-        """Renders rays: nerfacto's outputs, `relevance`, one number in [0, 1] per ray, and in eval mode
+        """Renders rays: `rgb`, `accumulation`, `relevance`, one number in [0, 1] per ray, and in eval mode nerfacto's depths and
         `relevance_overlay`, colours without the mask's border, which nerfstudio's point clouds can take.
 
         While only the relevance head is trained the scene is held fixed, and `relevance` is the only output.
@@ -214,15 +214,14 @@ class WysModel(NerfactoModel):
             # Detached: relevance is rendered on the scene's geometry and must not shape it.
             relevance = self.field.get_relevance(features)
             outputs["relevance"] = self.renderer_relevance(relevance, weights.detach())
-        with torch.no_grad():
-            outputs["depth"] = self.renderer_depth(weights=weights, ray_samples=samples)
-            outputs["expected_depth"] = self.renderer_expected_depth(weights=weights, ray_samples=samples)
-            for i in range(self.config.num_proposal_iterations):
-                outputs[f"prop_depth_{i}"] = self.renderer_depth(weights=weights_list[i], ray_samples=samples_list[i])
         if self.training:
             outputs["weights_list"] = weights_list
             outputs["ray_samples_list"] = samples_list
         else:
+            outputs["depth"] = self.renderer_depth(weights=weights, ray_samples=samples)
+            outputs["expected_depth"] = self.renderer_expected_depth(weights=weights, ray_samples=samples)
+            for i in range(self.config.num_proposal_iterations):
+                outputs[f"prop_depth_{i}"] = self.renderer_depth(weights=weights_list[i], ray_samples=samples_list[i])
             if not self.localized:
                 outputs["relevance"] = torch.ones_like(outputs["relevance"])
             outputs["relevance_overlay"] = self._overlay(outputs["rgb"], outputs["relevance"])
@@ -269,17 +268,20 @@ class WysModel(NerfactoModel):
             self.train(was_training)
 
     @torch.no_grad()
-    def render_view(self, cameras: Cameras, view: int) -> dict[str, Tensor]:
+    def render_view(self, cameras: Cameras, view: int, size: Optional[tuple[int, int]] = None) -> dict[str, Tensor]:
         """Renders a training view as the training sees it: its learned pose correction, its own appearance, no jitter.
 
         Args:
             cameras: The training cameras.
             view: Index of the view among them.
+            size: Height and width of the picture, of the same field of view; by default the camera's.
 
         Returns:
             Every eval output, each (height, width, channels).
         """
         camera = cameras[view : view + 1].to(self.device)
+        if size is not None:
+            _resize(camera, *size)
         camera.metadata = {"cam_idx": view}
         with self.as_view(view):
             camera.camera_to_worlds = self.camera_optimizer.apply_to_camera(camera)
@@ -345,6 +347,15 @@ class WysModel(NerfactoModel):
             "relevance_overlay": outputs["relevance_overlay"],
         }
         return metrics, images
+
+
+def _resize(camera: Cameras, height: int, width: int) -> None:
+    """Gives a camera another number of pixels for the same field of view, in place."""
+    for side, focal, centre, pixels in (("width", "fx", "cx", width), ("height", "fy", "cy", height)):
+        given = getattr(camera, side)
+        for name in (focal, centre):
+            setattr(camera, name, getattr(camera, name) * pixels / given)
+        setattr(camera, side, torch.full_like(given, pixels))
 
 
 def _call_ahead(func: Callable[..., None], ahead: int, step: int) -> None:

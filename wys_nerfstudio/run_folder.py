@@ -11,6 +11,7 @@ from nerfstudio.utils import writer
 from torch import Tensor
 
 from wys_nerfstudio.datamanager import WysDataManager
+from wys_nerfstudio.editing.editor import resize_images
 from wys_nerfstudio.pictures import heat, write_png
 from wys_nerfstudio.ranks import first_only
 
@@ -63,7 +64,7 @@ def picture_row(
     Args:
         data: The training views.
         view: Which view.
-        render: The model's outputs for it.
+        render: The model's outputs for it; its colours may be coarser than the view.
         mask: Where it may be edited.
     """
     view_map = data.relevance_of(view) if "relevance" in data.cached_batch else torch.zeros(data.view_size)
@@ -73,7 +74,7 @@ def picture_row(
         heat(render["relevance_value"][..., 0]),
         mask.float()[..., None].expand(-1, -1, 3),
         data.current_views([view])[0],
-        render["rgb"].clamp(0, 1),
+        resize_images(render["rgb"][None].clamp(0, 1), *data.view_size)[0],
     ]
 
 

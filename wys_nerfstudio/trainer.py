@@ -106,7 +106,7 @@ class WysTrainerConfig(TrainerConfig):
                 self.pipeline.datamanager.data = self.data
         self._take_prompt()
         self.pipeline.asked = {"instruction": self.pipeline.instruction, **self.pipeline.live_settings()}
-        choose_device(self.machine, self.pipeline.model)
+        choose_device(self.method_name, self.machine, self.pipeline.model)
         resumed = self._take_load_dir()
         self.pipeline.check()
         self._check_data()

@@ -128,7 +128,8 @@ def main(options: Options) -> None:
                 pipeline = build(options, variant, seed)
                 index = json.loads((options.scene / "ground_truth" / "edits.json").read_text("utf8"))
                 instruction = next(edit["instruction"] for edit in index if edit["slug"] == slug)
-                truth = Truth(options.scene / "ground_truth" / slug)
+                truth = Truth.find(options.scene, instruction)
+                assert truth is not None
                 data = pipeline.datamanager
                 names = [path.name for path in data.eval_dataset.image_filenames]
                 raw = raw_maps(options, editor, pipeline, instruction, seed)

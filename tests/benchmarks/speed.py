@@ -39,7 +39,7 @@ from wys_nerfstudio.editing import EMBEDDED, Editor, EditSettings, edit_images, 
 from wys_nerfstudio.editing.denoise import add_noise, ddim_step, guide
 from wys_nerfstudio.editing.editor import resize_images
 from wys_nerfstudio.editing.images import seeded_noise
-from wys_nerfstudio.hash_encoding import FastHashEncoding, speed_up_hash_encodings
+from wys_nerfstudio.encodings import FastHashEncoding, speed_up_encodings
 from wys_nerfstudio.pictures import read_png
 from wys_nerfstudio.schedule import Phase
 from wys_nerfstudio.trainer import WysTrainer, WysTrainerConfig
@@ -232,7 +232,7 @@ def hash_encoding_row(device: str, repeats: int) -> Row:
     torch.manual_seed(0)
     slow = HashEncoding(num_levels=8, max_res=512, log2_hashmap_size=15, implementation="torch").to(device)
     fast = copy.deepcopy(slow)
-    speed_up_hash_encodings(fast)
+    speed_up_encodings(fast)
     positions = torch.rand(24 * 1024, 3, device=device)
     runs = [lambda turn, encoding=encoding: encoding(positions).square().sum().backward() for encoding in (slow, fast)]
     return in_turns("hash encoding of 24,576 samples", runs[0], runs[1], repeats, views=1)

@@ -86,7 +86,7 @@ def relevance_maps(
 
 def edit_images(
     editor: Editor,
-    images: Float[Tensor, "b h w 3"],
+    images: Float[Tensor, "b start_h start_w 3"],
     captured: Float[Tensor, "b h w 3"],
     mask: Bool[Tensor, "b h w"],
     instruction: str,
@@ -100,7 +100,7 @@ def edit_images(
 
     Args:
         editor: The editor.
-        images: What the edit starts from (a scene's current renders; for a single picture, the picture).
+        images: What the edit starts from (a scene's current renders; for a single picture, the picture), at any size.
         captured: The editor's condition, and what holds outside the mask.
         mask: Where the images may change. All True is plain InstructPix2Pix.
         instruction: What to change.

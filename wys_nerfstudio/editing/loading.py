@@ -13,6 +13,7 @@ import torch
 from wys_nerfstudio.editing.editor import Editor
 from wys_nerfstudio.editing.sdxl import as_sdxl_editor
 from wys_nerfstudio.errors import WysError
+from wys_nerfstudio.quiet import no_bar_for_files
 
 EMBEDDED = "embedded"
 """Name of the small editor of toy pictures that comes with the package."""
@@ -85,7 +86,8 @@ def load_editor(
         unet: Any = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **weights)
         vae: Any = AutoencoderKL.from_pretrained(source, subfolder="vae", **weights)
         text_weights: dict[str, Any] = {"dtype": weights["torch_dtype"], "use_safetensors": use_safetensors}
-        text_encoder: Any = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **text_weights)
+        with no_bar_for_files(source):
+            text_encoder: Any = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **text_weights)
         tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
         scheduler: Any = DDIMScheduler.from_pretrained(source, subfolder="scheduler")
     except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:

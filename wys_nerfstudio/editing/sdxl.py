@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from wys_nerfstudio.editing.editor import Editor
 from wys_nerfstudio.errors import WysError
+from wys_nerfstudio.quiet import no_bar_for_files
 
 
 @dataclass
@@ -62,7 +63,8 @@ def as_sdxl_editor(editor: Editor, source: str, use_safetensors: Optional[bool])
 
     weights: dict[str, Any] = {"dtype": editor.unet.dtype, "use_safetensors": use_safetensors}
     try:
-        encoder: Any = CLIPTextModelWithProjection.from_pretrained(source, subfolder="text_encoder_2", **weights)
+        with no_bar_for_files(source):
+            encoder: Any = CLIPTextModelWithProjection.from_pretrained(source, subfolder="text_encoder_2", **weights)
         tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer_2")
         index: Any = DiffusionPipeline.load_config(source)
     except (OSError, ValueError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""nerfstudio's torch hash encoding, faster on a CPU: same tables, same values up to rounding.
+"""nerfstudio's torch hash encoding and its scene contraction, faster on a CPU: same tables, same values up to rounding.
 
 Where tiny-cuda-nn is not installed, most of a training step is spent in this encoding. nerfstudio hashes each of a cell's
 eight corners anew, in 64 bits with a division, and keeps every partial sum for the backward pass. Here a corner's hash is put
@@ -6,7 +6,8 @@ together from one product per axis and side, in 32 bits (only the lowest bits co
 entries), and the backward pass knows just entries and weights.
 
 Samples are the last axis of every tensor and features are looked up one after the other: long rows are what a CPU adds,
-multiplies and copies fast, and rows of two features or eight corners are not.
+multiplies and copies fast, and rows of two features or eight corners are not. For the same reason a largest coordinate is
+found faster as such than as a norm.
 """
 
 import functools
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from nerfstudio.field_components.encodings import HashEncoding
+from nerfstudio.field_components.spatial_distortions import SceneContraction
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -75,9 +77,9 @@ class _WeightedLookup(torch.autograd.Function):
         of_table = of_weights = None
         if ctx.needs_input_grad[0]:
             of_table = torch.zeros(table.shape[::-1], dtype=table.dtype, device=table.device)
-            entries = index.flatten().long()
+            entries = index.flatten()
             for sums, part in zip(of_table, gradient):
-                sums.scatter_add_(0, entries, (weights * part).flatten())
+                sums.index_add_(0, entries, (weights * part).flatten())
             of_table = of_table.t()
         if ctx.needs_input_grad[2]:
             products = (values.mul_(part) for values, part in zip(_look_up(table, index), gradient))
@@ -91,12 +93,24 @@ def _look_up(table: Tensor, index: Tensor) -> Iterator[Tensor]:
         yield feature.index_select(0, index.flatten()).view(index.shape)
 
 
-def speed_up_hash_encodings(module: nn.Module) -> None:
-    """Gives every torch hash encoding in a module the faster forward pass; weights and their names stay.
+class FastSceneContraction(SceneContraction):
+    """A `SceneContraction` by the largest coordinate (of infinite order) with another forward pass, for positions alone."""
+
+    def forward(self, positions: Float[Tensor, "*bs 3"]) -> Float[Tensor, "*bs 3"]:
+        """Positions as they are within the unit cube, and drawn into the cube of twice its size outside
+        (MERF, Reiser et al. 2023, eq. 3)."""
+        largest = positions.abs().amax(dim=-1, keepdim=True)
+        return torch.where(largest < 1, positions, (2 - 1 / largest) * (positions / largest))
+
+
+def speed_up_encodings(module: nn.Module) -> None:
+    """Gives every torch hash encoding and scene contraction in a module its faster forward pass; weights and their names stay.
 
     Args:
-        module: Searched with all its children. Encodings of tiny-cuda-nn are left alone.
+        module: Searched with all its children. Encodings of tiny-cuda-nn are left alone, and contractions of another order.
     """
     for child in module.modules():
         if type(child) is HashEncoding and child.tcnn_encoding is None:
             child.__class__ = FastHashEncoding
+        elif type(child) is SceneContraction and child.order == float("inf"):
+            child.__class__ = FastSceneContraction

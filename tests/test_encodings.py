@@ -1,4 +1,4 @@
-"""The faster hash encoding against nerfstudio's own: values, gradients, and where it is put in place."""
+"""The faster hash encoding and scene contraction against nerfstudio's own: values, gradients, where they are put in place."""
 
 import copy
 
@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from nerfstudio.field_components.encodings import HashEncoding
+from nerfstudio.field_components.spatial_distortions import SceneContraction
 
-from wys_nerfstudio.hash_encoding import FastHashEncoding, speed_up_hash_encodings
+from wys_nerfstudio.encodings import FastHashEncoding, FastSceneContraction, speed_up_encodings
 
 
 def build(
@@ -18,7 +19,7 @@ def build(
     torch.manual_seed(seed)
     slow = HashEncoding(levels, base, finest, log2, features, hash_init_scale=1.0, implementation="torch")
     fast = copy.deepcopy(slow)
-    speed_up_hash_encodings(fast)
+    speed_up_encodings(fast)
     assert type(slow) is HashEncoding and type(fast) is FastHashEncoding
     return slow, fast
 
@@ -76,15 +77,42 @@ def test_weights_keep_their_names_and_other_modules_stay() -> None:
     slow, fast = build(2, 4, 16, 8, 2, 0)
     assert slow.state_dict().keys() == fast.state_dict().keys()
     both = torch.nn.ModuleList([torch.nn.Linear(2, 2), slow])
-    speed_up_hash_encodings(both)
+    speed_up_encodings(both)
     assert type(both[0]) is torch.nn.Linear and type(both[1]) is FastHashEncoding
 
 
 def test_encodings_of_tiny_cuda_nn_stay() -> None:
     slow, _ = build(2, 4, 16, 8, 2, 0)
     slow.tcnn_encoding = torch.nn.Identity()
-    speed_up_hash_encodings(slow)
+    speed_up_encodings(slow)
     assert type(slow) is HashEncoding
+
+
+@given(shapes, st.floats(0.1, 100), st.integers(0, 2**20))
+def test_contracted_positions_and_gradients_are_nerfstudios(shape, scale, seed) -> None:
+    torch.manual_seed(seed)
+    positions = torch.cat(
+        [torch.randn(*shape, 3).flatten(0, -2), torch.tensor([[0.0, 0, 0], [1, -0.5, 0], [0, 0, -7]])]
+    )
+    towards, results = torch.randn(positions.shape), []
+    slow, fast = SceneContraction(order=float("inf")), SceneContraction(order=float("inf"))
+    speed_up_encodings(fast)
+    assert type(fast) is FastSceneContraction
+    for contraction in (slow, fast):
+        x = (scale * positions).requires_grad_()
+        contracted = contraction(x)
+        (contracted * towards).sum().backward()
+        results.append((contracted.detach(), x.grad))
+    (theirs, their_gradient), (ours, our_gradient) = results
+    assert torch.equal(ours, theirs) and ours.abs().max() < 2
+    away = positions.abs().amax(dim=-1) > 0  # where all coordinates are 0, each is the largest
+    assert torch.allclose(our_gradient[away], their_gradient[away], rtol=1e-4, atol=1e-6)
+
+
+def test_contractions_of_another_order_stay() -> None:
+    contraction = SceneContraction(order=2)
+    speed_up_encodings(contraction)
+    assert type(contraction) is SceneContraction
 
 
 @pytest.mark.parametrize("size", [1 << 3, 1 << 19])
