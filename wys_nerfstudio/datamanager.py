@@ -30,6 +30,7 @@ from wys_nerfstudio.capture import check_picture
 from wys_nerfstudio.editing import Editor, EditSettings, edit_images, relevance_maps
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.pictures import heat, to_uint8, write_png
+from wys_nerfstudio.quiet import ignore_warnings
 from wys_nerfstudio.ranks import first_only, from_first, gather, share
 from wys_nerfstudio.relevance_files import RelevanceRequest, find_maps, keep_maps
 from wys_nerfstudio.schedule import edit_seed
@@ -65,6 +66,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
     config: WysDataManagerConfig
 
     def __init__(self, config: WysDataManagerConfig, *arguments: Any, **named: Any) -> None:
+        ignore_warnings()  # also in ns-eval and its kin, where this is the first that is built
         try:
             super().__init__(config, *arguments, **named)
         # What nerfstudio's parsers make of data that they cannot read.

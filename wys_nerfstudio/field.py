@@ -27,7 +27,6 @@ class WysField(NerfactoField):
     Args:
         aabb: Scene bounds, (2, 3).
         num_images: Number of training views.
-        hidden_dim: Width of the density's and of the relevance head's hidden layers.
         relevance_input: What the relevance head sees: the backbone's geometry features, these and a frequency encoding
             of the position, or the hash grid's own features (torch backend only).
         implementation: Backend of encodings and networks.
@@ -38,12 +37,11 @@ class WysField(NerfactoField):
         self,
         aabb: Shaped[Tensor, "2 3"],
         num_images: int,
-        hidden_dim: int = 64,
         relevance_input: RelevanceInput = "geometry+position",
         implementation: Literal["tcnn", "torch"] = "tcnn",
         **kwargs,
     ) -> None:
-        super().__init__(aabb, num_images, hidden_dim=hidden_dim, implementation=implementation, **kwargs)
+        super().__init__(aabb, num_images, implementation=implementation, **kwargs)
         self.relevance_input = relevance_input
         width = self.geo_feat_dim
         if relevance_input == "geometry+position":
@@ -57,7 +55,7 @@ class WysField(NerfactoField):
         self.mlp_relevance = MLP(
             in_dim=width,
             num_layers=3,
-            layer_width=hidden_dim,
+            layer_width=64,
             out_dim=1,
             activation=nn.ReLU(),
             out_activation=nn.Sigmoid(),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def ignore_warnings() -> None:
-    """Silences warnings in this package's own commands; what `ns-train` prints is nerfstudio's."""
-    # Deprecations inside nerfstudio and in its calls of torch, said while it is imported.
+    """Silences warnings from here on, in this package's own commands and in nerfstudio's when they run its methods."""
+    # Deprecations inside nerfstudio and in its calls of torch.
     warnings.filterwarnings("ignore", module="nerfstudio")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit")
     # torchmetrics says this of its own imports.

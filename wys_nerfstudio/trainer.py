@@ -33,6 +33,7 @@ from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.files import write_text
 from wys_nerfstudio.options import refuse_nonsense
 from wys_nerfstudio.pipeline import WysPipeline, WysPipelineConfig
+from wys_nerfstudio.quiet import ignore_warnings
 from wys_nerfstudio.ranks import first_only, from_first, lost_ranks_as_sentences, rank
 from wys_nerfstudio.recipe import parse_with_recipe
 from wys_nerfstudio.run_state import STATE_KEY, RunState, set_random_states
@@ -57,6 +58,7 @@ class WysTrainerConfig(TrainerConfig):
         nerfstudio's train script calls this first thing after parsing, once per run. Errors end the program here, with
         their sentence and without a traceback.
         """
+        ignore_warnings()
         with errors_as_sentences():
             self._resolve()
         super().set_timestamp()
