@@ -199,6 +199,21 @@ def test_edited_views_are_compared_by_their_absolute_difference():
     assert set(losses) == {"relevance_loss", "rgb_loss", "interlevel_loss", "distortion_loss"}
 
 
+def test_while_views_are_edited_some_rays_train_the_relevance_head_as_all_do_in_localisation():
+    model, data = build(relevance_loss_mult=3.0).train(), batch()
+    torch.manual_seed(1)
+    outputs = model(rays())
+    model.phase = Phase.LOCALIZE
+    torch.manual_seed(1)
+    everywhere = model(rays())["relevance"]
+    assert len(everywhere) == 32
+    torch.testing.assert_close(outputs["relevance"], everywhere[::4])
+    model.phase = Phase.EDIT
+    loss = model.get_loss_dict(outputs, data, model.get_metrics_dict(outputs, data))["relevance_loss"]
+    pairs = list(zip(everywhere.flatten().tolist(), data["relevance"].flatten().tolist()))[::4]
+    assert float(loss) == pytest.approx(3 * sum((a - b) ** 2 for a, b in pairs) / 8, rel=1e-5)
+
+
 def test_edited_views_without_relevance_maps_have_no_relevance_loss():
     assert "relevance_loss" not in losses_of(build().train(), {"image": batch()["image"]})
 

@@ -80,22 +80,25 @@ class WysField(NerfactoField):
         relevance = {id(p) for p in self.relevance_parameters()}
         return [p for p in self.parameters() if id(p) not in relevance]
 
-    def get_relevance(self, density_embedding: Float[Tensor, "*bs features"]) -> Float[Tensor, "*bs 1"]:
+    def get_relevance(
+        self, density_embedding: Float[Tensor, "rays samples features"], every: int = 1
+    ) -> Float[Tensor, "some samples 1"]:
         """Relevance in [0, 1] at the samples that `get_density` was called with last. No gradient reaches its inputs.
 
         Args:
             density_embedding: Geometry features of those samples.
+            every: 2 for every second ray only, and so on.
         """
-        shape = density_embedding.shape[:-1]
-        geometry = density_embedding.detach().reshape(-1, self.geo_feat_dim).float()
-        positions = self._sample_locations.detach().reshape(-1, 3)
+        some = density_embedding[::every].detach()
+        geometry = some.reshape(-1, self.geo_feat_dim).float()
+        positions = self._sample_locations[::every].detach().reshape(-1, 3)
         if self.relevance_input == "geometry":
             inputs = geometry
         elif self.relevance_input == "geometry+position":
             inputs = torch.cat([geometry, self.relevance_encoding(positions * 2 - 1)], dim=-1)
         else:
             inputs = self.mlp_base.model[0](positions).detach()
-        return self.mlp_relevance(inputs).view(*shape, 1)
+        return self.mlp_relevance(inputs).view(*some.shape[:-1], 1)
 
     def get_density(self, ray_samples: RaySamples) -> tuple[Float[Tensor, "*bs 1"], Float[Tensor, "*bs features"]]:
         """Density and geometry features of samples, as nerfacto has them. Nerfacto also has the encodings compute gradients

@@ -31,6 +31,9 @@ from wys_nerfstudio.field import RelevanceInput, WysField
 from wys_nerfstudio.perceptual import Lpips, lpips_is_cached
 from wys_nerfstudio.schedule import Phase
 
+RELEVANCE_RAYS = 4
+"""While views are edited one ray in so many trains the relevance head, which has learned and must only keep up."""
+
 
 @dataclass
 class WysModelConfig(NerfactoModelConfig):
@@ -175,7 +178,8 @@ class WysModel(NerfactoModel):
     # ------------------------------------------------------------------------------------------------- rendering
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
-        """Renders rays: `rgb`, `accumulation`, `relevance`, one number in [0, 1] per ray, and in eval mode nerfacto's depths and
+        """Renders rays: `rgb`, `accumulation`, `relevance`, one number in [0, 1] per ray (of every
+        `RELEVANCE_RAYS`-th only while views are edited), and in eval mode nerfacto's depths and
         `relevance_overlay`, colours without the mask's border, which nerfstudio's point clouds can take.
 
         While only the relevance head is trained the scene is held fixed, and `relevance` is the only output.
@@ -212,8 +216,9 @@ class WysModel(NerfactoModel):
         }
         if not (self.training and self.phase is Phase.RECONSTRUCT):
             # Detached: relevance is rendered on the scene's geometry and must not shape it.
-            relevance = self.field.get_relevance(features)
-            outputs["relevance"] = self.renderer_relevance(relevance, weights.detach())
+            every = RELEVANCE_RAYS if self.training else 1
+            relevance = self.field.get_relevance(features, every)
+            outputs["relevance"] = self.renderer_relevance(relevance, weights[::every].detach())
         if self.training:
             outputs["weights_list"] = weights_list
             outputs["ray_samples_list"] = samples_list
@@ -305,7 +310,8 @@ class WysModel(NerfactoModel):
             return super().get_loss_dict(outputs, batch, metrics_dict)
         losses: dict[str, Tensor] = {}
         if "relevance" in batch:
-            target = batch["relevance"].to(self.device)
+            every = 1 if self.phase is Phase.LOCALIZE else RELEVANCE_RAYS
+            target = batch["relevance"][::every].to(self.device)
             losses["relevance_loss"] = self.config.relevance_loss_mult * F.mse_loss(outputs["relevance"], target)
         if self.phase is Phase.LOCALIZE:
             return losses
