@@ -34,12 +34,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from wys_nerfstudio import relevance, schedule
-from wys_nerfstudio.config import wys_tiny
+from wys_nerfstudio.config import wys, wys_tiny
 from wys_nerfstudio.editing import EMBEDDED, Editor, EditSettings, edit_images, load_editor, relevance_maps
 from wys_nerfstudio.editing.denoise import add_noise, ddim_step, guide
 from wys_nerfstudio.editing.editor import resize_images
 from wys_nerfstudio.editing.images import seeded_noise
 from wys_nerfstudio.encodings import FastHashEncoding, speed_up_encodings
+from wys_nerfstudio.options import WysOptions
 from wys_nerfstudio.pictures import read_png
 from wys_nerfstudio.schedule import Phase
 from wys_nerfstudio.trainer import WysTrainer, WysTrainerConfig
@@ -65,10 +66,6 @@ class Options:
     """Views that are edited, and that maps are made of."""
     batch: int = 4
     """Views that this package edits together."""
-    guidance_scale: float = 7.5
-    """S_T of the first table; the second one has wys-tiny's settings."""
-    image_guidance_scale: float = 1.5
-    """S_I of the first table."""
     repeats: int = 3
     """Turns of each way."""
     compile: bool = False
@@ -181,17 +178,17 @@ def in_turns(work: str, slow: Callable[[int], None], ours: Callable[[int], None]
     return Row(work, *spread)
 
 
-def editing_rows(editor: Editor, slow: Editor, pictures: Tensor, options: Options, settings: EditSettings) -> list[Row]:
-    """Edits of all views from noise levels as a run draws them, and their relevance maps."""
-    count, last = len(pictures), editor.num_train_timesteps - 1
+def editing_rows(editor: Editor, slow: Editor, pictures: Tensor, options: Options, config: WysOptions) -> list[Row]:
+    """Edits of all views with a method's settings, from noise levels as its runs draw them, and their relevance maps."""
+    count, last, settings = len(pictures), editor.num_train_timesteps - 1, config.edit_settings()
     states = slow_states(slow, options.instruction)
-    tiny: Any = wys_tiny.config.pipeline
+    levels = config.min_noise_level, config.max_noise_level
     everywhere = torch.ones(pictures.shape[:3], dtype=torch.bool, device=pictures.device)
 
     def start(turn: int, view: int) -> int:
         # Views that are edited together start from the same level, as in a run.
         number = turn * count + view // options.batch
-        return max(1, round(schedule.noise_level_of_edit(0, number, tiny.min_noise_level, 0.98) * last))
+        return max(1, round(schedule.noise_level_of_edit(0, number, *levels) * last))
 
     def edit_slow(turn: int) -> None:
         for view in range(count):
@@ -363,12 +360,10 @@ def measure(options: Options) -> dict[str, Any]:
         result["compile_seconds"] = compiled(editor, pictures, options)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    rows = editing_rows(
-        editor, slow, pictures, options, EditSettings(options.guidance_scale, options.image_guidance_scale)
-    )
+    default, tiny = (method.config.pipeline for method in (wys, wys_tiny))
+    rows = editing_rows(editor, slow, pictures, options, default)  # type: ignore
     if not full:
-        tiny: Any = wys_tiny.config.pipeline
-        rows += editing_rows(editor, slow, pictures, options, tiny.edit_settings())[:1]
+        rows += editing_rows(editor, slow, pictures, options, tiny)[:1]  # type: ignore
     rows.append(hash_encoding_row(options.device, options.repeats))
     if options.run is not None:
         rows.append(edit_phase_row(options, options.run, editor, slow))
