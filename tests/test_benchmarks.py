@@ -10,6 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+import edit_phase
 import field
 import localization
 import mutations
@@ -152,3 +153,46 @@ def test_the_benchmark_of_localisation_runs_and_compares_maps_with_all_inputs(
     figures = {row["source"]: row["AP"] for row in rows if row["normalization"] == "view"}
     # The embedded editor finds the bear; two steps on a scene that is not trained find nothing.
     assert figures["maps"] > 0.5 > figures["geometry"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_edit_phase_tells_its_parts(
+    ring_scene: Path,
+    editor_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tiny: Any = copy.deepcopy(wys_tiny)
+    tiny.config.pipeline.editor = str(editor_folder)
+    monkeypatch.setattr(speed, "wys_tiny", tiny)
+    tiny.config.pipeline.datamanager.data = ring_scene
+    base = tmp_path / "captured.ckpt"
+    weights = tiny.config.pipeline.setup(device="cpu", test_mode="val").weights()
+    write_tensors(base, {"step": 0, "pipeline": weights})
+    options = edit_phase.Options(ring_scene, base, "make the ball blue", 1, tmp_path / "edit-phase.json")
+    edit_phase.main(options)
+    assert "| UNet | " in capsys.readouterr().out
+    result = json.loads(options.output.read_text())
+    assert set(result["parts"]) == {
+        "backward pass of the steps", "forward pass of the steps", "optimizers", "the rest of the edit: masks, files",
+        "render of the view", "UNet", "VAE",
+    }  # fmt: skip
+    assert all(seconds > 0 for seconds in result["parts"].values()) and len(result["operations"]) == 15
+
+
+def test_a_part_inside_another_counts_for_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Work:
+        def outer(self) -> str:
+            return self.inner() + self.inner()
+
+        def inner(self) -> str:
+            return "x"
+
+    clock = iter([0.0, 1.0, 3.0, 4.0, 7.0, 20.0])
+    monkeypatch.setattr(edit_phase.time, "process_time", lambda: next(clock))
+    work, stopwatch = Work(), edit_phase.Stopwatch()
+    stopwatch.watch(work, "outer", "whole")
+    stopwatch.watch(work, "inner", "part")
+    assert work.outer() == "xx"
+    assert stopwatch.seconds == {"part": 2 + 3, "whole": 20 - 5}
