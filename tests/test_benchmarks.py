@@ -155,22 +155,25 @@ def test_the_benchmark_of_localisation_runs_and_compares_maps_with_all_inputs(
     assert figures["maps"] > 0.5 > figures["geometry"]
 
 
-@pytest.mark.slow
-def test_the_benchmark_of_the_edit_phase_tells_its_parts(
-    ring_scene: Path,
-    editor_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.fixture
+def tiny_base(ring_scene: Path, editor_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An untrained scene as a base for wys-tiny, which has the tests' editor."""
     tiny: Any = copy.deepcopy(wys_tiny)
     tiny.config.pipeline.editor = str(editor_folder)
     monkeypatch.setattr(speed, "wys_tiny", tiny)
-    tiny.config.pipeline.datamanager.data = ring_scene
-    base = tmp_path / "captured.ckpt"
-    weights = tiny.config.pipeline.setup(device="cpu", test_mode="val").weights()
-    write_tensors(base, {"step": 0, "pipeline": weights})
-    options = edit_phase.Options(ring_scene, base, "make the ball blue", 1, tmp_path / "edit-phase.json")
+    config = copy.deepcopy(tiny.config.pipeline)
+    config.datamanager.data = ring_scene
+    write_tensors(
+        tmp_path / "captured.ckpt", {"step": 0, "pipeline": config.setup(device="cpu", test_mode="val").weights()}
+    )
+    return tmp_path / "captured.ckpt"
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_edit_phase_tells_its_parts(
+    ring_scene: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = edit_phase.Options(ring_scene, tiny_base, "make the ball blue", 1, tmp_path / "edit-phase.json")
     edit_phase.main(options)
     assert "| UNet | " in capsys.readouterr().out
     result = json.loads(options.output.read_text())
@@ -179,6 +182,16 @@ def test_the_benchmark_of_the_edit_phase_tells_its_parts(
         "render of the view", "UNet", "VAE",
     }  # fmt: skip
     assert all(seconds > 0 for seconds in result["parts"].values()) and len(result["operations"]) == 15
+
+
+@pytest.mark.slow
+def test_the_edit_phase_is_measured_beside_the_slow_way(
+    ring_scene: Path, tiny_base: Path, editor: Editor, tmp_path: Path
+) -> None:
+    options = speed.Options(ring_scene, instruction="make the ball blue", batch=1, repeats=1)
+    options.output = tmp_path / "speed.json"
+    row = speed.edit_phase_row(options, tiny_base, editor, speed.as_slow(editor))
+    assert row.ours[0] > 0 and row.ratio == row.slow[1] / row.ours[1]
 
 
 def test_a_part_inside_another_counts_for_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -287,7 +287,9 @@ def edit_phase_row(options: Options, run: Path, editor: Editor, slow: Editor) ->
                 camera = data.train_dataset.cameras[view : view + 1].to(model.device)
                 with torch.no_grad():
                     rays = camera.generate_rays(camera_indices=0, keep_shape=True)
+                    model.phase = Phase.RECONSTRUCT  # a model without a second head
                     render = Model.get_outputs_for_camera_ray_bundle(model, rays)["rgb"][None].clamp(0, 1)
+                    model.phase = Phase.EDIT
                     captured = data.captured_views([view])
                     level = schedule.noise_level_of_edit(0, number // options.batch, 0.5, 0.98)
                     t = max(1, round(level * (slow.num_train_timesteps - 1)))
