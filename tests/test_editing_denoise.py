@@ -188,6 +188,16 @@ def test_the_loop_equals_its_twin_element_by_element(final_alpha):
     torch.testing.assert_close(result, slow_denoise(case, timesteps, final_alpha), atol=1e-9, rtol=0)
 
 
+def test_each_step_is_reported_when_it_is_done():
+    case, predictor, seen = random_case(1), Recorder(), []
+    arguments = {key: case[key] for key in ("start", "reference", "mask", "noise")}
+    masked_denoise(
+        **arguments, timesteps=[500, 300, 1], alphas=ALPHAS, final_alpha=ONE, predict_noise=predictor,
+        report=lambda done, total: seen.append((done, total, len(predictor.seen))),
+    )  # fmt: skip
+    assert seen == [(1, 3, 1), (2, 3, 2), (3, 3, 3)]
+
+
 def test_a_mask_of_everything_is_no_mask():
     case = random_case(1)
     everything = torch.ones_like(case["mask"])

@@ -181,6 +181,16 @@ def test_map_and_mask_are_the_papers_as_scenes_have_them(editor):
     assert torch.equal(result.mask, result.relevance >= 0.4)
 
 
+def test_draws_and_outlier_factor_are_those_that_are_asked_for(editor):
+    image = pictures(1, 37, 45)[0]
+    settings = replace(FEW_STEPS, relevance_draws=3, relevance_outlier_factor=0.2)
+    result = edit_image(editor, image, INSTRUCTION, settings, seed=4)
+    raw = next(relevance_maps(editor, image[None], INSTRUCTION, seeds=[edit_seed(4, -1)], draws=3))
+    wanted = relevance.at_pixels(raw, 37, 45, outlier_factor=0.2)[0]
+    assert torch.equal(result.relevance, wanted)
+    assert not torch.equal(wanted, relevance.at_pixels(raw, 37, 45)[0])
+
+
 @pytest.mark.parametrize("method", ["local", "sds"])
 def test_ones_own_mask_is_used(editor, method):
     image = pictures(1, 37, 45)[0]
