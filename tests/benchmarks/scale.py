@@ -159,7 +159,7 @@ def table(rows: Sequence[Row]) -> str:
 def plot(by_count: Sequence[Row], by_side: Sequence[Row], by_editing_side: Sequence[Row], path: Path) -> None:
     """Maps and edit loop over the number of views, over their sides, and over the sides at which they are edited."""
     figure = Figure(figsize=(11, 3.2), layout="constrained")
-    axes: Any = figure.subplots(1, 3)
+    axes: Any = figure.subplots(1, 3, sharey=True)
     panels = [
         (by_count, "views", [r.views for r in by_count]),
         (by_side, "longer side of the views, pixels", [r.side for r in by_side]),
@@ -168,10 +168,11 @@ def plot(by_count: Sequence[Row], by_side: Sequence[Row], by_editing_side: Seque
     for axis, (rows, label, places) in zip(axes, panels):
         axis.loglog(places, [r.maps for r in rows], "o-", label="all relevance maps")
         axis.loglog(places, [r.round for r in rows], "s-", label="five steps and an edit")
-        axis.set(xlabel=label, ylabel="CPU seconds")
+        axis.set_xlabel(label)
         axis.set_xticks(places, [str(place) for place in places], minor=False)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
+    axes[0].set_ylabel("CPU seconds")
     axes[0].legend()
     figure.savefig(path, dpi=90)
 
