@@ -97,8 +97,8 @@ class FastSceneContraction(SceneContraction):
     """A `SceneContraction` by the largest coordinate (of infinite order) with another forward pass, for positions alone."""
 
     def forward(self, positions: Float[Tensor, "*bs 3"]) -> Float[Tensor, "*bs 3"]:
-        """Positions as they are within the unit cube, and drawn into the cube of twice its size outside
-        (MERF, Reiser et al. 2023, eq. 3)."""
+        """Positions as they are within the unit cube, and drawn into the cube of twice its size outside (mip-NeRF 360,
+        Barron et al. 2022, eq. 10, with the largest coordinate for the norm, as nerfacto has it)."""
         largest = positions.abs().amax(dim=-1, keepdim=True)
         return torch.where(largest < 1, positions, (2 - 1 / largest) * (positions / largest))
 
