@@ -246,12 +246,11 @@ def test_words_that_a_whole_word_tokenizer_has_never_seen_are_refused_with_those
     limited = whole_word_editor(editor, tmp_path)
     assert limited.encode_text("make it red").shape == (1, 40, 32)
     assert limited.encode_text("").shape == (1, 40, 32)
-    sentence = (
-        '"make it zzz" has words that the editor .* has never seen; it knows: (a, )?([a-z]{2,}, )*[a-z]{2,}[.] .*'
-    )
-    sentence += "--editor timbrooks/"
-    with pytest.raises(WysError, match=sentence):
-        limited.encode_text("make it zzz")
+    # The letters of "tired" are pieces of the words that were seen.
+    for instruction in ("make it zzz", "make it tired"):
+        sentence = f'"{instruction}" has words that the editor .* has never seen; it knows: (a, )?([a-z]{{2,}}, )*[a-z]{{2,}}[.]'
+        with pytest.raises(WysError, match=f"{sentence} .*--editor timbrooks/"):
+            limited.encode_text(instruction)
 
 
 def test_a_tokenizer_that_spells_words_out_takes_any_word(editor):

@@ -137,13 +137,12 @@ def test_edits_are_the_same_whatever_was_drawn_before(ring_scene: Path, editor_f
     assert edits[0][0] == edits[1][0] and torch.equal(edits[0][1], edits[1][1])
 
 
-@pytest.mark.parametrize(("long_side", "rendered"), [(20, (16, 20)), (40, (32, 40)), (80, (32, 40))])
+@pytest.mark.parametrize(("long_side", "rendered"), [(24, (16, 24)), (40, (32, 40)), (80, (32, 40))])
 def test_edits_start_from_renders_no_finer_than_they_are_made(
     ring_scene: Path, editor_folder: Path, tmp_path: Path, long_side: int, rendered: tuple[int, int]
 ) -> None:
-    trainer = build_trainer(
-        small_config(ring_scene, editor_folder, tmp_path, edit_long_side=long_side, reconstruct_steps=0)
-    )
+    options = {"edit_long_side": long_side, "reconstruct_steps": 0, "localization": "relevance-map"}
+    trainer = build_trainer(small_config(ring_scene, editor_folder, tmp_path, **options))
     data, sizes = trainer.pipeline.datamanager, []
     edited = data.edited
 
@@ -155,6 +154,7 @@ def test_edits_start_from_renders_no_finer_than_they_are_made(
     with trainer.train_lock:
         trainer.pipeline.enter(Phase.LOCALIZE)
         trainer.pipeline.enter(Phase.EDIT)
+    trainer.pipeline.edit_loop.edit(1, trainer.base_dir / "wys")
     (view,) = data.edited_views
     assert sizes == [rendered] and data.view_size == (32, 40)
     mask = read_png(trainer.base_dir / "wys" / "masks" / f"{data.view_names[view]}.png")[..., 0] > 0

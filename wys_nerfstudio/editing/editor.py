@@ -102,16 +102,17 @@ class Editor:
         return ids.to(self.device)
 
     def _check_words(self, instruction: str, ids: list[int]) -> None:
-        unknown = self.tokenizer.unk_token_id
+        tokenizer = self.tokenizer
+        unknown = tokenizer.unk_token_id
         # CLIP's own tokenizer spells unseen words out, and its unknown token is the one that ends every text.
-        if (
-            unknown is None
-            or unknown in (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
-            or unknown not in ids
-        ):
+        if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.pad_token_id):
             return
-        # The vocabulary holds pieces of words as well, and single letters.
-        ends = {w.removesuffix("</w>") for w in self.tokenizer.get_vocab() if w.endswith("</w>")}
+        # A tokenizer of whole words has pieces of them, too, from which it was put together; no text was trained with these.
+        ordinary = [token for token in ids if token not in tokenizer.all_special_ids]
+        whole = all(token.endswith("</w>") for token in tokenizer.convert_ids_to_tokens(ordinary))
+        if whole and unknown not in ids:
+            return
+        ends = {w.removesuffix("</w>") for w in tokenizer.get_vocab() if w.endswith("</w>")}
         known = sorted(word for word in ends if word.isalpha() and (len(word) > 1 or word == "a"))
         raise WysError(
             f'"{instruction}" has words that the editor "{self.name}" has never seen; it knows: {", ".join(known)}. '
