@@ -36,8 +36,8 @@ def figures_of_scene(options: WysOptions, model: WysModel, data: WysDataManager)
         data: The captured views.
 
     Returns:
-        The measures of `edit_figures`, `edit_niqe` if its parameters are given, those of `truth_figures` where the scene brings its truth, and of `clip_figures` where
-        there is a CLIP.
+        The measures of `edit_figures`, `edit_niqe` if its parameters are given, those of `truth_figures` where the scene
+        brings its truth, and of `clip_figures` where there is a CLIP.
     """
     everything = range(data.num_views)
     captured = data.captured_views(everything).cpu()

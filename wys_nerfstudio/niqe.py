@@ -46,7 +46,7 @@ class Natural:
             data = loadmat(path)
             mean, covariance = (torch.from_numpy(data[f"{name}_prisparam"]).double() for name in ("mu", "cov"))
             return Natural(mean.reshape(36), covariance.reshape(36, 36))
-        except (OSError, ValueError, KeyError, TypeError, NotImplementedError, RuntimeError, MatReadError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, MatReadError) as error:
             raise WysError(
                 f'NIQE\'s parameters cannot be read from "{path}": --pipeline.niqe-parameters takes modelparameters.mat of the '
                 'authors\' release, with "mu_prisparam" and "cov_prisparam" in it.'

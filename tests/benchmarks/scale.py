@@ -24,6 +24,7 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 from PIL import Image
+from speed import train_steps
 
 from wys_nerfstudio.config import wys_tiny
 from wys_nerfstudio.editing import load_editor
@@ -129,12 +130,7 @@ def measure(scene: Path, options: Options, views: int, side: int, editing_side: 
     rounds = []
     for first in range(pipeline.plan.edit_start, pipeline.plan.edit_start + (options.rounds + 1) * every, every):
         began = time.process_time()
-        for step in range(first, first + every):
-            pipeline.train()
-            with trainer.train_lock:
-                for callback in trainer.callbacks[:1]:
-                    callback.func(step=step)
-            trainer.train_iteration(step)
+        train_steps(trainer, first, every)
         rounds.append(time.process_time() - began)
     data = pipeline.datamanager
     stacks = [data._captured, *(value for value in data.cached_batch.values() if isinstance(value, torch.Tensor))]

@@ -255,6 +255,15 @@ def build_trainer(options: Options, run: Path) -> WysTrainer:
     return trainer
 
 
+def train_steps(trainer: WysTrainer, first: int, count: int) -> None:
+    """Steps of training with the edits that are due at them; the proposal networks learn at every step."""
+    for step in range(first, first + count):
+        trainer.pipeline.train()
+        with trainer.train_lock:
+            trainer.callbacks[0].func(step=step)
+        trainer.train_iteration(step)
+
+
 def edit_phase_row(options: Options, run: Path, editor: Editor, slow: Editor) -> Row:
     """Steps of the edit phase with their edits, per edited view: five steps and an edit."""
     ours, other = build_trainer(options, run), build_trainer(options, run)
@@ -267,12 +276,7 @@ def edit_phase_row(options: Options, run: Path, editor: Editor, slow: Editor) ->
     first_step = ours.pipeline.plan.edit_start
 
     def turn_ours(turn: int) -> None:
-        for step in range(first_step + turn * steps, first_step + (turn + 1) * steps):
-            ours.pipeline.train()
-            with ours.train_lock:
-                for callback in ours.callbacks[:1]:
-                    callback.func(step=step)
-            ours.train_iteration(step)
+        train_steps(ours, first_step + turn * steps, steps)
 
     def turn_slow(turn: int) -> None:
         data, model = other.pipeline.datamanager, other.pipeline.scene_model
