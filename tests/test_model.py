@@ -360,23 +360,63 @@ def test_a_view_is_rendered_at_its_learned_pose():
     assert not torch.allclose(model.render_view(cameras(), 2)["rgb"], corrected, atol=1e-4)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_no_ray_begins_before_the_near_plane(training, monkeypatch):
+    """What lies nearer is trained by no ray of this camera, and would be drawn as clouds."""
+    model, seen = build(near_plane=0.3).train(training), []
+    render = model.get_outputs
+    monkeypatch.setattr(model, "get_outputs", lambda bundle: (seen.append(bundle.nears), render(bundle))[1])
+    model(rays())
+    assert torch.equal(seen[0], torch.full_like(seen[0], 0.3))
+
+
 def _with_index(camera: Cameras, view: int) -> Cameras:
     camera.metadata = {"cam_idx": view}
     return camera
 
 
-def test_a_coarser_render_of_a_view_has_the_pixels_at_the_middle_of_its_own():
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 1.0])
+def test_some_pixels_of_a_view_are_those_of_its_render(share):
+    model = build(camera_optimizer=CameraOptimizerConfig(mode="SO3xR3"))
+    where = torch.rand(HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1)) < share
+    where[0, 0] |= 0 < share < 0.1  # at least a single one
+    whole = model.render_view(cameras(), 1)
+    rgb, relevance = model.render_pixels(cameras(), 1, where)
+    assert rgb.shape == (int(where.sum()), 3) and relevance.shape == (int(where.sum()),)
+    torch.testing.assert_close(rgb, whole["rgb"][where], atol=1e-6, rtol=0)
+    torch.testing.assert_close(relevance, whole["relevance_value"][where][:, 0], atol=1e-6, rtol=0)
+
+
+def test_only_the_wanted_pixels_are_computed(monkeypatch):
+    model, computed = build(), []
+    render = model.get_outputs
+    monkeypatch.setattr(model, "get_outputs", lambda bundle: (computed.append(len(bundle)), render(bundle))[1])
+    where = torch.zeros(HEIGHT, WIDTH, dtype=torch.bool)
+    where[3:7, 2:5] = True
+    model.render_pixels(cameras(), 0, where)
+    assert computed == [12]
+
+
+def test_pixels_of_a_coarser_picture_are_those_at_the_middle_of_its_own():
     model = build()
-    fine, coarse = (model.render_view(cameras(), 1, size) for size in ((HEIGHT * 3, WIDTH * 5), (HEIGHT, WIDTH)))
-    for name in ("rgb", "relevance_value"):
-        torch.testing.assert_close(coarse[name], fine[name][1::3, 2::5], atol=1e-5, rtol=0)
-    assert torch.equal(coarse["rgb"], model.render_view(cameras(), 1)["rgb"])
+    (fine, relevance), (coarse, coarse_relevance) = (
+        model.render_pixels(cameras(), 1, torch.ones(size, dtype=torch.bool))
+        for size in ((HEIGHT * 3, WIDTH * 5), (HEIGHT, WIDTH))
+    )
+    middle = torch.zeros(HEIGHT * 3, WIDTH * 5, dtype=torch.bool)
+    middle[1::3, 2::5] = True
+    torch.testing.assert_close(coarse, fine[middle.flatten()], atol=1e-5, rtol=0)
+    torch.testing.assert_close(coarse_relevance, relevance[middle.flatten()], atol=1e-5, rtol=0)
 
 
-def test_rendering_leaves_the_cameras_as_they_are():
-    given = cameras()
+@pytest.mark.parametrize("kind", ["whole", "pixels"])
+def test_rendering_leaves_the_cameras_as_they_are(kind):
+    given, model = cameras(), build(camera_optimizer=CameraOptimizerConfig(mode="SO3xR3"))
     before = given.camera_to_worlds.clone()
-    build(camera_optimizer=CameraOptimizerConfig(mode="SO3xR3")).render_view(given, 2, (HEIGHT // 2, WIDTH // 2))
+    if kind == "whole":
+        model.render_view(given, 2)
+    else:
+        model.render_pixels(given, 2, torch.ones(HEIGHT // 2, WIDTH // 2, dtype=torch.bool))
     assert torch.equal(given.camera_to_worlds, before)
     assert int(given.width[2]) == WIDTH and float(given.fx[2]) == 20
     assert given.metadata is None

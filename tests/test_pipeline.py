@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
+from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.engine.callbacks import TrainingCallbackLocation
 
 from wys_nerfstudio.config import wys_tiny
@@ -135,6 +136,45 @@ def test_edits_are_the_same_whatever_was_drawn_before(ring_scene: Path, editor_f
         (view,) = trainer.pipeline.datamanager.edited_views
         edits.append((view, trainer.pipeline.datamanager.current_views([view])))
     assert edits[0][0] == edits[1][0] and torch.equal(edits[0][1], edits[1][1])
+
+
+@pytest.mark.parametrize("localization", ["relevance-field", "relevance-map", "none"])
+def test_an_edit_begins_as_if_the_whole_view_had_been_rendered(
+    trained: WysTrainer, localization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mask and colours within it are those of the whole picture; beyond its margin the view is as captured."""
+    pipeline = trained.pipeline
+    model, data, options, view = pipeline.scene_model, pipeline.datamanager, pipeline.config, 3
+    given = {"localization": localization, "mask_threshold": 0.5, "mask_growth": 0, "edit_long_side": 40}
+    for name, value in given.items():
+        monkeypatch.setattr(options, name, value)
+    monkeypatch.setattr(model, "localized", localization != "none")
+    render, computed = model.get_outputs, []
+
+    def with_a_relevant_ball(rays: RayBundle) -> dict[str, torch.Tensor]:
+        computed.append(len(rays))
+        distance = torch.linalg.cross(rays.origins, rays.directions).norm(dim=-1, keepdim=True)
+        return {**render(rays), "relevance": (1 - 2 * distance).clamp(0, 1)}
+
+    monkeypatch.setattr(model, "get_outputs", with_a_relevant_ball)
+    whole = model.render_view(data.train_dataset.cameras, view)
+    wanted = torch.ones(data.view_size, dtype=torch.bool)
+    if localization != "none":
+        wanted = whole["relevance_value"][..., 0] >= 0.5
+    maps = torch.zeros(data.num_views, *data.view_size, 1)
+    if localization == "relevance-map":
+        maps[view, ..., 0] = wanted.float()
+    monkeypatch.setitem(data.cached_batch, "relevance", maps)
+
+    computed.clear()
+    start = pipeline.edit_loop.start_of(view)
+    assert torch.equal(start.mask, wanted) and wanted.any()
+    torch.testing.assert_close(start.rgb[wanted], whole["rgb"][wanted], atol=1e-5, rtol=0)
+    torch.testing.assert_close(start.relevance[wanted], whole["relevance_value"][..., 0][wanted], atol=1e-5, rtol=0)
+    captured = (start.rgb == data.captured_views([view])[0]).all(dim=-1)
+    pixels, latents = wanted.numel(), wanted.numel() // pipeline.editor().latent_factor ** 2
+    assert sum(computed) == pixels - int(captured.sum()) + latents
+    assert (localization == "none") == (sum(computed) > pixels)
 
 
 @pytest.mark.parametrize(("long_side", "rendered"), [(24, (16, 24)), (40, (32, 40)), (80, (32, 40))])

@@ -4,6 +4,7 @@ When edits are due is the pipeline's business, how a picture is edited that of `
 written by `run_folder`.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,7 @@ from torch import Tensor
 from wys_nerfstudio import relevance, schedule
 from wys_nerfstudio.datamanager import WysDataManager
 from wys_nerfstudio.editing import Editor, EditSettings
+from wys_nerfstudio.editing.editor import resize_images
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.model import WysModel
 from wys_nerfstudio.options import WysOptions
@@ -47,6 +49,18 @@ class Edit:
 
 
 @dataclass
+class Start:
+    """Where an edit begins."""
+
+    rgb: Float[Tensor, "edit_h edit_w 3"]
+    """What the scene looks like now, no finer than it is edited; beyond what may change, and a margin, the reference view."""
+    relevance: Float[Tensor, "h w"]
+    """The field's relevance at the view's size; beyond what may change one value per latent, interpolated."""
+    mask: Bool[Tensor, "h w"]
+    """Where the view may change."""
+
+
+@dataclass
 class Job:
     """Edits that are yet to be made, in one batch, with the settings of the moment at which they were due."""
 
@@ -56,10 +70,8 @@ class Job:
     """The view of each."""
     t: int
     """Timestep that the renders are noised to."""
-    renders: list[dict[str, Tensor]]
-    """The model's outputs for each view."""
-    masks: Bool[Tensor, "b h w"]
-    """Where each view may change."""
+    starts: "list[Start]"
+    """Where each edit begins."""
     instruction: str
     """What to change."""
     settings: EditSettings
@@ -116,7 +128,7 @@ class EditLoop:
         self._making.set_result(self._make(job))
         self.put_in_place(step, folder)
         if writer.EVENT_WRITERS:  # the first rank alone has some, and it has an edit
-            show_edit(step, picture_row(self._data, job.views[0], job.renders[0], job.masks[0]))
+            show_edit(step, picture_row(self._data, job.views[0], job.starts[0].relevance, job.starts[0].mask))
 
     def put_in_place(self, step: int, folder: Path) -> None:
         """Puts the edits that were due last in place, on all ranks, if that has not been done. All ranks must come here.
@@ -161,22 +173,21 @@ class EditLoop:
         views = [schedule.view_of_edit(options.seed, number, data.num_views) for number in numbers]
         t = self._start_timestep(self.edits)
         self.edits += options.edit_count
-        renders = [self._render(view) for view in views]
-        masks = self.masks_of(views, renders) if views else torch.zeros((0, *data.view_size), dtype=torch.bool)
+        starts = [self.start_of(view) for view in views]
         settings, seconds = options.edit_settings(), time.perf_counter() - began
-        return Job(numbers, views, t, renders, masks, options.instruction, settings, seconds)
+        return Job(numbers, views, t, starts, options.instruction, settings, seconds)
 
     @torch.no_grad()  # which is a matter of each thread
     def _make(self, job: Job) -> list[Edit]:
         began = time.perf_counter()
-        chosen = [i for i in range(len(job.views)) if job.masks[i].any()]
+        chosen = [i for i, start in enumerate(job.starts) if start.mask.any()]
         images: dict[int, Tensor] = {}
         if chosen:
             edited = self._data.edited(
                 self._editor(),
                 [job.views[i] for i in chosen],
-                torch.stack([job.renders[i]["rgb"] for i in chosen]),
-                job.masks[chosen],
+                torch.stack([job.starts[i].rgb for i in chosen]),
+                torch.stack([job.starts[i].mask for i in chosen]),
                 job.instruction,
                 job.settings,
                 start_timestep=job.t,
@@ -186,18 +197,37 @@ class EditLoop:
         steps = len(schedule.timesteps(job.t, job.settings.diffusion_steps, self._editor().num_train_timesteps))
         seconds = (job.seconds + time.perf_counter() - began) / max(1, len(job.views))
         return [
-            Edit(number, job.views[i], job.t, steps, job.masks[i].cpu(), images.get(i), seconds)
+            Edit(number, job.views[i], job.t, steps, job.starts[i].mask.cpu(), images.get(i), seconds)
             for i, number in enumerate(job.numbers)
         ]
 
-    def _render(self, view: int) -> dict[str, Tensor]:
-        """The model's outputs for a view, what edits start from: no finer than they are made, relevance at the view's size."""
-        data, size = self._data, self._data.view_size
-        editing_size = self._options.edit_settings().size_for(self._editor(), *size)
-        finer = editing_size[0] * editing_size[1] < size[0] * size[1]
-        render = self._model.render_view(data.train_dataset.cameras, view, editing_size if finer else None)
-        value = relevance.resize(render["relevance_value"][None, ..., 0], *size)[0]
-        return {**render, "relevance_value": value[..., None]}
+    def start_of(self, view: int, mask: Optional[Bool[Tensor, "h w"]] = None) -> Start:
+        """Renders what the edit of a view needs: relevance once per latent, and every pixel where the view may change.
+
+        Args:
+            view: Which view.
+            mask: Where it may change, if the chosen localisation is not to be asked.
+        """
+        options, data, editor, model = self._options, self._data, self._editor(), self._model
+        cameras, editing_size = data.train_dataset.cameras, options.edit_settings().size_for(editor, *data.view_size)
+        finer = editing_size[0] * editing_size[1] < data.view_size[0] * data.view_size[1]
+        size = editing_size if finer else data.view_size
+        cells = tuple(side // editor.latent_factor for side in editing_size)
+        _, values = model.render_pixels(cameras, view, torch.ones(cells, dtype=torch.bool))
+        coarse = values.view(1, *cells)
+        mask = self._known_mask(view) if mask is None else mask
+        if mask is None:
+            # One cell more than the mask may grow, as a border seldom runs along cells.
+            near, margin = relevance.threshold(coarse, options.mask_threshold), 1 + math.ceil(options.mask_growth)
+        else:
+            near, margin = relevance.latent_mask(mask[None], *cells), 1
+        near = relevance.grow(near, torch.ones_like(near), margin)
+        where = relevance.resize(near.float(), *size)[0] > 0
+        rgb = resize_images(data.reference_views([view]).to(model.device), *size)[0]
+        value = relevance.resize(coarse, *size)[0]
+        rgb[where], value[where] = model.render_pixels(cameras, view, where)
+        value = relevance.resize(value[None], *data.view_size)[0]
+        return Start(rgb, value, self._mask_of(view, value) if mask is None else mask)
 
     def _start_timestep(self, edit_number: int) -> int:
         options = self._options
@@ -210,7 +240,8 @@ class EditLoop:
     def picture_row_of(self, view: int) -> list[Float[Tensor, "h w 3"]]:
         """The pictures of a view as of now, as `run_folder.TITLES` names them."""
         render = self._model.render_view(self._data.train_dataset.cameras, view)
-        return picture_row(self._data, view, render, self.masks_of([view], [render])[0])
+        value = render["relevance_value"][..., 0]
+        return [*picture_row(self._data, view, value, self._mask_of(view, value)), render["rgb"].clamp(0, 1)]
 
     @torch.no_grad()
     def preview(
@@ -226,49 +257,53 @@ class EditLoop:
             WysError: If nothing in this view is relevant.
         """
         options, data = self._options, self._data
-        render = self._render(view)
-        if instruction == options.instruction or options.localization in ("none", "masks"):
-            mask = self.masks_of([view], [render])
-        else:
+        mask = None
+        if instruction != options.instruction and options.localization not in ("none", "masks"):
             request = options.relevance_request(instruction, data.reference_digest())
             view_map = data.relevance_map(self._editor(), view, request, options.relevance_outlier_factor)
-            mask = relevance.threshold(view_map[None], options.mask_threshold)
-        reference = data.reference_views([view])
+            mask = relevance.threshold(view_map, options.mask_threshold)
+        start, reference = self.start_of(view, mask), data.reference_views([view])
         if self._making is not None:
             self._making.exception()  # one editor, one thing at a time
-        if not mask.any():
+        if not start.mask.any():
             raise WysError(
                 f"Nothing in {data.view_names[view]} is relevant at this threshold: lower it, or look elsewhere."
             )
         edited = data.edited(
             self._editor(),
             [view],
-            render["rgb"][None],
-            mask,
+            start.rgb[None],
+            start.mask[None],
             instruction,
             options.edit_settings(),
             start_timestep=self._start_timestep(self.edits),
             seeds=[schedule.edit_seed(options.seed, self.edits)],
         )
-        return reference[0].cpu(), mask[0].cpu(), edited[0].cpu()
+        return reference[0].cpu(), start.mask.cpu(), edited[0].cpu()
 
-    def masks_of(self, views: Sequence[int], renders: Sequence[dict[str, Tensor]]) -> Bool[Tensor, "b h w"]:
-        """Where views may be edited, according to the chosen localisation.
+    def _known_mask(self, view: int) -> Optional[Bool[Tensor, "h w"]]:
+        """Where a view may be edited, if that does not depend on the field's relevance."""
+        options = self._options
+        if options.localization == "none" or not self._model.localized:
+            return torch.ones(self._data.view_size, dtype=torch.bool, device=self._model.device)
+        if options.localization == "relevance-field":
+            return None
+        # Masks from a folder are 0 or 1 and no matter of a threshold, not even of tau = 0.
+        threshold = 0.5 if options.localization == "masks" else options.mask_threshold
+        return relevance.threshold(self._data.relevance_of(view), threshold)
+
+    def _mask_of(self, view: int, field: Float[Tensor, "h w"]) -> Bool[Tensor, "h w"]:
+        """Where a view may be edited, according to the chosen localisation.
 
         Args:
-            views: Which views.
-            renders: The model's outputs for them.
+            view: Which view.
+            field: The field's relevance, seen from there.
         """
-        options, data = self._options, self._data
-        if options.localization == "none" or not self._model.localized:
-            return torch.ones((len(views), *data.view_size), dtype=torch.bool, device=self._model.device)
-        maps = torch.stack([data.relevance_of(view) for view in views])
-        if options.localization == "relevance-field":
-            field = torch.stack([render["relevance_value"][..., 0] for render in renders])
-            editor, (height, width) = self._editor(), data.view_size
-            cell = editor.latent_factor * height / options.edit_settings().size_for(editor, height, width)[0]
-            seen = relevance.threshold(maps.to(field), options.mask_threshold)
-            start = relevance.threshold(field, options.mask_threshold)
-            return relevance.grow(start, seen, round(options.mask_growth * cell))
-        # Masks from a folder are 0 or 1 and no matter of a threshold, not even of tau = 0.
-        return relevance.threshold(maps, 0.5 if options.localization == "masks" else options.mask_threshold)
+        known = self._known_mask(view)
+        if known is not None:
+            return known
+        options, editor, (height, width) = self._options, self._editor(), self._data.view_size
+        cell = editor.latent_factor * height / options.edit_settings().size_for(editor, height, width)[0]
+        seen = relevance.threshold(self._data.relevance_of(view)[None].to(field), options.mask_threshold)
+        start = relevance.threshold(field[None], options.mask_threshold)
+        return relevance.grow(start, seen, round(options.mask_growth * cell))[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
@@ -84,7 +84,8 @@ class WysModel(NerfactoModel):
         self.camera_optimizer = config.camera_optimizer.setup(num_cameras=self.num_train_data, device="cpu")
         self._build_proposals(contraction)
         speed_up_encodings(self)
-        self.collider = NearFarCollider(near_plane=config.near_plane, far_plane=config.far_plane)
+        # nerfstudio's own would render from 0 on in eval mode, through what no ray of this camera has ever trained.
+        self.collider = NearFarCollider(config.near_plane, config.far_plane, reset_near_plane=False)
 
         self.renderer_rgb = RGBRenderer(background_color=config.background_color)
         self.renderer_accumulation = AccumulationRenderer()
@@ -273,24 +274,48 @@ class WysModel(NerfactoModel):
             self.train(was_training)
 
     @torch.no_grad()
-    def render_view(self, cameras: Cameras, view: int, size: Optional[tuple[int, int]] = None) -> dict[str, Tensor]:
+    def render_view(self, cameras: Cameras, view: int) -> dict[str, Tensor]:
         """Renders a training view as the training sees it: its learned pose correction, its own appearance, no jitter.
 
         Args:
             cameras: The training cameras.
             view: Index of the view among them.
-            size: Height and width of the picture, of the same field of view; by default the camera's.
 
         Returns:
             Every eval output, each (height, width, channels).
         """
-        camera = cameras[view : view + 1].to(self.device)
-        if size is not None:
-            _resize(camera, *size)
-        camera.metadata = {"cam_idx": view}
         with self.as_view(view):
-            camera.camera_to_worlds = self.camera_optimizer.apply_to_camera(camera)
-            return self.get_outputs_for_camera(camera)
+            return self.get_outputs_for_camera(self._posed(cameras, view))
+
+    @torch.no_grad()
+    def render_pixels(
+        self, cameras: Cameras, view: int, where: Bool[Tensor, "h w"]
+    ) -> tuple[Float[Tensor, "n 3"], Float[Tensor, " n"]]:
+        """Renders some pixels of a training view, as `render_view` does.
+
+        Args:
+            cameras: The training cameras.
+            view: Index of the view among them.
+            where: Which pixels; its shape is the picture's size, whatever the camera's, for the same field of view.
+
+        Returns:
+            Colours and relevance of these pixels, row by row.
+        """
+        with self.as_view(view):
+            camera = self._posed(cameras, view)
+            _resize(camera, *where.shape)
+            coords = camera.get_image_coords()[where.to(camera.device)]
+            if not len(coords):
+                return coords.new_zeros(0, 3), coords.new_zeros(0)
+            rays = camera.generate_rays(camera_indices=0, coords=coords)
+            outputs = super().get_outputs_for_camera_ray_bundle(rays[:, None])  # one column of pixels
+        return outputs["rgb"][:, 0], outputs["relevance"][:, 0, 0]
+
+    def _posed(self, cameras: Cameras, view: int) -> Cameras:
+        camera = cameras[view : view + 1].to(self.device)
+        camera.metadata = {"cam_idx": view}
+        camera.camera_to_worlds = self.camera_optimizer.apply_to_camera(camera)
+        return camera
 
     # ---------------------------------------------------------------------------------------------------- losses
 

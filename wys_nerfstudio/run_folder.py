@@ -11,12 +11,11 @@ from nerfstudio.utils import writer
 from torch import Tensor
 
 from wys_nerfstudio.datamanager import WysDataManager
-from wys_nerfstudio.editing.editor import resize_images
 from wys_nerfstudio.pictures import heat, write_png
 from wys_nerfstudio.ranks import first_only
 
 TITLES = ("captured", "relevance map", "relevance field", "mask", "edited view", "render")
-"""Of the pictures of a view, from left to right."""
+"""Of the pictures of a view, from left to right; TensorBoard, which is shown every edit, does without the render."""
 
 
 @dataclass
@@ -57,28 +56,27 @@ def record_edit(folder: Path, edit: EditRecord) -> None:
 
 
 def picture_row(
-    data: WysDataManager, view: int, render: dict[str, Tensor], mask: Bool[Tensor, "h w"]
+    data: WysDataManager, view: int, field: Float[Tensor, "h w"], mask: Bool[Tensor, "h w"]
 ) -> list[Float[Tensor, "h w 3"]]:
-    """The pictures of a view that `TITLES` names.
+    """The pictures of a view that `TITLES` names, all but the render.
 
     Args:
         data: The training views.
         view: Which view.
-        render: The model's outputs for it; its colours may be coarser than the view.
+        field: The field's relevance, seen from there.
         mask: Where it may be edited.
     """
     view_map = data.relevance_of(view) if "relevance" in data.cached_batch else torch.zeros(data.view_size)
     return [
         data.captured_views([view])[0],
         heat(view_map),
-        heat(render["relevance_value"][..., 0]),
+        heat(field),
         mask.float()[..., None].expand(-1, -1, 3),
         data.current_views([view])[0],
-        resize_images(render["rgb"][None].clamp(0, 1), *data.view_size)[0],
     ]
 
 
 def show_edit(step: int, row: Sequence[Float[Tensor, "h w 3"]]) -> None:
     """Sends an edit's pictures to TensorBoard and its kin."""
     strip = torch.cat([picture.to("cpu") for picture in row], dim=1)
-    writer.put_image(name=f"Edit ({' | '.join(TITLES)})", image=strip, step=step)
+    writer.put_image(name=f"Edit ({' | '.join(TITLES[:-1])})", image=strip, step=step)

@@ -5,6 +5,10 @@ under given masks (G; here the true ones) and under nothing (Instruct-NeRF2NeRF)
 """
 
 import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,6 @@ from rich.table import Table
 from torch import Tensor
 
 from wys_nerfstudio.checkpoint import CAPTURED_SCENE
-from wys_nerfstudio.demo.run import train
 from wys_nerfstudio.demo.scene import write_demo_scene
 from wys_nerfstudio.demo.score import load_captured_scene
 from wys_nerfstudio.errors import WysError
@@ -71,7 +74,7 @@ def run_ablations(output: Path, instruction: str, seeds: int) -> None:
     base = _folder(output, "base")
     if not (base / "wys" / "contact_sheet.png").is_file():
         # A run needs an edit; one step of it is not seen.
-        train([*common, "--experiment-name", "base", "--localization", "none", "--pipeline.edit-steps", "1"])
+        _train([*common, "--experiment-name", "base", "--localization", "none", "--pipeline.edit-steps", "1"])
     figures: dict[str, list[Figures]] = {"before": [], **{variant: [] for variant in VARIANTS}}
     figures["before"].append(_figures(base, truth, captured=True)[0])
     renders: dict[str, dict[str, Tensor]] = {}
@@ -91,7 +94,7 @@ def run_ablations(output: Path, instruction: str, seeds: int) -> None:
                 ]
                 options += ["--pipeline.seed", str(seed), "--machine.seed", str(seed)]
                 options += ["--pipeline.masks-dir", str(truth.folder / "masks")] if variant == "masks" else []
-                train([*common, *options])
+                _train([*common, *options])
             of_run, views = _figures(run, truth)
             figures[variant].append(of_run)
             renders.setdefault(variant, views)
@@ -103,6 +106,15 @@ def run_ablations(output: Path, instruction: str, seeds: int) -> None:
     contact_sheet(["captured", "truth", *VARIANTS], rows).save(output / "contact_sheet.png")
     CONSOLE.print(table(figures))
     CONSOLE.print(f"See {output}/contact_sheet.png.", markup=False)
+
+
+def _train(options: Sequence[str]) -> None:
+    options = ["wys-tiny", *options, "--vis", "tensorboard"]
+    CONSOLE.print(f"$ ns-train {shlex.join(options)}", soft_wrap=True, highlight=False, markup=False)
+    # A process of its own for each run: nerfstudio's writers would go on writing into the runs before.
+    done = subprocess.run([sys.executable, "-m", "nerfstudio.scripts.train", *options], check=False)
+    if done.returncode != 0:
+        raise WysError("The training of this variant has failed; its output is above.")
 
 
 def _folder(output: Path, name: str) -> Path:

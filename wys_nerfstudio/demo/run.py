@@ -3,7 +3,6 @@
 import json
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import torch
 from nerfstudio.cameras.camera_utils import focus_of_attention, viewmatrix
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.scripts import train as ns_train
 from nerfstudio.utils.eval_utils import eval_setup
 from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image
@@ -24,7 +24,6 @@ from torch import Tensor
 from wys_nerfstudio.checkpoint import CAPTURED_SCENE
 from wys_nerfstudio.demo.scene import write_demo_scene
 from wys_nerfstudio.demo.score import load_captured_scene, render_views, score
-from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.pictures import read_png, spread, to_uint8
 from wys_nerfstudio.pipeline import WysPipeline
 from wys_nerfstudio.truth import Truth
@@ -44,9 +43,6 @@ def run_demo(output: Path, instruction: str, recipe: Path | None) -> None:
         output: The folder. A scene that is there already is used again.
         instruction: What to change.
         recipe: Further options for ns-train.
-
-    Raises:
-        WysError: If training fails.
     """
     started = time.perf_counter()
     scene = output / "scene"
@@ -54,7 +50,7 @@ def run_demo(output: Path, instruction: str, recipe: Path | None) -> None:
         CONSOLE.print("Drawing the demo scene ...")
         write_demo_scene(scene)
     options = ["--recipe", str(recipe)] if recipe else []
-    train(["--data", str(scene), "--instruction", instruction, "--output-dir", str(output / "runs"), *options])
+    _train(["--data", str(scene), "--instruction", instruction, "--output-dir", str(output / "runs"), *options])
     configs = (output / "runs").glob("*/wys-tiny/*/config.yml")
     run = max(configs, key=lambda path: path.stat().st_mtime).parent
 
@@ -90,18 +86,11 @@ def run_demo(output: Path, instruction: str, recipe: Path | None) -> None:
     )
 
 
-def train(options: Sequence[str]) -> None:
-    """Runs `ns-train wys-tiny` with options, as a user would.
-
-    Raises:
-        WysError: If it fails.
-    """
-    options = ["wys-tiny", *options, "--vis", "tensorboard"]
-    CONSOLE.print(f"$ ns-train {shlex.join(options)}", soft_wrap=True, highlight=False, markup=False)
-    # A process of its own: it is the very command that a user would type, and its memory is given back.
-    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "nerfstudio.scripts.train", *options], check=False)
-    if done.returncode != 0:
-        raise WysError("The demo's training has failed; its output is above.")
+def _train(options: Sequence[str]) -> None:
+    """Runs `ns-train wys-tiny` with options, in this process, which has imported already what that needs."""
+    sys.argv = ["ns-train", "wys-tiny", *options, "--vis", "tensorboard"]
+    CONSOLE.print(f"$ {shlex.join(sys.argv)}", soft_wrap=True, highlight=False, markup=False)
+    ns_train.entrypoint()
 
 
 def _scored_views(pipeline: WysPipeline) -> list[tuple[InputDataset, int]]:
