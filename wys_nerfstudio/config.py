@@ -79,8 +79,9 @@ wys_tiny = MethodSpecification(
                 hidden_dim_color=32,
                 appearance_embed_dim=8,
                 num_proposal_iterations=1,
-                num_proposal_samples_per_ray=(64,),
-                num_nerf_samples_per_ray=24,
+                # Twice the proposals and half as many samples again would take 1.6 times as long for 0.2 to 0.3 dB.
+                num_proposal_samples_per_ray=(32,),
+                num_nerf_samples_per_ray=16,
                 proposal_net_args_list=[
                     {"hidden_dim": 16, "log2_hashmap_size": 14, "num_levels": 5, "max_res": 128, "use_linear": False}
                 ],

@@ -1,13 +1,19 @@
-"""The ablations' table and what their command refuses; the runs themselves take an hour."""
+"""The ablations' table, what their command refuses, and their runs with a few steps each; as they are meant they take an hour."""
 
 import io
+import json
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from nerfstudio.scripts import train
+from nerfstudio.utils import writer
 from rich.console import Console
 
 from wys_nerfstudio import cli
+from wys_nerfstudio.demo import ablations
 from wys_nerfstudio.demo.ablations import VARIANTS, table
 from wys_nerfstudio.options import Localization
 
@@ -47,3 +53,49 @@ def test_the_table_has_the_mean_and_the_spread_over_seeds() -> None:
     rows = [line.split("│")[1:-1] for line in console.file.getvalue().splitlines() if line.startswith("│")]
     assert [cell.strip() for cell in rows[0]] == ["before", "37.5", "-"]
     assert [cell.strip() for cell in rows[1]] == ["relevance field", "36.5 (36.0 to 37.0)", "0.62 (0.50 to 0.75)"]
+
+
+SHORT = """
+    --machine.device-type cpu --pipeline.localize-steps 2 --pipeline.edit-steps 3 --pipeline.edit-every 2
+    --pipeline.diffusion-steps 2 --pipeline.datamanager.edit-num-rays-per-batch 64
+    --pipeline.datamanager.train-num-rays-per-batch 64 --pipeline.model.num-nerf-samples-per-ray 4
+    --pipeline.model.log2-hashmap-size 10
+""".split()
+
+
+@pytest.mark.slow
+def test_all_variants_are_run_from_one_reconstruction(tmp_path: Path, monkeypatch, capsys) -> None:
+    runs: list[list[str]] = []
+
+    def in_this_process(command: list[str], check: bool) -> SimpleNamespace:
+        assert command[:3] == [sys.executable, "-m", "nerfstudio.scripts.train"]
+        runs.append(command)
+        steps = [] if "--base-run" in command else ["--pipeline.reconstruct-steps", "3"]
+        monkeypatch.setattr(sys, "argv", ["ns-train", *command[3:], *SHORT, *steps])
+        train.entrypoint()
+        writer.EVENT_WRITERS.clear()
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(ablations.subprocess, "run", in_this_process)
+    monkeypatch.setattr(ablations, "write_demo_scene", partial(ablations.write_demo_scene, num_views=12))
+    ablate = ["wys", "ablate", "-o", str(tmp_path), "--seeds", "2"]
+    monkeypatch.setattr(sys, "argv", ablate)
+    cli.entrypoint()
+    assert len(runs) == 1 + 2 * len(VARIANTS)
+    assert ["--base-run" in command for command in runs] == [False, *[True] * (2 * len(VARIANTS))]
+    figures = json.loads((tmp_path / "ablations.json").read_text())
+    assert {name: len(of_runs) for name, of_runs in figures.items()} == {"before": 1, **{name: 2 for name in VARIANTS}}
+    assert all(of_run["mask_iou"] == 1 for of_run in figures["masks"])
+    assert all(0 < of_run["mask_iou"] < 0.3 for of_run in figures["none"])
+    assert (tmp_path / "contact_sheet.png").is_file() and "true masks" in capsys.readouterr().out
+
+    monkeypatch.setattr(sys, "argv", ablate)
+    cli.entrypoint()  # all is there
+    assert len(runs) == 1 + 2 * len(VARIANTS)
+
+
+@pytest.mark.slow
+def test_a_variant_that_fails_ends_the_command_with_a_sentence(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(ablations.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
+    monkeypatch.setattr(ablations, "write_demo_scene", partial(ablations.write_demo_scene, num_views=3))
+    assert "The training of this variant has failed" in refusal(monkeypatch, "-o", tmp_path)

@@ -1,0 +1,176 @@
+"""The README's commands run as they stand there, with fewer steps, in a folder that holds what they name.
+
+As a program it runs them one after the other in one process, through the entry points of their console scripts. Editor and
+CLIP of the hub are small stand-ins in the hub's own cache. Whether every command parses is test_readme.py's.
+
+    python tests/test_readme_commands.py FOLDER
+"""
+
+import csv
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import traceback
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_readme import ROOT, TEXT, commands
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("torch_home")]
+
+ELSEWHERE = {
+    "pip install .": (".ci/run", "pip wheel"),
+    'pip install -e ".[dev]"': (".ci/run", "install_part"),
+    "pytest": (".ci/run", "test_command"),
+    "pytest -m slow": (".ci/run", "pytest -m slow"),
+    "bash .ci/run": (".ci/run", "set -euo"),
+    "ns-train wys --help": ("tests/test_cli.py", "test_help_shows_every_option"),
+    'ns-train wys --data s --instruction "..." colmap': ("tests/test_entry_points_of_data.py", "colmap"),
+    "ns-train nerfacto --help": ("tests/test_benchmarks.py", "startup.main"),
+    "--machine.num-devices 2": ("tests/test_rank_runs.py", "ranks"),
+    "ns-viewer": ("tests/test_entry_points.py", "test_viewer_serves_a_finished_run"),
+    "wys edit-image --help": ("tests/test_cli.py", "test_wys_command_lists_its_subcommands"),
+    "wys compare": ("tests/test_entry_points.py", "test_compare_puts_runs_beside_each_other"),
+    "wys ablate": ("tests/demo/test_ablations.py", "test_all_variants_are_run"),
+    "python -m wys_nerfstudio.demo.sds_sheet": ("tests/demo/test_sds_sheet.py", "sds_sheet.main"),
+    "python tests/benchmarks/": ("tests/test_benchmarks.py", "benchmarks"),
+}
+"""Where a command is run that is not run here: how it begins or what is in it, a file, and a word of that."""
+NOT_RUN = {
+    "ns-process-data": "nerfstudio's own, and wants COLMAP and photographs",
+    "ns-download-data": "nerfstudio's own, and wants the network",
+}
+
+SHORT = """
+    --mask-threshold 0.2 --pipeline.reconstruct-steps 3 --pipeline.localize-steps 2 --pipeline.edit-steps 3
+    --pipeline.edit-every 2 --pipeline.diffusion-steps 2 --pipeline.relevance-draws 1
+    --pipeline.datamanager.train-num-rays-per-batch 64 --pipeline.datamanager.edit-num-rays-per-batch 1024
+    --pipeline.model.num-nerf-samples-per-ray 4
+    --pipeline.model.log2-hashmap-size 10
+""".split()
+QUIET = ["--vis", "tensorboard", "--machine.device-type", "cpu"]
+BASE = f"""
+    ns-train nerfacto --data scene/ --timestamp 2025-01-01_120000 --max-num-iterations 2 {" ".join(QUIET)}
+    --pipeline.datamanager.train-num-rays-per-batch 64 --pipeline.model.log2-hashmap-size 10
+    --pipeline.model.implementation torch
+"""
+SHORTER = {
+    "ns-train": [*QUIET, *SHORT],
+    "ns-render interpolate": ["--interpolation-steps", "2", "--pose-source", "train"],
+    "ns-export pointcloud": ["--num-points", "300", "--num-rays-per-batch", "256"],
+    "wys demo ": ["--recipe", "short.yaml"],
+    "wys demo-pictures": ["--count", "1"],
+    "wys edit-image": ["--diffusion-steps", "2"],
+    "wys sweep edits.csv": ["--diffusion-steps", "2"],
+}
+"""What is added to a command that begins so."""
+LEFT = """
+    wys-demo/contact_sheet.png wys-demo/turntable.mp4 wys-demo/figures.json
+    outputs/scene/wys/DATE/wys/contact_sheet.png outputs/bear/wys/3/wys/contact_sheet.png
+    panda.png panda_relevance.png panda_mask.png panda_side_by_side.png snowed/frame_000.png try.png
+    sweep/sweep.csv sweep/curves.png toy/list.csv toy-sweep/sweep.csv toy-sweep/curves.png
+    eval.json exports/point_cloud.ply my-scene/transforms.json DIR/contact_sheet.png
+""".split()
+"""What the commands leave, among other things."""
+
+
+def here() -> "list[str]":
+    """The commands that are run here, in their order, each once."""
+    every = dict.fromkeys(" ".join(command.split()) for command in commands(TEXT))
+    return [command for command in every if not any(part in f"{command} " for part in (*ELSEWHERE, *NOT_RUN))]
+
+
+def run(command: str, *more: str) -> None:
+    """Runs a command in this process, through the entry point of its console script."""
+    from nerfstudio.utils import writer
+
+    program, *arguments = shlex.split(command.replace('"..."', '"give the bear a hat"'))
+    sys.argv = [program, *arguments, *more]
+    print(f"$ {shlex.join(sys.argv)}", flush=True)
+    (script,) = entry_points(group="console_scripts", name=program)
+    try:
+        script.load()()
+    except SystemExit as ending:
+        assert not ending.code, ending.code
+    writer.EVENT_WRITERS.clear()  # or the next run would write into this one's
+
+
+def main() -> None:
+    """Runs all commands in a folder; ends with the first that fails."""
+    os.chdir(sys.argv[1])
+    run(" ".join(BASE.split()))
+    for number, command in enumerate(here()):
+        if command.startswith("ns-render") and shutil.which("ffmpeg") is None:
+            continue
+        more = [word for start, words in SHORTER.items() if f"{command} ".startswith(start) for word in words]
+        if command.startswith("ns-train") and not command.endswith("-h"):
+            # The first of these runs is the one that later commands speak of.
+            more += ["--timestamp", str(number) if Path("outputs/scene/wys/DATE").exists() else "DATE"]
+        elif command.endswith("-h"):
+            more = []
+        try:
+            run(command, *more)
+        except BaseException:
+            traceback.print_exc()
+            raise SystemExit(f"failed: {command}") from None
+
+
+def in_hub_cache(cache: Path, name: str, folder: Path) -> None:
+    """Puts a folder where the hub's library keeps a repository that it has downloaded."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+
+
+@pytest.fixture(scope="module")
+def folder(ring_scene: Path, editor_folder: Path, clip_folder: Path, torch_home: object, tmp_path_factory) -> Path:
+    """Where the commands were typed, with all that they take for granted."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("scene", "bear"):
+        shutil.copytree(ring_scene, folder / name)
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    (folder / "photos").mkdir()
+    for picture in sorted((ring_scene / "images").iterdir())[:2]:
+        shutil.copy2(picture, folder / "photos")
+    for name in ("bear.jpg", "view.png"):
+        Image.open(folder / "photos" / "frame_000.png").save(folder / name)
+    with (folder / "edits.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image", "instruction", "caption_before", "caption_after"])
+        rows.writerow(["bear.jpg", "turn the bear into a panda", "a bear", "a panda"])
+    in_hub_cache(folder / "hub", "timbrooks/instruct-pix2pix", editor_folder)
+    in_hub_cache(folder / "hub", "openai/clip-vit-large-patch14", clip_folder)
+    (folder / "short.yaml").write_text("".join(f"{k[2:]}: {v}\n" for k, v in zip(SHORT[::2], SHORT[1::2])))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return folder
+
+
+def test_the_commands_run_and_leave_what_the_readme_says(folder: Path) -> None:
+    assert [file for file in LEFT if not (folder / file).is_file()] == []
+
+
+def test_a_path_is_rendered_where_there_is_ffmpeg(folder: Path) -> None:
+    if shutil.which("ffmpeg") is None:
+        pytest.skip("ns-render needs the ffmpeg program for paths")
+    assert (folder / "renders" / "output.mp4").is_file()
+
+
+@pytest.mark.parametrize("start", ELSEWHERE)
+def test_every_other_command_is_run_elsewhere(start: str) -> None:
+    file, word = ELSEWHERE[start]
+    assert word in (ROOT / file).read_text("utf8")
+    assert any(start in f"{' '.join(command.split())} " for command in commands(TEXT)), "stale"
+
+
+if __name__ == "__main__":
+    main()
