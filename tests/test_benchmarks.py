@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from nerfstudio.configs.method_configs import all_methods
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import edit_phase
 import field
 import localization
+import memory
 import mutations
 import scale
 import speed
@@ -185,13 +187,31 @@ def test_the_benchmark_of_the_edit_phase_tells_its_parts(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("localized", [False, True])
 def test_the_edit_phase_is_measured_beside_the_slow_way(
-    ring_scene: Path, tiny_base: Path, editor: Editor, tmp_path: Path
+    ring_scene: Path, tiny_base: Path, editor: Editor, tmp_path: Path, localized: bool
 ) -> None:
     options = speed.Options(ring_scene, instruction="make the ball blue", batch=1, repeats=1)
     options.output = tmp_path / "speed.json"
-    row = speed.edit_phase_row(options, tiny_base, editor, speed.as_slow(editor))
+    row = speed.edit_phase_row(options, tiny_base, editor, speed.as_slow(editor), localized)
     assert row.ours[0] > 0 and row.ratio == row.slow[1] / row.ours[1]
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_memory_takes_whole_runs(
+    ring_scene: Path, editor_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    small: Any = copy.deepcopy(wys_tiny.config)
+    small.pipeline.model.lpips_loss_mult = 1.0
+    monkeypatch.setitem(all_methods, "small", small)
+    options = memory.Options(
+        ring_scene, tmp_path, methods=("small",), editor=str(editor_folder), views=4, side=40, steps=3
+    )
+    memory.main(options)
+    assert "| `small` | " in capsys.readouterr().out
+    peaks = json.loads((tmp_path / "memory.json").read_text())["peak_gib"]["small"]
+    # A CPU's is the largest so far.
+    assert 0.1 < peaks["reconstruct"] <= peaks["localize"] <= peaks["edit"] < 20
 
 
 def test_a_part_inside_another_counts_for_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:

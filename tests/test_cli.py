@@ -45,7 +45,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
     return sentence_of(lambda: resolve(monkeypatch, *arguments))
 
 
-@pytest.mark.parametrize("name", ["wys", "wys-tiny"])
+@pytest.mark.parametrize("name", ["wys", "wys-small", "wys-tiny"])
 def test_methods_are_registered_under_their_own_name(name: str) -> None:
     (entry,) = importlib.metadata.entry_points(group="nerfstudio.method_configs", name=name)
     specification = entry.load()
@@ -54,6 +54,19 @@ def test_methods_are_registered_under_their_own_name(name: str) -> None:
     assert specification.config.method_name == name
     groups = set(specification.config.optimizers)
     assert groups == {"proposal_networks", "fields", "camera_opt", "relevance"}
+
+
+def test_the_small_method_edits_alike_with_less_memory() -> None:
+    """It differs in how much is worked on at once, and in nothing that makes an edit."""
+    large, small = (vars(all_methods[name].pipeline).copy() for name in ("wys", "wys-small"))
+    model, rays = ("eval_num_rays_per_chunk",), ("train_num_rays_per_batch", "edit_num_rays_per_batch")
+    parts = [(large, small, ("editor_batch_size",))]
+    parts += [(vars(large.pop("model")), vars(small.pop("model")), model)]
+    parts += [(vars(large.pop("datamanager")), vars(small.pop("datamanager")), (*rays, "eval_num_rays_per_batch"))]
+    for first, second, smaller in parts:
+        differ = {name for name in first if first[name] != second[name]} - {"images_on_gpu"}
+        assert differ == set(smaller)
+        assert all(second[name] < first[name] for name in smaller)
 
 
 @pytest.mark.parametrize(

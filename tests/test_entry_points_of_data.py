@@ -34,11 +34,11 @@ FULL_SIZE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("option", ["--base-run", "--load-dir"])
+@pytest.mark.parametrize(("method", "option"), [("wys", "--base-run"), ("wys-small", "--load-dir")])
 def test_nerfacto_run_is_a_base(nerfacto_run: Path, ring_scene: Path, editor_folder: Path, tmp_path: Path,
-                                option: str) -> None:  # fmt: skip
+                                method: str, option: str) -> None:  # fmt: skip
     given = nerfacto_run if option == "--base-run" else nerfacto_run / "nerfstudio_models"
-    done = train("wys", ring_scene, tmp_path, *SMALL_MODEL, *FULL_SIZE, "--editor", editor_folder, "--instruction",
+    done = train(method, ring_scene, tmp_path, *SMALL_MODEL, *FULL_SIZE, "--editor", editor_folder, "--instruction",
                  "make the ball blue", "--mask-threshold=0", option, given)  # fmt: skip
     run = the_run(tmp_path)
     assert "Phase: localize." in done.stdout and "Phase: reconstruct." not in done.stdout

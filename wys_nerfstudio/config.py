@@ -36,22 +36,40 @@ def _optimizers(final_lr: float, decay_steps: int) -> dict[str, Any]:
     }
 
 
-wys = MethodSpecification(
-    config=WysTrainerConfig(
-        method_name="wys",
+def _of_nerfactos_size(name: str, rays_per_chunk: int, **options: Any) -> WysTrainerConfig:
+    """A method whose field has the registered nerfacto's size, so that its runs are bases; chunks are those of renders."""
+    return WysTrainerConfig(
+        method_name=name,
         steps_per_eval_batch=500,
         steps_per_save=2000,
         mixed_precision=True,
         pipeline=WysPipelineConfig(
-            datamanager=WysDataManagerConfig(),
-            # As in the registered nerfacto, whose runs are bases.
-            model=WysModelConfig(eval_num_rays_per_chunk=1 << 15, average_init_density=0.01),
+            model=WysModelConfig(eval_num_rays_per_chunk=rays_per_chunk, average_init_density=0.01), **options
         ),
         optimizers=_optimizers(final_lr=1e-4, decay_steps=200000),
-        viewer=ViewerConfig(num_rays_per_chunk=1 << 15, websocket_host="127.0.0.1"),
+        viewer=ViewerConfig(num_rays_per_chunk=rays_per_chunk, websocket_host="127.0.0.1"),
         vis="viewer",
-    ),
+    )
+
+
+wys = MethodSpecification(
+    config=_of_nerfactos_size("wys", rays_per_chunk=1 << 15, datamanager=WysDataManagerConfig()),
     description="Watch Your Steps: edit a scene by text, only where the text is about.",
+)
+
+wys_small = MethodSpecification(
+    config=_of_nerfactos_size(
+        "wys-small",
+        rays_per_chunk=1 << 13,
+        datamanager=WysDataManagerConfig(
+            train_num_rays_per_batch=2048,
+            eval_num_rays_per_batch=2048,
+            edit_num_rays_per_batch=4096,
+            images_on_gpu=False,
+        ),
+        editor_batch_size=1,
+    ),
+    description="Watch Your Steps for small GPUs: the same field and edits, fewer rays at once, views in main memory.",
 )
 
 wys_tiny = MethodSpecification(
@@ -115,5 +133,5 @@ wys_tiny = MethodSpecification(
         viewer=ViewerConfig(num_rays_per_chunk=1 << 10, websocket_host="127.0.0.1"),
         vis="viewer",
     ),
-    description="Watch Your Steps, small: toy-sized scenes and the embedded demo editor, minutes on a laptop's CPU.",
+    description="Watch Your Steps, tiny: toy-sized scenes and the embedded demo editor, minutes on a laptop's CPU.",
 )

@@ -15,6 +15,7 @@ from typing import Any, Optional
 import torch
 from jaxtyping import Bool, Float
 from nerfstudio.utils import writer
+from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from wys_nerfstudio import relevance, schedule
@@ -24,8 +25,9 @@ from wys_nerfstudio.editing.editor import resize_images
 from wys_nerfstudio.errors import WysError
 from wys_nerfstudio.model import WysModel
 from wys_nerfstudio.options import WysOptions
-from wys_nerfstudio.ranks import gather, rank, share
-from wys_nerfstudio.run_folder import EditRecord, picture_row, record_edit, show_edit
+from wys_nerfstudio.pictures import contact_sheet, save_png, spread
+from wys_nerfstudio.ranks import first_only, gather, rank, share
+from wys_nerfstudio.run_folder import TITLES, EditRecord, picture_row, record_edit, show_edit
 
 
 @dataclass
@@ -236,12 +238,23 @@ class EditLoop:
         )
         return max(1, round(level * (self._editor().num_train_timesteps - 1)))
 
+    @first_only
     @torch.no_grad()
-    def picture_row_of(self, view: int) -> list[Float[Tensor, "h w 3"]]:
-        """The pictures of a view as of now, as `run_folder.TITLES` names them."""
-        render = self._model.render_view(self._data.train_dataset.cameras, view)
-        value = render["relevance_value"][..., 0]
-        return [*picture_row(self._data, view, value, self._mask_of(view, value)), render["rgb"].clamp(0, 1)]
+    def write_contact_sheet(self, folder: Path) -> None:
+        """Writes the pictures of some views as of now, as `run_folder.TITLES` names them.
+
+        Args:
+            folder: The run's `wys` folder.
+        """
+        data, rows = self._data, []
+        for view in spread(6, data.num_views):
+            render = self._model.render_view(data.train_dataset.cameras, view)
+            value = render["relevance_value"][..., 0]
+            row = picture_row(data, view, value, self._mask_of(view, value))
+            rows.append((data.view_names[view], [*row, render["rgb"].clamp(0, 1)]))
+        save_png(folder / "contact_sheet.png", contact_sheet(TITLES, rows))
+        edited = f"{len(data.edited_views)} of {data.num_views} views are edited"
+        CONSOLE.print(f"{edited}; see {folder}/contact_sheet.png.")
 
     @torch.no_grad()
     def preview(

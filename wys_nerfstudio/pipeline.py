@@ -33,9 +33,7 @@ from wys_nerfstudio.history import History
 from wys_nerfstudio.model import WysModel
 from wys_nerfstudio.niqe import check_niqe
 from wys_nerfstudio.options import Localization, WysOptions
-from wys_nerfstudio.pictures import contact_sheet, save_png, spread
-from wys_nerfstudio.ranks import first_only, gather, same_everywhere, with_averaged_gradients
-from wys_nerfstudio.run_folder import TITLES
+from wys_nerfstudio.ranks import gather, same_everywhere, with_averaged_gradients
 from wys_nerfstudio.run_state import STATE_KEY, RunState, random_states
 from wys_nerfstudio.schedule import Phase, Plan
 from wys_nerfstudio.warm_up import warm_up
@@ -385,12 +383,11 @@ class WysPipeline(VanillaPipeline):
         first view's name).
         """
         results: dict[str, Any] = super().get_average_eval_image_metrics(step, output_path, get_std)
-        if self.test_mode == "val":
-            return results
-        self.eval()
-        figures = evaluation.figures_of_scene(self.config, self.scene_model, self.datamanager)
-        names = self.datamanager.view_names
-        results["edit"] = {"mean": evaluation.means(figures), "views": evaluation.per_view(figures, names)}
+        if self.test_mode != "val":
+            self.eval()
+            figures = evaluation.figures_of_scene(self.config, self.scene_model, self.datamanager)
+            views = evaluation.per_view(figures, self.datamanager.view_names)
+            results["edit"] = {"mean": evaluation.means(figures), "views": views}
         return results
 
     # ------------------------------------------------------------------------------------------- the run's folder
@@ -407,14 +404,6 @@ class WysPipeline(VanillaPipeline):
             step: The step that has just been trained.
         """
         self.edit_loop.put_in_place(step + 1, self._folder)
-        self._write_contact_sheet()
-
-    @first_only
-    def _write_contact_sheet(self) -> None:
-        data = self.datamanager
         # The viewer draws from other threads, and a training view is rendered in that view's own appearance.
         with self._train_lock:
-            rows = [(data.view_names[view], self.edit_loop.picture_row_of(view)) for view in spread(6, data.num_views)]
-        save_png(self._folder / "contact_sheet.png", contact_sheet(TITLES, rows))
-        edited = f"{len(data.edited_views)} of {data.num_views} views are edited"
-        CONSOLE.print(f"{edited}; see {self._folder}/contact_sheet.png.")
+            self.edit_loop.write_contact_sheet(self._folder)

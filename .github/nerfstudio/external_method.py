@@ -9,7 +9,8 @@ To enable Watch Your Steps, you must install it first by running:
   [grey]pip install wys-nerfstudio[/grey]""",
         configurations=[
             ("wys", "Watch Your Steps: edit a scene by text, only where the text is about."),
-            ("wys-tiny", "Watch Your Steps, small: toy-sized scenes and the embedded demo editor."),
+            ("wys-small", "Watch Your Steps for small GPUs: the same field and edits, fewer rays at once."),
+            ("wys-tiny", "Watch Your Steps, tiny: toy-sized scenes and the embedded demo editor."),
         ],
         pip_package="wys-nerfstudio",
     )

@@ -95,7 +95,7 @@ def period(trainer: WysTrainer, first: int) -> None:
 def measure(options: Options) -> dict[str, Any]:
     """Parts and operations, as plain data."""
     build = speed.Options(options.scene, instruction=options.instruction, batch=1, output=options.output)
-    trainer = speed.build_trainer(build, options.run)
+    trainer = speed.build_trainer(build, options.run, localized=True)
     first, every = trainer.pipeline.plan.edit_start, trainer.config.pipeline.edit_every
     stopwatch = Stopwatch()
     watch_parts(trainer, stopwatch)

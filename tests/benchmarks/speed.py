@@ -235,15 +235,15 @@ def hash_encoding_row(device: str, repeats: int) -> Row:
     return in_turns("hash encoding of 24,576 samples", runs[0], runs[1], repeats, views=1)
 
 
-def build_trainer(options: Options, run: Path) -> WysTrainer:
-    """A trainer of wys-tiny right before its edit phase, edits in batches."""
+def build_trainer(options: Options, run: Path, localized: bool) -> WysTrainer:
+    """A trainer of wys-tiny right before its edit phase, edits in batches, under the views' relevance maps or nothing."""
     config: WysTrainerConfig = copy.deepcopy(wys_tiny.config)  # type: ignore
     config.vis, config.machine.device_type = "tensorboard", torch.device(options.device).type  # type: ignore
     config.output_dir = options.output.parent / "speed-runs"
     config.pipeline.datamanager.data = options.scene
     config.pipeline.instruction, config.pipeline.base_run = options.instruction, run
     config.pipeline.localize_steps = 1
-    config.pipeline.mask_threshold = 0.0  # the other way has no masks, so both edit whole views
+    config.pipeline.localization = "relevance-map" if localized else "none"  # the field would have to be trained first
     config.pipeline.edit_every, config.pipeline.edit_count = 5 * options.batch, options.batch
     config.set_timestamp()
     torch.manual_seed(0)
@@ -264,9 +264,9 @@ def train_steps(trainer: WysTrainer, first: int, count: int) -> None:
         trainer.train_iteration(step)
 
 
-def edit_phase_row(options: Options, run: Path, editor: Editor, slow: Editor) -> Row:
-    """Steps of the edit phase with their edits, per edited view: five steps and an edit."""
-    ours, other = build_trainer(options, run), build_trainer(options, run)
+def edit_phase_row(options: Options, run: Path, editor: Editor, slow: Editor, localized: bool) -> Row:
+    """Steps of the edit phase with their edits, per edited view: five steps and an edit. The other way has no masks."""
+    ours, other = build_trainer(options, run, localized), build_trainer(options, run, localized=False)
     for module in other.pipeline.modules():
         if isinstance(module, FastHashEncoding):
             module.__class__ = HashEncoding  # nerfstudio's own
@@ -304,7 +304,8 @@ def edit_phase_row(options: Options, run: Path, editor: Editor, slow: Editor) ->
             other.optimizers.scheduler_step_all(step)
 
     ours.pipeline._editor = editor
-    return in_turns("edit phase of wys-tiny", turn_slow, turn_ours, options.repeats, options.batch)
+    what = "masked" if localized else "whole"
+    return in_turns(f"edit phase of wys-tiny, {what} views", turn_slow, turn_ours, options.repeats, options.batch)
 
 
 def full_size_editor(device: str) -> Editor:
@@ -372,7 +373,7 @@ def measure(options: Options) -> dict[str, Any]:
         rows += editing_rows(editor, slow, pictures, options, tiny)[:1]  # type: ignore
     rows.append(hash_encoding_row(options.device, options.repeats))
     if options.run is not None:
-        rows.append(edit_phase_row(options, options.run, editor, slow))
+        rows += [edit_phase_row(options, options.run, editor, slow, localized) for localized in (False, True)]
     if torch.cuda.is_available():
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else f"{torch.get_num_threads()} threads"

@@ -1,0 +1,124 @@
+"""Peak memory of a whole run, phase by phase: the scene's training, the perceptual loss, and the editor resident.
+
+A few steps of each phase as `ns-train` takes them, with InstructPix2Pix's networks at their full size and random weights, and
+a random AlexNet. On a GPU it is what torch has allocated at most in a phase. A CPU's is the largest resident memory so far,
+single precision throughout, and says little about a GPU's.
+
+    wys demo-scene SCENE
+    python tests/benchmarks/memory.py SCENE --output DIR --device cuda --methods wys wys-small
+"""
+
+import copy
+import json
+import platform
+import resource
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from nerfstudio.configs.method_configs import all_methods
+from scale import write_scene
+from speed import FULL_SIZE, full_size_editor
+from torchvision.models import alexnet
+
+from wys_nerfstudio.editing import Editor, load_editor
+from wys_nerfstudio.pipeline import WysPipeline
+from wys_nerfstudio.schedule import Phase
+from wys_nerfstudio.trainer import WysTrainer, WysTrainerConfig
+
+
+@dataclass
+class Options:
+    """Options of the benchmark."""
+
+    scene: tyro.conf.Positional[Path]
+    """Scene; its views are repeated and enlarged."""
+    output: Path
+    """Folder for memory.json and the runs."""
+    device: str = "cpu"
+    """Device of editor and scene."""
+    methods: tuple[str, ...] = ("wys", "wys-small")
+    """Methods that are measured."""
+    editor: str = FULL_SIZE
+    """Editor, or "full-size" for InstructPix2Pix's sizes with random weights."""
+    views: int = 100
+    """Number of views."""
+    side: int = 512
+    """Longer side of the views in pixels."""
+    steps: int = 6
+    """Steps of each phase; every second one of the last begins with an edit."""
+
+
+def peak_gib(device: str) -> float:
+    """Most memory since the last reset, in GiB; on a CPU since the process began."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure(method: str, scene: Path, editor: Editor, options: Options) -> dict[str, float]:
+    """Peak of each phase of a run in GiB."""
+    config: WysTrainerConfig = copy.deepcopy(all_methods[method])  # type: ignore
+    config.vis, config.machine.device_type = "tensorboard", torch.device(options.device).type  # type: ignore
+    config.output_dir, config.pipeline.datamanager.data = options.output / "runs", scene
+    config.pipeline.instruction = "turn the bear into a panda"
+    config.pipeline.model.lpips_weights = options.output / "alexnet.pth"
+    config.pipeline.reconstruct_steps = config.pipeline.localize_steps = config.pipeline.edit_steps = options.steps
+    config.pipeline.edit_every = 2
+    config.viewer.quit_on_train_completion = True
+    config.set_timestamp()
+    torch.manual_seed(0)
+    trainer: WysTrainer = config.setup(local_rank=0, world_size=1)
+    trainer.setup()
+    pipeline: WysPipeline = trainer.pipeline
+    pipeline._editor = editor
+    peaks: dict[str, float] = {}
+    began: list[Phase] = []
+    enter = pipeline.enter
+
+    def end() -> None:
+        if began:
+            peaks[began[-1].value] = peak_gib(options.device)
+        if options.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+
+    def watched(phase: Phase) -> None:
+        end()
+        began.append(phase)
+        enter(phase)
+
+    pipeline.enter = watched
+    trainer.train()
+    end()
+    return peaks
+
+
+def main(options: Options) -> None:
+    """Measures, prints the table and writes the JSON."""
+    options.output.mkdir(parents=True, exist_ok=True)
+    scene = options.output / "scene"
+    write_scene(options.scene, scene, options.views, options.side)
+    torch.save(alexnet(weights=None).state_dict(), options.output / "alexnet.pth")
+    full = options.editor == FULL_SIZE
+    editor = full_size_editor(options.device) if full else load_editor(options.editor, options.device)
+    result = {method: measure(method, scene, editor, options) for method in options.methods}
+    cuda = options.device.startswith("cuda")
+    about: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "hardware": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "torch": torch.__version__,
+        "options": {name: str(value) for name, value in asdict(options).items()},
+    }
+    (options.output / "memory.json").write_text(json.dumps(about | {"peak_gib": result}, indent=1), "utf8")
+    phases = [phase.value for phase in Phase]
+    print(f"| peak memory, GiB | {' | '.join(phases)} |")
+    print(f"|{'---|' * (len(phases) + 1)}")
+    for method, peaks in result.items():
+        print(f"| `{method}` | {' | '.join(f'{peaks[phase]:.1f}' for phase in phases)} |")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
