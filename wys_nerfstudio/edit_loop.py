@@ -4,7 +4,6 @@ When edits are due is the pipeline's business, how a picture is edited that of `
 written by `run_folder`.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -72,7 +71,7 @@ class Job:
     """The view of each."""
     t: int
     """Timestep that the renders are noised to."""
-    starts: "list[Start]"
+    starts: list[Start]
     """Where each edit begins."""
     instruction: str
     """What to change."""
@@ -220,7 +219,7 @@ class EditLoop:
         mask = self._known_mask(view) if mask is None else mask
         if mask is None:
             # One cell more than the mask may grow, as a border seldom runs along cells.
-            near, margin = relevance.threshold(coarse, options.mask_threshold), 1 + math.ceil(options.mask_growth)
+            near, margin = relevance.threshold(coarse, options.mask_threshold), 1 + options.mask_growth
         else:
             near, margin = relevance.latent_mask(mask[None], *cells), 1
         near = relevance.grow(near, torch.ones_like(near), margin)
