@@ -96,7 +96,7 @@ def test_run_folder_holds_what_the_readme_lists(finished_run: Path) -> None:
     events = EventAccumulator(str(finished_run), size_guidance={"images": 0})
     events.Reload()
     (tag,) = [tag for tag in events.Tags()["images"] if tag.startswith("Edit (captured")]
-    assert len(events.Images(tag)) == 5 and events.Images(tag)[0].width == 6 * 40
+    assert len(events.Images(tag)) == 5 and events.Images(tag)[0].width == 5 * 40
 
 
 def test_edited_views_are_the_captured_ones_outside_their_masks(finished_run: Path, ring_scene: Path) -> None:

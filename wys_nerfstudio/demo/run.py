@@ -28,7 +28,7 @@ from wys_nerfstudio.pictures import read_png, spread, to_uint8
 from wys_nerfstudio.pipeline import WysPipeline
 from wys_nerfstudio.truth import Truth
 
-FRAMES = 24
+FRAMES = 18
 FRAMES_PER_SECOND = 10
 ENLARGEMENT = 4
 """Whole factor by which the turntable's pixels are enlarged; even, as the video codec wants its sides."""
