@@ -56,7 +56,8 @@ QUIET = ["--vis", "tensorboard", "--machine.device-type", "cpu"]
 BASE = f"""
     ns-train nerfacto --data scene/ --timestamp 2025-01-01_120000 --max-num-iterations 2 {" ".join(QUIET)}
     --pipeline.datamanager.train-num-rays-per-batch 64 --pipeline.model.log2-hashmap-size 10
-    --pipeline.model.implementation torch
+    --pipeline.model.implementation torch --pipeline.model.num-nerf-samples-per-ray 4
+    --pipeline.model.num-proposal-samples-per-ray 8 8
 """
 SHORTER = {
     "ns-train": [*QUIET, *SHORT],
@@ -65,7 +66,7 @@ SHORTER = {
     "wys demo ": ["--recipe", "short.yaml"],
     "wys demo-pictures": ["--count", "1"],
     "wys edit-image": ["--diffusion-steps", "2"],
-    "wys sweep edits.csv": ["--diffusion-steps", "2"],
+    "wys sweep": ["--diffusion-steps", "2", "--relevance-draws", "1"],
 }
 """What is added to a command that begins so."""
 LEFT = """
