@@ -12,21 +12,40 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from wys_nerfstudio.checkpoint import CAPTURED_SCENE, find_checkpoint, load_base, read_checkpoint, run_folder
 from wys_nerfstudio.datamanager import WysDataManager
 from wys_nerfstudio.files import write_text
-from wys_nerfstudio.history import SNAPSHOTS
+from wys_nerfstudio.history import SNAPSHOTS, History
 from wys_nerfstudio.model import WysModel
+from wys_nerfstudio.options import WysOptions
 from wys_nerfstudio.ranks import first_only
 from wys_nerfstudio.run_state import STATE_KEY, RunState, edit_records
 from wys_nerfstudio.schedule import Phase
 
 
-@first_only
-def clear_folder(folder: Path) -> None:
-    """Removes what a run of this name left that was killed before its first checkpoint; but for the relevance maps, which
-    are found by what they are of.
+def begin(options: WysOptions, folder: Path, model: WysModel, data: WysDataManager) -> History:
+    """Begins a run that is not resumed, from a base if its options name one.
 
     Args:
-        folder: The run's `wys` folder.
+        options: The run's.
+        folder: Its `wys` folder.
+        model: Gets the base's scene.
+        data: Gets the base's views.
+
+    Returns:
+        The run's history: the base's, and the run's own instruction.
     """
+    _clear(folder)
+    entries, edited = [], None
+    if options.base_run is not None:
+        entries, edited = _take_base(options.base_run, folder, model, data)
+    history, first = History(folder, entries), options.plan().reconstruct_steps
+    start = "captured" if edited is None else "on top"
+    history.add(options.instruction, start, options.live_settings(), first, before=edited)
+    return history
+
+
+@first_only
+def _clear(folder: Path) -> None:
+    """Removes what a run of this name left that was killed before its first checkpoint; but for the relevance maps, which
+    are found by what they are of."""
     for path in folder.glob("*"):
         if path.is_dir() and path.name != "relevance":
             shutil.rmtree(path)
@@ -34,16 +53,10 @@ def clear_folder(folder: Path) -> None:
             path.unlink()
 
 
-def take_base(
+def _take_base(
     base_run: Path, folder: Path, model: WysModel, data: WysDataManager
 ) -> tuple[list[dict[str, Any]], Optional[dict[str, Any]]]:
     """Takes over a base run's scene and, if it is an edited one, its views, history and captured scene.
-
-    Args:
-        base_run: As `--base-run` takes it.
-        folder: The new run's `wys` folder.
-        model: Gets the scene.
-        data: Gets the views.
 
     Returns:
         The entries of the base's history, and a checkpoint of its edited scene; no entries and None if the base is no

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from wys_nerfstudio import evaluation
-from wys_nerfstudio.beginnings import clear_folder, take_base, take_over
+from wys_nerfstudio.beginnings import begin, take_over
 from wys_nerfstudio.capture import read_masks
 from wys_nerfstudio.checkpoint import CAPTURED_SCENE, model_state, read_checkpoint, run_folder
 from wys_nerfstudio.controls import Controls
@@ -126,7 +126,7 @@ class WysPipeline(VanillaPipeline):
         if self.resumed is not None:
             self._resume(self.resumed)
         else:
-            self._begin()
+            self.history = begin(self.config, self._folder, self.scene_model, self.datamanager)
         callbacks = super().get_training_callbacks(training_callback_attributes)
         return [TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], self._before_step), *callbacks]
 
@@ -148,17 +148,6 @@ class WysPipeline(VanillaPipeline):
             # Reconstruction should have the GPU's memory to itself; loading again takes seconds.
             self._editor = None
             torch.cuda.empty_cache()
-
-    def _begin(self) -> None:
-        """Starts a run, from a base if there is one."""
-        config, first = self.config, self.plan.reconstruct_steps
-        clear_folder(self._folder)
-        entries, edited = [], None
-        if config.base_run is not None:
-            entries, edited = take_base(config.base_run, self._folder, self.scene_model, self.datamanager)
-        self.history = History(self._folder, entries)
-        start = "captured" if edited is None else "on top"
-        self.history.add(config.instruction, start, config.live_settings(), first, before=edited)
 
     def _resume(self, state: RunState) -> None:
         """Goes on with a run, in its own folder or in another."""
