@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from nerfstudio.configs.method_configs import all_methods
+from nerfstudio.utils import writer
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import edit_phase
@@ -35,6 +36,12 @@ def test_every_fault_of_the_mutations_stands_once_in_its_module(tmp_path: Path) 
         copy.write_text((package / fault.module).read_text("utf8"), "utf8")
         fault.apply(tmp_path)
         compile(copy.read_text("utf8"), fault.module, "exec")
+
+
+@pytest.fixture(autouse=True)
+def no_writers_of_other_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nerfstudio keeps the writers of every run of a process, and the folders of these may be gone."""
+    monkeypatch.setattr(writer, "EVENT_WRITERS", [])
 
 
 @pytest.fixture(scope="module")
