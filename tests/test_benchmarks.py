@@ -210,6 +210,7 @@ def test_the_benchmark_of_memory_takes_whole_runs(
 ) -> None:
     small: Any = copy.deepcopy(wys_tiny.config)
     small.pipeline.model.lpips_loss_mult = 1.0
+    small.pipeline.editor = "nobody/no-such-editor"  # the methods' own is not asked for
     monkeypatch.setitem(all_methods, "small", small)
     options = memory.Options(
         ring_scene, tmp_path, methods=("small",), editor=str(editor_folder), views=4, side=40, steps=3

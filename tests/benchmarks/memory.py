@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import tyro
@@ -59,8 +60,8 @@ def peak_gib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def measure(method: str, scene: Path, editor: Editor, options: Options) -> dict[str, float]:
-    """Peak of each phase of a run in GiB."""
+def measure(method: str, scene: Path, options: Options) -> dict[str, float]:
+    """Peak of each phase of a run in GiB; the editor is loaded and let go when the run does so."""
     config: WysTrainerConfig = copy.deepcopy(all_methods[method])  # type: ignore
     config.vis, config.machine.device_type = "tensorboard", torch.device(options.device).type  # type: ignore
     config.output_dir, config.pipeline.datamanager.data = options.output / "runs", scene
@@ -74,7 +75,6 @@ def measure(method: str, scene: Path, editor: Editor, options: Options) -> dict[
     trainer: WysTrainer = config.setup(local_rank=0, world_size=1)
     trainer.setup()
     pipeline: WysPipeline = trainer.pipeline
-    pipeline._editor = editor
     peaks: dict[str, float] = {}
     began: list[Phase] = []
     enter = pipeline.enter
@@ -103,8 +103,12 @@ def main(options: Options) -> None:
     write_scene(options.scene, scene, options.views, options.side)
     torch.save(alexnet(weights=None).state_dict(), options.output / "alexnet.pth")
     full = options.editor == FULL_SIZE
-    editor = full_size_editor(options.device) if full else load_editor(options.editor, options.device)
-    result = {method: measure(method, scene, editor, options) for method in options.methods}
+
+    def load(*_: object) -> Editor:
+        return full_size_editor(options.device) if full else load_editor(options.editor, options.device)
+
+    with mock.patch("wys_nerfstudio.pipeline.load_editor", load):
+        result = {method: measure(method, scene, options) for method in options.methods}
     cuda = options.device.startswith("cuda")
     about: dict[str, Any] = {
         "date": date.today().isoformat(),

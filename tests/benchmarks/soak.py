@@ -235,7 +235,9 @@ class Run:
 
     def _sample(self) -> None:
         process = psutil.Process(self.process.pid)
-        while not self._over.wait(0.1):
+        over = False
+        while not over:
+            over = self._over.wait(0.1)  # the end is sampled, too
             step = self.step
             if step > (self.samples[-1].step if self.samples else 0):
                 memory = process.memory_info().rss / 2**20
