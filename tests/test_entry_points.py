@@ -33,13 +33,16 @@ SHORT = ["--pipeline.reconstruct-steps=8", "--pipeline.localize-steps=4", "--pip
 QUIET = ["--vis=tensorboard", "--machine.device-type=cpu"]
 
 
-def command(module: str, *arguments: object, check: bool = True, **extra: str) -> "subprocess.CompletedProcess[str]":
+def command(
+    module: str, *arguments: object, check: bool = True, folder: Path | None = None, **extra: str
+) -> "subprocess.CompletedProcess[str]":
     """Runs one of nerfstudio's scripts in a process of its own, as its console script would."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", f"nerfstudio.scripts.{module}", *map(str, arguments)],
         capture_output=True,
         text=True,
+        cwd=folder,
         env=environment,
         check=False,
         timeout=600,

@@ -1,13 +1,18 @@
 """Whole runs through `ns-train`: on nerfacto's scenes, on captures of all kinds, with every localisation, without a network."""
 
+import json
 import os
+import shlex
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import as_blender_scene, as_colmap_scene, write_ring_scene
 from PIL import Image
 from test_entry_points import QUIET, SHORT, SMALL_MODEL, command, records, the_run, train, weights
+from test_readme import TEXT, commands
 
 from wys_nerfstudio.checkpoint import read_checkpoint
 
@@ -133,3 +138,43 @@ def test_other_formats_run_to_the_end(parser, convert, ring_scene: Path, editor_
             scene)  # fmt: skip
     run = the_run(tmp_path / "out")
     assert list((run / "wys" / "edits").glob("*.png")) and (run / "wys" / "contact_sheet.png").is_file()
+
+
+FOCAL_LENGTH = 288.0
+
+
+def write_photographs(folder: Path, count: int, width: int, height: int) -> None:
+    """A corner of a room with speckled walls, in which COLMAP finds its way, from an arc around it."""
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    walls = [sum(np.kron(draw.random((n, n)), np.ones((512 // n,) * 2)) for n in (8, 32, 128)) / 3 for _ in range(3)]
+    u, v = np.meshgrid(np.arange(width) + 0.5 - width / 2, np.arange(height) + 0.5 - height / 2)
+    for number in range(count):
+        angle = np.radians(25 + 40 * number / count)
+        eye = 3.5 * np.array([np.cos(angle), np.sin(angle), 0.6 + 0.2 * np.sin(number)])
+        forward = (0.7 - eye) / np.linalg.norm(0.7 - eye)
+        right = np.cross(forward, (0, 0, 1))
+        right /= np.linalg.norm(right)
+        rays = u[..., None] * right + v[..., None] * np.cross(forward, right) + FOCAL_LENGTH * forward
+        distance = np.where(rays < 0, -eye / np.minimum(rays, -1e-9), np.inf)
+        hit = eye + distance.min(-1)[..., None] * rays
+        picture = np.zeros((height, width, 3))
+        for axis, wall in enumerate(walls):
+            here = distance.argmin(-1) == axis
+            a, b = np.clip(128 * np.delete(hit[here], axis, 1), 0, 511).astype(int).T
+            picture[here] = wall[a, b, None] * (0.6, 0.8, 1.0)[axis]
+        Image.fromarray((255 * picture).astype(np.uint8)).save(folder / f"photograph_{number}.png")
+
+
+@pytest.mark.skipif(shutil.which("colmap") is None, reason="ns-process-data needs the colmap program for photographs")
+def test_photographs_become_a_scene_by_the_readmes_command_and_are_edited(editor_folder: Path, tmp_path: Path) -> None:
+    write_photographs(tmp_path / "photos", 8, 320, 240)
+    (readme,) = {line for line in commands(TEXT) if line.startswith("ns-process-data images")}
+    # A distribution's COLMAP has no CUDA, and nerfstudio's default of matching is a download.
+    command("process_data", *shlex.split(readme)[1:], "--no-gpu", "--matching-method", "exhaustive", folder=tmp_path)
+    found = json.loads((tmp_path / "scene" / "transforms.json").read_text())
+    assert len(found["frames"]) == 8 and found["fl_x"] == pytest.approx(FOCAL_LENGTH, rel=0.05)
+    train("wys-tiny", tmp_path / "scene", tmp_path / "out", *SMALL_MODEL, *SHORT, "--editor", editor_folder, "--instruction",
+          "make the ball blue", "--mask-threshold=0.3", "nerfstudio-data", "--downscale-factor", "4")  # fmt: skip
+    edited = (the_run(tmp_path / "out") / "wys" / "edits").glob("*.png")
+    assert {Image.open(path).size for path in edited} == {(80, 60)}

@@ -12,7 +12,6 @@ import tyro
 from nerfstudio.configs.method_configs import AnnotatedBaseConfigUnion
 from nerfstudio.scripts import eval as ns_eval
 from nerfstudio.scripts import exporter, process_data, render
-from nerfstudio.scripts.downloads import download_data
 from nerfstudio.scripts.viewer import run_viewer
 from nerfstudio.utils import install_checks
 from readme_tables import README, ROOT, with_tables
@@ -28,7 +27,6 @@ PARSERS: dict[str, Any] = {
     "ns-export": exporter.Commands,
     "ns-viewer": tyro.conf.FlagConversionOff[run_viewer.RunViewer],
     "ns-process-data": process_data.Commands,
-    "ns-download-data": download_data.Commands,
     "wys": cli.Command,
 }
 

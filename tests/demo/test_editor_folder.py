@@ -1,5 +1,6 @@
 """The embedded editor: diffusers' own pipeline loads it, it is small, and its tokenizer knows every wording."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,22 @@ def test_training_resumes_where_it_stopped(tmp_path):
     second, _ = small_trainer(tmp_path, batch_scenes=2)
     second.load(tmp_path / "state.pt")
     assert second.train_step(data, 1.0) == pytest.approx(expected, rel=1e-3)
+
+
+def test_training_goes_on_from_an_editor_that_was_trained_before(tmp_path):
+    first, data = small_trainer(tmp_path, batch_scenes=2, grounding_samples=0)
+    first.train_step(data, 1.0)
+    write_editor(tmp_path / "editor", first.networks())
+    log = [{"samples": 400, "seconds": 30.0}]
+    (tmp_path / "editor" / "training.json").write_text(json.dumps(log))
+    second = small_trainer(tmp_path / "second", batch_scenes=2, grounding_samples=0)[0]
+    second.begin_from(tmp_path / "editor")
+    assert (second.samples, second.seconds, second.log) == (400, 30.0, log)
+    for given, taken in zip(first.average, (second.unet, second.text_encoder)):
+        for one, other in zip(given.parameters(), taken.parameters()):
+            assert torch.equal(one.half().float(), other)
+    second.train_step(data, 1.0)
+    assert second.samples == 404
 
 
 def test_muon_moves_matrices_kernels_and_biases():

@@ -1,4 +1,4 @@
-"""Muon on matrices and convolution kernels, AdamW on everything else, behind one object.
+"""How the demo's networks are trained: Muon on matrices and convolution kernels, AdamW on everything else, and in which precision.
 
 torch's own Muon takes 2-D parameters only, so kernels are handed to it as views of shape "out, in * height * width".
 """
@@ -7,6 +7,11 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+
+
+def autocast() -> torch.autocast:
+    """bf16 where the CPU computes with it; one without AVX-512 only emulates it, a hundred times as slowly as fp32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.backends.cpu.get_cpu_capability() == "AVX512")
 
 
 class MuonAndAdamW:

@@ -1,9 +1,9 @@
 """Trains the demo editor from a seed: `python -m wys_nerfstudio.demo.train_editor OUT`.
 
 Stages: render the toy world, train the autoencoder, encode the pictures, train text encoder and UNet together. Every
-stage leaves its result in OUT/work and is skipped when it is there; the last stage goes on from its checkpoint. OUT/editor
-is a complete editor from the first export on, swapped in whole. Not here: what its batches are drawn from (`editor_data.py`)
-and the held-out figures (`evaluate_editor.py`).
+stage leaves its result in OUT/work and is skipped when it is there; the last stage goes on from its checkpoint, or, with
+`--begin-from`, from an editor that was trained before. OUT/editor is a complete editor from the first export on, swapped in
+whole. Not here: what its batches are drawn from (`editor_data.py`) and the held-out figures (`evaluate_editor.py`).
 
 How it differs from InstructPix2Pix's recipe: a dropped instruction is trained towards "no change", not towards the edit.
 The difference of the two predictions is then exactly the edit, which is what a relevance map measures. And the UNet
@@ -24,9 +24,11 @@ import numpy as np
 import torch
 import tyro
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import CLIPTextModel
 
 from wys_nerfstudio import metrics, relevance
 from wys_nerfstudio.demo.editor_data import INDEX, NO_CHANGE, Latents, draw_pairs, load_latents, tokenise
@@ -39,7 +41,7 @@ from wys_nerfstudio.demo.networks import (
     write_editor,
     write_tokenizer,
 )
-from wys_nerfstudio.demo.optimizers import MuonAndAdamW
+from wys_nerfstudio.demo.optimizers import MuonAndAdamW, autocast
 from wys_nerfstudio.demo.train_vae import encode_data_set, train_vae
 from wys_nerfstudio.demo.training_data import render_data_set
 from wys_nerfstudio.demo.world import TRAIN_SEEDS, VALIDATION_SEEDS
@@ -58,6 +60,8 @@ class Options:
 
     out: tyro.conf.Positional[Path]
     """Folder of the editor (out/editor) and of everything on the way (out/work)."""
+    begin_from: Path | None = None
+    """Editor folder that OUT goes on from: its autoencoder, averaged weights, samples and minutes so far."""
     seed: int = 0
     """Of weights and batches."""
     scenes: int = 5200
@@ -118,8 +122,19 @@ class Trainer:
             [self.unet, self.text_encoder, self.pointer], muon_rate=options.muon_rate, adamw_rate=options.adamw_rate
         )
         self.alphas = build_scheduler().alphas_cumprod
-        self.step, self.seconds = 0, 0.0
+        self.step, self.first_step, self.seconds = 0, 0, 0.0
         self.log: list[dict] = []
+
+    def begin_from(self, folder: Path) -> None:
+        """Takes over another training's averaged weights and log; the optimizer and the pointer begin anew."""
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32, low_cpu_mem_usage=False)
+        text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+        for networks in ((self.unet, self.text_encoder), self.average):
+            networks[0].load_state_dict(unet.state_dict())
+            networks[1].load_state_dict(text_encoder.state_dict())
+        self.log = json.loads((folder / "training.json").read_text())
+        self.step = self.first_step = self.log[-1]["samples"] // (2 * self.options.batch_scenes)
+        self.seconds = self.log[-1]["seconds"]
 
     def _keep_features(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
         self._features = output
@@ -168,7 +183,7 @@ class Trainer:
         changed |= changed.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
         objects = [part.changed[scenes][:, numbers].any(1) for numbers in OBJECT_EDITS]
         return Batch(
-            inputs=torch.cat([noised, before], 1),
+            inputs=torch.cat([noised, before], 1).to(memory_format=torch.channels_last),
             timestep=timestep,
             tokens=tokens,
             target=target,
@@ -180,7 +195,7 @@ class Trainer:
     def train_step(self, data: Sequence[Latents], factor: float) -> float:
         """One optimizer step; returns the loss of the denoising."""
         batch = self.make_batch(data)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             text = self.text_encoder(batch.tokens).last_hidden_state
             output = self.unet(batch.inputs, batch.timestep, encoder_hidden_states=text).sample
             pointed = self.pointer(self._features)
@@ -215,6 +230,7 @@ class Trainer:
             "modules": [m.state_dict() for m in self._modules()],
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            "first_step": self.first_step,
             "seconds": self.seconds,
             "log": self.log,
         }
@@ -227,7 +243,8 @@ class Trainer:
         for module, part in zip(self._modules(), state["modules"]):
             module.load_state_dict(part)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
+        self.step, self.first_step = state["step"], state["first_step"]
+        self.seconds, self.log = state["seconds"], state["log"]
 
 
 def _mean_precision(maps: Tensor, masks: Tensor) -> float:
@@ -255,7 +272,7 @@ def validate(trainer: Trainer, data: Latents, pictures: Path) -> dict[str, float
     noise = torch.randn(4, *clean.shape, generator=torch.Generator().manual_seed(0))
 
     def predict(row: int) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             text = text_encoder(trainer.tokens[row][:1]).last_hidden_state.expand(len(clean), -1, -1)
             noised = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
             steps = torch.full((len(clean),), VALIDATION_TIMESTEP)
@@ -338,7 +355,7 @@ def train(options: Options, trainer: Trainer, data: Sequence[Latents], check: tu
             )
         if done:
             return
-        warm_up = min(1.0, (trainer.step + 1) / 100)
+        warm_up = min(1.0, (trainer.step - trainer.first_step + 1) / 100)
         # Half of the budget at full rate, then down to zero.
         factor = min(1.0, 2 * (1 - progress)) * warm_up
         losses.append(trainer.train_step(data, max(factor, 0.0)))
@@ -350,12 +367,13 @@ def main(options: Options) -> None:
     work.mkdir(parents=True, exist_ok=True)
     pictures = render_data_set(work / "pictures", TRAIN_SEEDS[: options.scenes])
     held_out = render_data_set(work / "validation", VALIDATION_SEEDS[:160])
-    if not (work / "vae").exists():
+    if not options.begin_from and not (work / "vae").exists():
         log: list[dict] = []
         vae = train_vae(pictures, seed=options.seed, seconds=60 * options.vae_minutes, log=log)
         vae.save_pretrained(work / "vae")
         (work / "vae.json").write_text(json.dumps(log, indent=1) + "\n")
-    vae = AutoencoderKL.from_pretrained(work / "vae")
+    vae_folder = (options.begin_from or work) / "vae"
+    vae = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
     codes = encode_data_set(vae, pictures, work / "latents")
     data = [load_latents(*files) for files in zip(pictures, codes)]
     check = load_latents(held_out[0], encode_data_set(vae, held_out[:1], work / "validation-latents")[0])
@@ -363,6 +381,8 @@ def main(options: Options) -> None:
     trainer = Trainer(options, vae, tokenise(work))
     if (work / "editor.pt").exists():
         trainer.load(work / "editor.pt")
+    elif options.begin_from:
+        trainer.begin_from(options.begin_from)
     train(options, trainer, data, (check, held_out[0]))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wys_nerfstudio.demo.networks import build_vae
-from wys_nerfstudio.demo.optimizers import MuonAndAdamW
+from wys_nerfstudio.demo.optimizers import MuonAndAdamW, autocast
 
 BATCH = 24
 MUON_RATE = 2e-3
@@ -56,7 +56,7 @@ def train_vae(
         array = arrays[draw.choice(len(arrays), p=share / share.sum())]
         which = draw.integers(array.shape[0], size=BATCH), draw.integers(array.shape[1], size=BATCH)
         target = to_network(torch.from_numpy(array[which]))
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             posterior = vae.encode(target).latent_dist  # type: ignore
             output = vae.decode(posterior.sample()).sample.float()  # type: ignore
         squared = F.mse_loss(output, target)
@@ -91,6 +91,7 @@ def encode_data_set(vae: AutoencoderKL, files: Sequence[Path], folder: Path) -> 
         The latents' files.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    vae.to(memory_format=torch.channels_last)  # type: ignore
     latents = []
     for file in files:
         latents.append(folder / file.name)
@@ -101,9 +102,9 @@ def encode_data_set(vae: AutoencoderKL, files: Sequence[Path], folder: Path) -> 
         codes = np.empty((2, scenes, edits, 4, height // 4, width // 4), np.float16)
         for scene in range(0, scenes, 4):
             batch = to_network(torch.from_numpy(pictures[scene : scene + 4].reshape(-1, height, width, 3)))
-            for side, views in enumerate((batch, batch.flip(-1).contiguous())):
-                with torch.autocast("cpu", torch.bfloat16):
-                    mode = vae.encode(views).latent_dist.mode()  # type: ignore
+            for side, views in enumerate((batch, batch.flip(-1))):
+                with autocast():
+                    mode = vae.encode(views.to(memory_format=torch.channels_last)).latent_dist.mode()  # type: ignore
                 codes[side, scene : scene + 4] = mode.float().numpy().reshape(-1, *codes.shape[2:])
         part = latents[-1].with_suffix(".part")
         with part.open("wb") as stream:
