@@ -16,6 +16,7 @@ import torch
 import yaml
 from conftest import run_wys
 from PIL import Image
+from scripts import run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from wys_nerfstudio.checkpoint import find_checkpoint, read_checkpoint, register_safe_globals
@@ -36,17 +37,20 @@ QUIET = ["--vis=tensorboard", "--machine.device-type=cpu"]
 def command(
     module: str, *arguments: object, check: bool = True, folder: Path | None = None, **extra: str
 ) -> "subprocess.CompletedProcess[str]":
-    """Runs one of nerfstudio's scripts in a process of its own, as its console script would."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", f"nerfstudio.scripts.{module}", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environment,
-        check=False,
-        timeout=600,
-    )
+    """Runs one of nerfstudio's scripts in a process of its own, as its console script would: in a fresh one if there are
+    variables beside the present ones, which libraries may read when they are imported."""
+    if extra:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", f"nerfstudio.scripts.{module}", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=folder,
+            env={**os.environ, **extra},
+            check=False,
+            timeout=600,
+        )
+    else:
+        done = run_script(module, [str(argument) for argument in arguments], folder)
     if check:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
