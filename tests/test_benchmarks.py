@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.utils import writer
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+import compat
 import edit_phase
 import field
 import localization
@@ -36,6 +38,51 @@ def test_every_fault_of_the_mutations_stands_once_in_its_module(tmp_path: Path) 
         copy.write_text((package / fault.module).read_text("utf8"), "utf8")
         fault.apply(tmp_path)
         compile(copy.read_text("utf8"), fault.module, "exec")
+
+
+@pytest.mark.slow
+def test_a_fault_that_no_test_notices_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noticed = next(fault for fault in mutations.FAULTS if fault.module == mutations.SCHEDULE)
+    harmless = mutations.Fault(mutations.SCHEDULE, noticed.right, f"({noticed.right})")
+    monkeypatch.setattr(mutations, "TESTS", {mutations.SCHEDULE: mutations.TESTS[mutations.SCHEDULE]})
+    monkeypatch.setattr(mutations, "FAULTS", [noticed, harmless])
+    with pytest.raises(SystemExit) as ending:
+        mutations.main()
+    assert ending.value.code == 1
+    *_, first, second, last = capsys.readouterr().out.splitlines()
+    assert "| test_" in first and "| NOBODY |" in second and last == "1 of 2 faults were noticed."
+
+
+UV = """#!/bin/sh
+# What compat.py asks of uv, without its downloads: the environment is the present one.
+case "$1 $2" in
+"build -q") for folder; do case "$folder" in */wheel) mkdir -p "$folder"; touch "$folder/package.whl" ;; esac; done ;;
+"venv -q") for folder; do :; done; mkdir -p "$folder"; ln -s "$PRESENT"/bin "$PRESENT"/lib "$PRESENT"/*.cfg "$folder" ;;
+"pip install") ;;
+*) exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.slow
+def test_an_environment_is_tried_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "uv").write_text(UV)
+    (tmp_path / "uv").chmod(0o755)
+    monkeypatch.setenv("PRESENT", sys.prefix)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setitem(compat.CHECKS, "tests", "echo 3 passed")
+    monkeypatch.setitem(compat.CHECKS, "imports", "echo an error; exit 1")
+    monkeypatch.setattr(sys, "argv", ["compat", "--output", str(tmp_path / "out"), "--rows", "3.11-newest"])
+    compat.main()
+    (row,) = capsys.readouterr().out.splitlines()[-1:]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[0] == "3.11" and cells[1] == torch.__version__.split("+")[0]
+    assert cells[5:] == ["yes", "an error", "yes", "yes", "3 passed"]
+    assert not (tmp_path / "out" / "3.11-newest" / "environment").exists() and Path(sys.executable).exists()
 
 
 @pytest.fixture(autouse=True)

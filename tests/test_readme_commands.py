@@ -38,7 +38,22 @@ ELSEWHERE = {
     "wys compare": ("tests/test_entry_points.py", "test_compare_puts_runs_beside_each_other"),
     "wys ablate": ("tests/demo/test_ablations.py", "test_all_variants_are_run"),
     "python -m wys_nerfstudio.demo.sds_sheet": ("tests/demo/test_sds_sheet.py", "sds_sheet.main"),
-    "python tests/benchmarks/": ("tests/test_benchmarks.py", "benchmarks"),
+    **{
+        f"python tests/benchmarks/{name}.py": ("tests/test_benchmarks.py", f"{name}.main(")
+        for name in (
+            "compat",
+            "edit_phase",
+            "field",
+            "localization",
+            "memory",
+            "mutations",
+            "scale",
+            "speed",
+            "startup",
+        )
+    },
+    "python tests/benchmarks/kills.py": ("tests/test_endings.py", '"kills.py"'),
+    "python tests/benchmarks/soak.py": ("tests/test_soak.py", "= soak("),
 }
 """Where a command is run that is not run here: how it begins or what is in it, a file, and a word of that."""
 
