@@ -37,8 +37,8 @@ def commands(text: str) -> Iterator[str]:
         for line in block.replace("\\\n", " ").splitlines():
             yield from (part.strip() for part in line.split("&&"))
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    for code in re.findall(r"`([^`]+)`", prose):
-        if re.match(r"(ns-[a-z-]+|wys|python|pytest) \S+ ", code):
+    for code in re.findall(r"`(?:[A-Z_]+=[^\s`]+ )?([^`]+)`", prose):
+        if re.match(r"(ns-[a-z-]+|wys|python|pytest) \S+ |python \S+\.py$", code):
             # A program and a subcommand alone are a name.
             yield from (part.strip() for part in " ".join(code.split()).split("&&"))
 

@@ -52,6 +52,7 @@ ELSEWHERE = {
             "startup",
         )
     },
+    "python tests/readme_tables.py": ("tests/test_readme.py", "with_tables(TEXT)"),
     "python tests/benchmarks/kills.py": ("tests/test_endings.py", '"kills.py"'),
     "python tests/benchmarks/soak.py": ("tests/test_soak.py", "= soak("),
 }
