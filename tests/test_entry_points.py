@@ -37,20 +37,8 @@ QUIET = ["--vis=tensorboard", "--machine.device-type=cpu"]
 def command(
     module: str, *arguments: object, check: bool = True, folder: Path | None = None, **extra: str
 ) -> "subprocess.CompletedProcess[str]":
-    """Runs one of nerfstudio's scripts in a process of its own, as its console script would: in a fresh one if there are
-    variables beside the present ones, which libraries may read when they are imported."""
-    if extra:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", f"nerfstudio.scripts.{module}", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            cwd=folder,
-            env={**os.environ, **extra},
-            check=False,
-            timeout=600,
-        )
-    else:
-        done = run_script(module, [str(argument) for argument in arguments], folder)
+    """Runs one of nerfstudio's scripts in a process of its own, as its console script would."""
+    done = run_script(module, [str(argument) for argument in arguments], folder, **extra)
     if check:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done

@@ -40,17 +40,7 @@ ELSEWHERE = {
     "python -m wys_nerfstudio.demo.sds_sheet": ("tests/demo/test_sds_sheet.py", "sds_sheet.main"),
     **{
         f"python tests/benchmarks/{name}.py": ("tests/test_benchmarks.py", f"{name}.main(")
-        for name in (
-            "compat",
-            "edit_phase",
-            "field",
-            "localization",
-            "memory",
-            "mutations",
-            "scale",
-            "speed",
-            "startup",
-        )
+        for name in "compat edit_phase field localization memory mutations scale speed startup".split()
     },
     "python tests/readme_tables.py": ("tests/test_readme.py", "with_tables(TEXT)"),
     "python tests/benchmarks/kills.py": ("tests/test_endings.py", '"kills.py"'),
