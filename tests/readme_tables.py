@@ -22,7 +22,7 @@ MARKED = re.compile(r"(<!-- table: (\S+) -->\n\n?)(.*?)(\n*<!-- end -->)", re.DO
 
 SHOWN = [
     "instruction", "base_run", "editor", "mask_threshold", "guidance_scale", "image_guidance_scale", "localization",
-    "masks_dir", "mask_growth", "relevance_normalization", "relevance_draws", "relevance_outlier_factor", "edit_every",
+    "masks_dir", "relevance_normalization", "relevance_draws", "relevance_outlier_factor", "edit_every",
     "edit_count", "diffusion_steps", "reconstruct_steps", "localize_steps", "edit_steps", "editor_device", "edit_long_side",
 ]  # fmt: skip
 """Options of the pipeline that the README shows; `ns-train wys --help` shows all."""

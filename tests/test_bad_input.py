@@ -238,7 +238,6 @@ OPTIONS = [
             "pipeline.edit-steps": ["0"],
             "pipeline.reconstruct-steps": ["-1"],
             "pipeline.localize-steps": ["-5"],
-            "pipeline.mask-growth": ["-1"],
             "pipeline.editor-batch-size": ["0"],
             "pipeline.edit-long-side": ["0"],
             "pipeline.datamanager.edit-patch-size": ["0"],

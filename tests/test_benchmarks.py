@@ -202,9 +202,11 @@ def test_the_benchmark_of_localisation_runs_and_compares_maps_with_all_inputs(
     localization.main(options)
     assert "| maps | view | " in capsys.readouterr().out
     rows = json.loads(options.output.read_text())
-    inputs = ["maps", "geometry", "geometry+position", "hashgrid"]
+    heads = ["geometry", "geometry+position", "hashgrid"]
     assert {(row["source"], row["normalization"]) for row in rows} == {
-        (source, over) for source in inputs for over in ("view", "scene")
+        (source, over)
+        for source in ["maps", *heads, *(f"{head} and hull" for head in heads)]
+        for over in ("view", "scene")
     }
     figures = {row["source"]: row["AP"] for row in rows if row["normalization"] == "view"}
     # The embedded editor finds the bear; two steps on a scene that is not trained find nothing.

@@ -181,10 +181,12 @@ def test_a_run_of_this_method_can_be_a_base_but_its_relevance_is_not_taken(tmp_p
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(1)
+        other.field.relevance_hull.relevance.fill_(0.5)
     head = [p.clone() for p in model.field.relevance_parameters()]
     load_base(model, write_run(tmp_path, other.state_dict()))
     assert all(torch.equal(a, b) for a, b in zip(model.field.scene_parameters(), other.field.scene_parameters()))
     assert all(torch.equal(a, b) for a, b in zip(model.field.relevance_parameters(), head))
+    assert not model.field.relevance_hull.known
 
 
 def test_a_base_with_another_relevance_input_is_taken(tmp_path):

@@ -18,7 +18,7 @@ SIZES = {
 AABB = torch.tensor([[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0]])
 VIEWS = 5
 INPUTS = pytest.mark.parametrize("relevance_input", ["geometry", "geometry+position", "hashgrid"])
-RELEVANCE_KEYS = ("mlp_relevance.", "relevance_encoding.")
+RELEVANCE_KEYS = ("mlp_relevance.", "relevance_encoding.", "relevance_hull.")
 
 
 def build(cls: type = WysField, **changes):
@@ -100,6 +100,18 @@ def test_gradients_are_nerfactos_and_places_get_one_only_if_rays_are_to_move():
         assert ours.any()
     field.get_density(samples())
     assert not field._sample_locations.requires_grad
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_the_unit_cube_leads_back_to_the_world(bounded):
+    field = build()
+    if bounded:
+        field.spatial_distortion, field.aabb = None, torch.nn.Parameter(torch.tensor([[-1.0, 0, -2], [3, 1, 2]]))
+    places = 0.01 + 0.98 * torch.rand(200, 3, generator=torch.Generator().manual_seed(0))
+    places[0] = 0.5
+    world = field.to_world(places)
+    torch.testing.assert_close(field.to_unit_cube(world), places, atol=1e-5, rtol=0)
+    assert float(world.detach().abs().max()) > (2.5 if bounded else 10)
 
 
 def test_a_scene_within_bounds_is_nerfactos_too():

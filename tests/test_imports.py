@@ -34,6 +34,7 @@ ROOMS = [
     },
     {
         "field",
+        "hull",
         "editing",
         "perceptual",
         "metrics",

@@ -6,9 +6,10 @@ import torch
 from conftest import SMALL_FIELD
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.cameras.cameras import Cameras, CameraType
-from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.cameras.rays import RayBundle, RaySamples
 from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.engine.callbacks import TrainingCallbackAttributes, TrainingCallbackLocation
+from nerfstudio.model_components.renderers import RGBRenderer
 from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
 
 from wys_nerfstudio.model import WysModel, WysModelConfig
@@ -284,6 +285,51 @@ def test_without_localisation_everything_is_to_be_edited():
     assert bool((outputs["relevance_value"] == 1).all())
 
 
+def test_in_eval_mode_rays_are_as_relevant_as_the_surface_or_the_air_before_it():
+    model, bundle = build().eval(), rays()
+    with torch.no_grad():
+        surface = model(bundle)["relevance"]
+        model.field.relevance_hull.relevance.copy_(torch.rand(model.field.relevance_hull.relevance.shape) ** 40)
+        seen = model(bundle)["relevance"]
+        samples, weights, _ = model.proposal_sampler(bundle, density_fns=model.density_fns)
+        weights = samples.get_weights(model.field.get_density(samples)[0])
+        air = model.field.air_relevance(samples, weights)
+    assert torch.equal(seen, torch.maximum(surface, air))
+    assert (air > surface).any() and (air < surface).any()
+    model.localized = False
+    assert model(bundle)["relevance"].eq(1).all()
+
+
+@pytest.mark.parametrize("background", ["last_sample", "black", "white", "random"])
+@pytest.mark.parametrize("mode", ["localize", "edit", "eval"])
+def test_relevance_has_the_background_that_colours_have(background, mode, monkeypatch):
+    """Nerfacto shows plain ground as the colour of a ray's last sample, with hardly any density; relevance must follow."""
+    model = build(Phase.LOCALIZE if mode == "localize" else Phase.EDIT, background_color=background)
+    model.train(mode != "eval")
+    values, weights = [], []
+    get_relevance, get_weights = model.field.get_relevance, RaySamples.get_weights
+    monkeypatch.setattr(model.field, "get_relevance", lambda *a: values.append(get_relevance(*a)) or values[-1])
+    monkeypatch.setattr(RaySamples, "get_weights", lambda *a: weights.append(get_weights(*a)) or weights[-1])
+    relevance = model(rays())["relevance"].detach()
+    (value,), weight = values, weights[-1]
+    weight = weight[:: len(weight) // len(value)]
+    shown = "last_sample" if background == "last_sample" else "black"
+    wanted = RGBRenderer(shown).eval()(value.expand(-1, -1, 3), weight)[:, :1].detach()
+    torch.testing.assert_close(relevance, wanted, atol=1e-6, rtol=0)
+    assert float(weight.sum(dim=1).min()) < 0.9  # there is a background to be seen
+
+
+@pytest.mark.parametrize("phase", [Phase.LOCALIZE, Phase.EDIT])
+def test_what_the_relevance_head_is_trained_on_knows_nothing_of_the_air(phase):
+    seen = []
+    for value in (-1.0, 1.0):
+        model = build(phase).train()
+        model.field.relevance_hull.relevance.fill_(value)
+        torch.manual_seed(1)
+        seen.append(model(rays())["relevance"])
+    assert torch.equal(*seen)
+
+
 def test_relevance_has_colours_of_a_fixed_scale():
     """Equal numbers have equal colours, whatever else is in the picture."""
     model = build()
@@ -381,10 +427,11 @@ def test_some_pixels_of_a_view_are_those_of_its_render(share):
     where = torch.rand(HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1)) < share
     where[0, 0] |= 0 < share < 0.1  # at least a single one
     whole = model.render_view(cameras(), 1)
-    rgb, relevance = model.render_pixels(cameras(), 1, where)
-    assert rgb.shape == (int(where.sum()), 3) and relevance.shape == (int(where.sum()),)
+    rgb, relevance, depth = model.render_pixels(cameras(), 1, where)
+    assert rgb.shape == (int(where.sum()), 3) and relevance.shape == depth.shape == (int(where.sum()),)
     torch.testing.assert_close(rgb, whole["rgb"][where], atol=1e-6, rtol=0)
     torch.testing.assert_close(relevance, whole["relevance_value"][where][:, 0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(depth, whole["depth"][where][:, 0], atol=1e-6, rtol=0)
 
 
 def test_only_the_wanted_pixels_are_computed(monkeypatch):
@@ -399,7 +446,7 @@ def test_only_the_wanted_pixels_are_computed(monkeypatch):
 
 def test_pixels_of_a_coarser_picture_are_those_at_the_middle_of_its_own():
     model = build()
-    (fine, relevance), (coarse, coarse_relevance) = (
+    (fine, relevance, _), (coarse, coarse_relevance, _) = (
         model.render_pixels(cameras(), 1, torch.ones(size, dtype=torch.bool))
         for size in ((HEIGHT * 3, WIDTH * 5), (HEIGHT, WIDTH))
     )

@@ -113,6 +113,66 @@ def test_editing_starts_with_an_edit_that_training_sees_and_moves_no_camera(trai
     assert pipeline.datamanager.get_train_rays_per_batch() == 128
 
 
+def test_the_air_is_searched_from_where_the_views_were_taken(trained: WysTrainer, monkeypatch) -> None:
+    """The hull is carved with learned poses and with what renders of the views show, in the cells of their latents."""
+    pipeline, model = trained.pipeline, trained.pipeline.scene_model
+    data, hull, given = pipeline.datamanager, model.field.relevance_hull, []
+    assert hull.known  # since editing began
+    monkeypatch.setattr(type(hull), "known", False)
+    monkeypatch.setattr(hull, "carve", lambda *arguments: given.append(arguments))
+    monkeypatch.setattr(pipeline.config, "edit_long_side", 40)
+    pipeline.edit_loop.carve_hull()
+    ((to_world, cameras, maps, surfaces, depths),) = given
+    places = torch.rand(9, 3)
+    torch.testing.assert_close(model.field.to_unit_cube(to_world(places)), places, atol=1e-4, rtol=0)
+    corrected = torch.cat(
+        [model.posed(data.train_dataset.cameras, view).camera_to_worlds for view in range(data.num_views)]
+    )
+    assert torch.equal(cameras.camera_to_worlds, corrected)
+    assert not torch.equal(corrected, data.train_dataset.cameras.camera_to_worlds)
+    assert torch.equal(maps, data.cached_batch["relevance"][..., 0])
+    factor = pipeline.editor().latent_factor
+    middle = slice(factor // 2, None, factor)
+    for view in (0, 5):
+        render = model.render_view(data.train_dataset.cameras, view)
+        for cells, name in ((surfaces, "relevance_value"), (depths, "depth")):
+            assert cells.shape == (data.num_views, 32 // factor, 40 // factor)
+            # A cell's middle lies between pixels: within their neighbours' range.
+            near = torch.nn.functional.unfold(render[name].permute(2, 0, 1)[None], 3, padding=1)
+            near = near.view(9, *render[name].shape[:2])[:, middle, middle]
+            low, high = near.amin(dim=0), near.amax(dim=0)
+            assert float(((cells[view] >= low - 0.05) & (cells[view] <= high + 0.05)).float().mean()) > 0.9
+
+
+def test_the_air_is_searched_when_editing_begins_and_anew_for_another_instruction(
+    ring_scene: Path, editor_folder: Path, tmp_path: Path
+) -> None:
+    trainer = build_trainer(small_config(ring_scene, editor_folder, tmp_path, reconstruct_steps=0, localize_steps=1))
+    pipeline, hull = trainer.pipeline, trainer.pipeline.scene_model.field.relevance_hull
+    with trainer.train_lock:
+        pipeline.enter(Phase.LOCALIZE)
+        assert not hull.known  # the relevance head has not learned yet what surfaces explain
+        pipeline.enter(Phase.EDIT)
+        assert hull.known
+        hull.relevance.fill_(0.25)
+        pipeline.enter(Phase.EDIT)  # as a resumed run does, whose scene is not as captured any more
+        assert bool((hull.relevance == 0.25).all())
+        pipeline.apply("make the ball red", on_top=False, step=5)
+        assert not hull.known
+        pipeline.enter(Phase.EDIT)
+        assert hull.known and not bool((hull.relevance == 0.25).all())
+
+
+def test_nothing_is_searched_where_edits_are_not_confined(
+    ring_scene: Path, editor_folder: Path, tmp_path: Path
+) -> None:
+    options = {"reconstruct_steps": 0, "localization": "none"}
+    trainer = build_trainer(small_config(ring_scene, editor_folder, tmp_path, **options))
+    with trainer.train_lock:
+        trainer.pipeline.enter(Phase.EDIT)
+    assert not trainer.pipeline.scene_model.field.relevance_hull.known
+
+
 def test_a_view_with_an_empty_mask_is_not_edited(trained: WysTrainer) -> None:
     pipeline = trained.pipeline
     pipeline.config.mask_threshold = 1.0
@@ -145,7 +205,7 @@ def test_an_edit_begins_as_if_the_whole_view_had_been_rendered(
     """Mask and colours within it are those of the whole picture; beyond its margin the view is as captured."""
     pipeline = trained.pipeline
     model, data, options, view = pipeline.scene_model, pipeline.datamanager, pipeline.config, 3
-    given = {"localization": localization, "mask_threshold": 0.5, "mask_growth": 0, "edit_long_side": 40}
+    given = {"localization": localization, "mask_threshold": 0.5, "edit_long_side": 40}
     for name, value in given.items():
         monkeypatch.setattr(options, name, value)
     monkeypatch.setattr(model, "localized", localization != "none")

@@ -201,8 +201,8 @@ def load_base(model: nn.Module, path: Path, transform: Optional[dict[str, Any]] 
     checkpoint = find_checkpoint(path, "--base-run")
     state = model_state(read_checkpoint(checkpoint))
     ours = model.state_dict()
-    wanted = {k for k in ours if not k.startswith((RELEVANCE_PREFIX, "field.relevance_encoding", *NOT_COMPARED))}
-    offered = {k for k in state if not k.startswith((RELEVANCE_PREFIX, "field.relevance_encoding", *NOT_COMPARED))}
+    wanted = {k for k in ours if not k.startswith((RELEVANCE_PREFIX, "field.relevance_", *NOT_COMPARED))}
+    offered = {k for k in state if not k.startswith((RELEVANCE_PREFIX, "field.relevance_", *NOT_COMPARED))}
     config = read_run_config(run_folder(checkpoint))
     method = config.get("method_name", "this")
 

@@ -32,7 +32,8 @@ def _optimizers(final_lr: float, decay_steps: int) -> dict[str, Any]:
         "fields": decayed(),
         "camera_opt": decayed(1e-3, 1e-4),
         # No schedule: it would have run down before the relevance head takes its first step.
-        "relevance": {"optimizer": AdamOptimizerConfig(lr=1e-2, eps=1e-15), "scheduler": None},
+        # Where little is relevant, a rate of 1e-2 can silence the head for good in its first steps.
+        "relevance": {"optimizer": AdamOptimizerConfig(lr=3e-3, eps=1e-15), "scheduler": None},
     }
 
 

@@ -202,6 +202,21 @@ class EditLoop:
             for i, number in enumerate(job.numbers)
         ]
 
+    @torch.no_grad()
+    def carve_hull(self) -> None:
+        """Finds what the maps of all views agree on in mid-air, before the scene as it is now, unless that is known."""
+        model, cameras, hull = self._model, self._data.train_dataset.cameras, self._model.field.relevance_hull
+        if hull.known or not model.localized:
+            return
+        views, cells = range(len(cameras)), self._cells()
+        everywhere = torch.ones(cells, dtype=torch.bool)
+        renders = [model.render_pixels(cameras, view, everywhere)[1:] for view in views]
+        surfaces, depths = (torch.stack(parts).view(-1, *cells) for parts in zip(*renders))
+        posed = cameras.to(model.device)
+        posed.camera_to_worlds = torch.cat([model.posed(cameras, view).camera_to_worlds for view in views])
+        maps = self._data.cached_batch["relevance"][..., 0].to(model.device)
+        hull.carve(model.field.to_world, posed, maps, surfaces, depths)
+
     def start_of(self, view: int, mask: Optional[Bool[Tensor, "h w"]] = None) -> Start:
         """Renders what the edit of a view needs: relevance once per latent, and every pixel where the view may change.
 
@@ -213,22 +228,25 @@ class EditLoop:
         cameras, editing_size = data.train_dataset.cameras, options.edit_settings().size_for(editor, *data.view_size)
         finer = editing_size[0] * editing_size[1] < data.view_size[0] * data.view_size[1]
         size = editing_size if finer else data.view_size
-        cells = tuple(side // editor.latent_factor for side in editing_size)
-        _, values = model.render_pixels(cameras, view, torch.ones(cells, dtype=torch.bool))
+        cells = self._cells()
+        values = model.render_pixels(cameras, view, torch.ones(cells, dtype=torch.bool))[1]
         coarse = values.view(1, *cells)
         mask = self._known_mask(view) if mask is None else mask
-        if mask is None:
-            # One cell more than the mask may grow, as a border seldom runs along cells.
-            near, margin = relevance.threshold(coarse, options.mask_threshold), 1 + options.mask_growth
-        else:
-            near, margin = relevance.latent_mask(mask[None], *cells), 1
-        near = relevance.grow(near, torch.ones_like(near), margin)
+        known = None if mask is None else relevance.latent_mask(mask[None], *cells)
+        near = relevance.threshold(coarse, options.mask_threshold) if known is None else known
+        near = relevance.grow(near)  # as a border seldom runs along cells
         where = relevance.resize(near.float(), *size)[0] > 0
         rgb = resize_images(data.reference_views([view]).to(model.device), *size)[0]
         value = relevance.resize(coarse, *size)[0]
-        rgb[where], value[where] = model.render_pixels(cameras, view, where)
+        rgb[where], value[where], _ = model.render_pixels(cameras, view, where)
         value = relevance.resize(value[None], *data.view_size)[0]
         return Start(rgb, value, self._mask_of(view, value) if mask is None else mask)
+
+    def _cells(self) -> tuple[int, int]:
+        """Rows and columns of a view's latents."""
+        editor = self._editor()
+        height, width = self._options.edit_settings().size_for(editor, *self._data.view_size)
+        return height // editor.latent_factor, width // editor.latent_factor
 
     def _start_timestep(self, edit_number: int) -> int:
         options = self._options
@@ -312,10 +330,4 @@ class EditLoop:
             field: The field's relevance, seen from there.
         """
         known = self._known_mask(view)
-        if known is not None:
-            return known
-        options, editor, (height, width) = self._options, self._editor(), self._data.view_size
-        cell = editor.latent_factor * height / options.edit_settings().size_for(editor, height, width)[0]
-        seen = relevance.threshold(self._data.relevance_of(view)[None].to(field), options.mask_threshold)
-        start = relevance.threshold(field[None], options.mask_threshold)
-        return relevance.grow(start, seen, round(options.mask_growth * cell))[0]
+        return relevance.threshold(field, self._options.mask_threshold) if known is None else known

@@ -1,7 +1,8 @@
 """The dual-head field: one hash-grid density backbone, a radiance head and a relevance head.
 
 The backbone and the radiance head are nerfacto's, parameter for parameter, so that nerfacto checkpoints fit. The
-relevance head sees the backbone's features detached and no view direction: relevance is a property of the place.
+relevance head sees the backbone's features detached and no view direction: relevance is a property of the place. What is
+relevant in mid-air, where no surface is, a visual hull beside the heads holds (see `hull`).
 """
 
 from typing import Literal, Optional
@@ -17,6 +18,8 @@ from nerfstudio.field_components.mlp import MLP
 from nerfstudio.fields.base_field import get_normalized_directions
 from nerfstudio.fields.nerfacto_field import NerfactoField
 from torch import Tensor, nn
+
+from wys_nerfstudio.hull import RelevanceHull, free_space
 
 RelevanceInput = Literal["geometry", "geometry+position", "hashgrid"]
 
@@ -61,16 +64,18 @@ class WysField(NerfactoField):
             out_activation=nn.Sigmoid(),
             implementation="torch",
         )
+        self.relevance_hull = RelevanceHull()
         self.shown_view: Optional[int] = None
         """Training view whose appearance is rendered in eval mode; None is the average appearance."""
 
     def relevance_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the relevance head; all others belong to the scene."""
+        """Parameters of the relevance head; all other parameters belong to the scene."""
         return list(self.mlp_relevance.parameters())
 
     @torch.no_grad()
     def reset_relevance(self) -> None:
-        """Starts the relevance head anew, for another instruction."""
+        """Starts relevance anew, for another instruction."""
+        self.relevance_hull.forget()
         for module in self.mlp_relevance.modules():
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
@@ -100,14 +105,35 @@ class WysField(NerfactoField):
             inputs = self.mlp_base.model[0](positions).detach()
         return self.mlp_relevance(inputs).view(*some.shape[:-1], 1)
 
+    def air_relevance(
+        self, ray_samples: RaySamples, weights: Float[Tensor, "rays samples 1"]
+    ) -> Float[Tensor, "rays 1"]:
+        """The highest relevance in [0, 1] that rays pass before their first surface; below 0 if none is known.
+
+        Args:
+            ray_samples: Where the rays were rendered.
+            weights: Weights of these samples.
+        """
+        return self.relevance_hull(self.to_unit_cube(free_space(ray_samples, weights))).amax(dim=-1, keepdim=True)
+
+    def to_unit_cube(self, positions: Float[Tensor, "*bs 3"]) -> Float[Tensor, "*bs 3"]:
+        """From the world to the cube [0, 1]^3 that the backbone's hash grid spans."""
+        if self.spatial_distortion is None:
+            return SceneBox.get_normalized_positions(positions, self.aabb)
+        return (self.spatial_distortion(positions) + 2) / 4
+
+    def to_world(self, positions: Float[Tensor, "*bs 3"]) -> Float[Tensor, "*bs 3"]:
+        """The inverse of `to_unit_cube`, for positions within the cube."""
+        if self.spatial_distortion is None:
+            return self.aabb[0] + positions * (self.aabb[1] - self.aabb[0])
+        contracted = positions * 4 - 2
+        size = contracted.abs().amax(dim=-1, keepdim=True)  # below 2, which stands for infinity
+        return torch.where(size <= 1, contracted, contracted / (size * (2 - size)))
+
     def get_density(self, ray_samples: RaySamples) -> tuple[Float[Tensor, "*bs 1"], Float[Tensor, "*bs features"]]:
         """Density and geometry features of samples, as nerfacto has them. Nerfacto also has the encodings compute gradients
         at the samples' places, for normals, which are not supported here; without them their backward pass is half the work."""
-        positions = ray_samples.frustums.get_positions()
-        if self.spatial_distortion is None:
-            positions = SceneBox.get_normalized_positions(positions, self.aabb)
-        else:
-            positions = (self.spatial_distortion(positions) + 2) / 4
+        positions = self.to_unit_cube(ray_samples.frustums.get_positions())
         inside = ((positions > 0) & (positions < 1)).all(dim=-1, keepdim=True)
         self._sample_locations = positions * inside
         base = self.mlp_base(self._sample_locations.view(-1, 3)).view(*positions.shape[:-1], -1)

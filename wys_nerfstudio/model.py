@@ -17,7 +17,7 @@ from nerfstudio.field_components.spatial_distortions import SceneContraction
 from nerfstudio.fields.density_fields import HashMLPDensityField
 from nerfstudio.model_components.losses import MSELoss, interlevel_loss, scale_gradients_by_distance_squared
 from nerfstudio.model_components.ray_samplers import ProposalNetworkSampler, UniformSampler
-from nerfstudio.model_components.renderers import AccumulationRenderer, DepthRenderer, RGBRenderer, SemanticRenderer
+from nerfstudio.model_components.renderers import AccumulationRenderer, DepthRenderer, RGBRenderer
 from nerfstudio.model_components.scene_colliders import NearFarCollider
 from nerfstudio.models.base_model import Model
 from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
@@ -91,7 +91,6 @@ class WysModel(NerfactoModel):
         self.renderer_accumulation = AccumulationRenderer()
         self.renderer_depth = DepthRenderer(method="median")
         self.renderer_expected_depth = DepthRenderer(method="expected")
-        self.renderer_relevance = SemanticRenderer()
         self.rgb_loss = MSELoss()
 
         from torchmetrics.functional import structural_similarity_index_measure
@@ -130,8 +129,7 @@ class WysModel(NerfactoModel):
         self.density_fns = [network.density_fn for network in networks]
 
         def steps_between_updates(step: int) -> float:
-            grown = config.proposal_update_every * min(1.0, step / max(1, config.proposal_warmup))
-            return max(1.0, grown)
+            return max(1.0, config.proposal_update_every * min(1.0, step / max(1, config.proposal_warmup)))
 
         uniform = config.proposal_initial_sampler == "uniform"
         self.proposal_sampler = ProposalNetworkSampler(
@@ -181,7 +179,8 @@ class WysModel(NerfactoModel):
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
         """Renders rays: `rgb`, `accumulation`, `relevance`, one number in [0, 1] per ray (of every
         `RELEVANCE_RAYS`-th only while views are edited), and in eval mode nerfacto's depths and
-        `relevance_overlay`, colours without the mask's border, which nerfstudio's point clouds can take.
+        `relevance_overlay`, colours without the mask's border, which nerfstudio's point clouds can take. What is relevant
+        in mid-air counts in eval mode alone: the relevance head is trained on surfaces.
 
         While only the relevance head is trained the scene is held fixed, and `relevance` is the only output.
         """
@@ -199,7 +198,7 @@ class WysModel(NerfactoModel):
             self.proposal_sampler._steps_since_update = waited
         if localizing:
             relevance = self.field.get_relevance(features)
-            return {"relevance": self.renderer_relevance(relevance, samples.get_weights(density).detach())}
+            return {"relevance": self._composite(relevance, samples.get_weights(density).detach())}
 
         field_outputs: dict[Any, Tensor] = {
             **self.field.get_outputs(samples, features),
@@ -219,7 +218,7 @@ class WysModel(NerfactoModel):
             # Detached: relevance is rendered on the scene's geometry and must not shape it.
             every = RELEVANCE_RAYS if self.training else 1
             relevance = self.field.get_relevance(features, every)
-            outputs["relevance"] = self.renderer_relevance(relevance, weights[::every].detach())
+            outputs["relevance"] = self._composite(relevance, weights[::every].detach())
         if self.training:
             outputs["weights_list"] = weights_list
             outputs["ray_samples_list"] = samples_list
@@ -228,10 +227,17 @@ class WysModel(NerfactoModel):
             outputs["expected_depth"] = self.renderer_expected_depth(weights=weights, ray_samples=samples)
             for i in range(self.config.num_proposal_iterations):
                 outputs[f"prop_depth_{i}"] = self.renderer_depth(weights=weights_list[i], ray_samples=samples_list[i])
-            if not self.localized:
-                outputs["relevance"] = torch.ones_like(outputs["relevance"])
+            relevant = torch.maximum(outputs["relevance"], self.field.air_relevance(samples, weights))
+            outputs["relevance"] = relevant if self.localized else torch.ones_like(relevant)
             outputs["relevance_overlay"] = self._overlay(outputs["rgb"], outputs["relevance"])
         return outputs
+
+    def _composite(self, values: Float[Tensor, "n s 1"], weights: Float[Tensor, "n s 1"]) -> Float[Tensor, "n 1"]:
+        """Relevance of rays from that of their samples: composited as colours are, background included."""
+        if self.config.background_color == "last_sample":
+            rest = (1 - weights[:, :-1].sum(dim=1, keepdim=True)).clamp_min(0)
+            weights = torch.cat([weights[:, :-1], rest], dim=1)
+        return (weights * values).sum(dim=1)
 
     def _overlay(self, rgb: Float[Tensor, "*bs 3"], relevance: Float[Tensor, "*bs 1"]) -> Float[Tensor, "*bs 3"]:
         colours = colormaps.apply_float_colormap(relevance.clamp(0, 1), "inferno").to(rgb)
@@ -285,12 +291,12 @@ class WysModel(NerfactoModel):
             Every eval output, each (height, width, channels).
         """
         with self.as_view(view):
-            return self.get_outputs_for_camera(self._posed(cameras, view))
+            return self.get_outputs_for_camera(self.posed(cameras, view))
 
     @torch.no_grad()
     def render_pixels(
         self, cameras: Cameras, view: int, where: Bool[Tensor, "h w"]
-    ) -> tuple[Float[Tensor, "n 3"], Float[Tensor, " n"]]:
+    ) -> tuple[Float[Tensor, "n 3"], Float[Tensor, " n"], Float[Tensor, " n"]]:
         """Renders some pixels of a training view, as `render_view` does.
 
         Args:
@@ -299,19 +305,20 @@ class WysModel(NerfactoModel):
             where: Which pixels; its shape is the picture's size, whatever the camera's, for the same field of view.
 
         Returns:
-            Colours and relevance of these pixels, row by row.
+            Colours, relevance and depth (along the rays, median) of these pixels, row by row.
         """
         with self.as_view(view):
-            camera = self._posed(cameras, view)
+            camera = self.posed(cameras, view)
             _resize(camera, *where.shape)
             coords = camera.get_image_coords()[where.to(camera.device)]
             if not len(coords):
-                return coords.new_zeros(0, 3), coords.new_zeros(0)
+                return coords.new_zeros(0, 3), coords.new_zeros(0), coords.new_zeros(0)
             rays = camera.generate_rays(camera_indices=0, coords=coords)
             outputs = super().get_outputs_for_camera_ray_bundle(rays[:, None])  # one column of pixels
-        return outputs["rgb"][:, 0], outputs["relevance"][:, 0, 0]
+        return outputs["rgb"][:, 0], outputs["relevance"][:, 0, 0], outputs["depth"][:, 0, 0]
 
-    def _posed(self, cameras: Cameras, view: int) -> Cameras:
+    def posed(self, cameras: Cameras, view: int) -> Cameras:
+        """One of the training cameras, with its learned pose correction."""
         camera = cameras[view : view + 1].to(self.device)
         camera.metadata = {"cam_idx": view}
         camera.camera_to_worlds = self.camera_optimizer.apply_to_camera(camera)

@@ -34,7 +34,7 @@ def _at_least(least: int, *names: str) -> dict[str, int]:
 COUNTS = {
     **_at_least(1, "edit_every", "edit_count", "edit_steps", "edit_long_side", "diffusion_steps", "relevance_draws"),
     **_at_least(1, "editor_batch_size"),
-    **_at_least(0, "reconstruct_steps", "localize_steps", "mask_growth", "guidance_scale", "image_guidance_scale"),
+    **_at_least(0, "reconstruct_steps", "localize_steps", "guidance_scale", "image_guidance_scale"),
 }
 DATA_COUNTS = {
     **_at_least(1, "train_num_rays_per_batch", "eval_num_rays_per_batch", "edit_num_rays_per_batch"),
@@ -86,9 +86,6 @@ class WysOptions(VanillaPipelineConfig):
     nothing (which is Instruct-NeRF2NeRF)."""
     mask_threshold: Annotated[float, tyro.conf.arg(aliases=["--mask-threshold"])] = 0.5
     """Pixels of at least this relevance are edited (tau); 0 edits everything, higher is more local."""
-    mask_growth: int = 1
-    """How far the field's mask spreads into what the view's own relevance map adds to it, in cells of the editor's
-    latents; lets an edit grow where there is only air yet, such as a hat."""
     masks_dir: Optional[Path] = None
     """Folder with one mask per view, named as the view, for --localization masks; bright is edited."""
     relevance_noise_level: float = 0.8

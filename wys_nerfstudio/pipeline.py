@@ -199,6 +199,7 @@ class WysPipeline(VanillaPipeline):
         if phase is not Phase.RECONSTRUCT:
             self._prepare_relevance()
         if phase is Phase.EDIT:
+            self.edit_loop.carve_hull()
             self.datamanager.start_editing(in_patches=self.config.model.lpips_loss_mult > 0)
             self._keep_captured_scene()
             self._warm_from = max(self._warm_from, self.plan.edit_start)

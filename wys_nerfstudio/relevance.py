@@ -101,21 +101,9 @@ def threshold(relevance: Float[Tensor, "*batch h w"], tau: float) -> Bool[Tensor
     return relevance >= tau
 
 
-def grow(mask: Bool[Tensor, "b h w"], within: Bool[Tensor, "b h w"], pixels: int) -> Bool[Tensor, "b h w"]:
-    """Lets a mask spread, pixel by pixel to all eight neighbours, into what touches it of another mask.
-
-    The field knows relevance only where the scene has a surface. What is to be added in mid-air is seen by the view's own
-    map alone; it is taken from there as far as it touches the field's mask, so that false alarms elsewhere stay out.
-
-    Args:
-        mask: Where to start; all of it stays.
-        within: Where the mask may spread.
-        pixels: How far, counted along paths that stay in `within`.
-    """
-    for _ in range(pixels):
-        near = F.max_pool2d(mask[:, None].float(), kernel_size=3, stride=1, padding=1)[:, 0] > 0.5
-        mask = mask | (near & within)
-    return mask
+def grow(mask: Bool[Tensor, "b h w"]) -> Bool[Tensor, "b h w"]:
+    """A mask and all eight neighbours of each of its pixels."""
+    return F.max_pool2d(mask[:, None].float(), kernel_size=3, stride=1, padding=1)[:, 0] > 0.5
 
 
 def latent_mask(mask: Bool[Tensor, "b height width"], h: int, w: int) -> Bool[Tensor, "b h w"]:

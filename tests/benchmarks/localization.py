@@ -1,8 +1,8 @@
 """Which input of the relevance head, and which normalisation of the maps, locates edits better on ground truth.
 
 For every edit of a toy scene, maps of the training views are made once per normalisation, the relevance head is trained on
-them on a fixed scene, and its renders are compared with the true masks on views that were held out from training; so are
-the maps of those same views. Run it on a scene that `wys demo-scene` wrote and a finished wys-tiny run on it:
+them on a fixed scene, and its renders are compared with the true masks on views that were held out from training, without
+and with the hull that holds what is relevant in mid-air; so are the maps of those same views. Run it on a scene that `wys demo-scene` wrote and a finished wys-tiny run on it:
 
     python tests/benchmarks/localization.py SCENE RUN --output localization.json
 """
@@ -29,6 +29,7 @@ from wys_nerfstudio.truth import Truth
 
 EDITS = ("panda", "polar-bear", "hat", "sunglasses", "ball-blue", "block-red")
 NORMALIZATIONS = ("view", "scene")
+SOURCES = ("maps", *(f"{variant}{hull}" for variant in get_args(RelevanceInput) for hull in ("", " and hull")))
 
 
 @dataclass
@@ -61,6 +62,7 @@ def build(options: Options, relevance_input: str, seed: int) -> WysPipeline:
     """A pipeline on the scene with a fresh relevance head."""
     config = copy.deepcopy(wys_tiny.config.pipeline)
     config.datamanager.data = options.scene
+    config.editor = options.editor
     config.model.relevance_input = relevance_input
     torch.manual_seed(seed)
     pipeline = config.setup(device="cpu", test_mode="val")
@@ -86,7 +88,7 @@ def train_head(pipeline: WysPipeline, maps: torch.Tensor, steps: int) -> None:
     model = pipeline.scene_model
     model.phase = Phase.LOCALIZE
     model.train()
-    optimizer = torch.optim.Adam(model.field.relevance_parameters(), lr=1e-2, eps=1e-15)
+    optimizer = wys_tiny.config.optimizers["relevance"]["optimizer"].setup(model.field.relevance_parameters())
     for _ in range(steps):
         bundle, batch = pipeline.datamanager.next_train(0)
         assert isinstance(bundle, RayBundle)
@@ -141,6 +143,11 @@ def main(options: Options) -> None:
                     train_head(pipeline, maps[: data.num_views], options.steps)
                     key = {"seed": seed, "edit": slug, "normalization": normalization}
                     rows.append({**key, "source": variant, **figures(field_renders(pipeline), truth, names)})
+                    pipeline.edit_loop.carve_hull()
+                    rows.append(
+                        {**key, "source": f"{variant} and hull", **figures(field_renders(pipeline), truth, names)}
+                    )
+                    pipeline.scene_model.field.relevance_hull.forget()
                     pipeline.scene_model.field.mlp_relevance.load_state_dict(start)
                     if variant == get_args(RelevanceInput)[0]:
                         rows.append({**key, "source": "maps", **figures(maps[data.num_views :], truth, names)})
@@ -153,7 +160,7 @@ def table(rows: list[dict]) -> str:
     """Means over edits and seeds as Markdown."""
     columns = [name for name in rows[0] if name not in ("seed", "edit", "normalization", "source")]
     lines = [f"| relevance | normalised over | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
-    for source in ("maps", *get_args(RelevanceInput)):
+    for source in SOURCES:
         for normalization in NORMALIZATIONS:
             chosen = [r for r in rows if r["source"] == source and r["normalization"] == normalization]
             means = [sum(r[c] for r in chosen) / len(chosen) for c in columns]
