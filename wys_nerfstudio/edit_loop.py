@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from nerfstudio.utils import writer
 from nerfstudio.utils.rich_utils import CONSOLE
+from rich.progress import track
 from torch import Tensor
 
 from wys_nerfstudio import relevance, schedule
@@ -210,7 +211,8 @@ class EditLoop:
             return
         views, cells = range(len(cameras)), self._cells()
         everywhere = torch.ones(cells, dtype=torch.bool)
-        renders = [model.render_pixels(cameras, view, everywhere)[1:] for view in views]
+        bar = track(views, description="Relevance in mid-air", console=CONSOLE)
+        renders = [model.render_pixels(cameras, view, everywhere)[1:] for view in bar]
         surfaces, depths = (torch.stack(parts).view(-1, *cells) for parts in zip(*renders))
         posed = cameras.to(model.device)
         posed.camera_to_worlds = torch.cat([model.posed(cameras, view).camera_to_worlds for view in views])
