@@ -2,8 +2,9 @@
 
 The relevance head knows surfaces. What an instruction adds in mid-air, say a hat, has none yet: every view's map shows it
 before another piece of background, and on the background the maps contradict each other. In space they agree. So they are
-intersected there, as silhouettes are for a visual hull: a point of free space is as relevant as three quarters of the views that
-look through it find it. Rays are rendered up to the first surface; what lies on it is the relevance head's.
+intersected there, as silhouettes are for a visual hull (Laurentini, 1994): a point of free space is as relevant as three quarters
+of the views that look through it find it, unless surfaces explain that. Rays are followed to their first surface; what lies on it is
+the relevance head's.
 """
 
 from collections.abc import Callable
