@@ -15,11 +15,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 RELEVANCE, DENOISE = "relevance.py", "editing/denoise.py"
 LOCAL, SCHEDULE = "editing/local.py", "schedule.py"
+HULL = "hull.py"
 TESTS = {
     RELEVANCE: ["test_relevance.py"],
     DENOISE: ["test_editing_denoise.py"],
     LOCAL: ["test_editing_local.py"],
     SCHEDULE: ["test_schedule.py"],
+    HULL: ["test_hull.py"],
 }
 
 
@@ -59,7 +61,6 @@ FAULTS = [
     Fault(RELEVANCE, "normalize(raw, over, outlier_factor)", 'normalize(raw, "view", outlier_factor)'),
     Fault(RELEVANCE, "align_corners=False", "align_corners=True"),
     Fault(RELEVANCE, "relevance >= tau", "relevance > tau"),
-    Fault(RELEVANCE, "(near & within)", "near"),
     Fault(RELEVANCE, "kernel_size=3, stride=1, padding=1", "kernel_size=5, stride=1, padding=2"),
     Fault(RELEVANCE, "adaptive_max_pool2d", "adaptive_avg_pool2d"),
     Fault(RELEVANCE, "mask[..., None], edited, reference", "mask[..., None], reference, edited"),
@@ -98,6 +99,19 @@ FAULTS = [
           "max(1, round(full_steps * start / num_train_timesteps))"),
     Fault(SCHEDULE, "start - (i * start) // count", "start - 1 - (i * start) // count"),
     Fault(SCHEDULE, "if not 1 <= start", "if not 0 <= start"),
+    Fault(HULL, "torch.where(fisheye, angle,", "torch.where(~fisheye, angle,"),
+    Fault(HULL, "new_tensor([1, -1])", "new_tensor([1, 1])"),
+    Fault(HULL, "p2 * (r + 2 * x**2)", "p2 * (r + x**2)"),
+    Fault(HULL, "1.01 * _widest_angle", "10 * _widest_angle"),
+    Fault(HULL, "distance < DEPTH_MARGIN *", "distance > DEPTH_MARGIN *"),
+    Fault(HULL, "count * (1 - AGREEING)", "count * AGREEING"),
+    Fault(HULL, "UNEXPLAINED * (claimed - explained)", "claimed - explained"),
+    Fault(HULL, "(claimed - explained)).clamp_min(0)", "claimed).clamp_min(0)"),
+    Fault(HULL, "max(FEWEST_VIEWS, FEWEST_SHARE * len(maps))", "FEWEST_VIEWS"),
+    Fault(HULL, "kernel_size=3, stride=1, padding=1) >= FAINT", "kernel_size=1, stride=1) >= FAINT"),
+    Fault(HULL, "torch.stack([x, y, z], dim=-1)", "torch.stack([z, y, x], dim=-1)"),
+    Fault(HULL, "self.relevance.fill_(-1)", "self.relevance.fill_(0)"),
+    Fault(HULL, "< 0.5).sum", "< 0.1).sum"),
 ]  # fmt: skip
 
 
