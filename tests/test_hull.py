@@ -14,7 +14,7 @@ from wys_nerfstudio import hull
 from wys_nerfstudio.hull import RelevanceHull, air_relevance, free_space, project
 
 WIDTH, HEIGHT = 24, 18
-DISTORTIONS = {"none": None, "some": (0.05, -0.02, 0.01, 0.0, 0.002, -0.003), "barrel": (-0.12, 0.01, 0, 0, 0, 0)}
+DISTORTIONS = {"none": None, "some": (0.05, -0.02, 0.01, 0.0, 0.02, -0.03), "barrel": (-0.12, 0.01, 0, 0, 0, 0)}
 
 
 def ring(views: int, distance: float = 1.0, lens: CameraType = CameraType.PERSPECTIVE, distortion=None) -> Cameras:
