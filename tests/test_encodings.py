@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from nerfstudio.field_components.encodings import HashEncoding
 from nerfstudio.field_components.spatial_distortions import SceneContraction
@@ -34,6 +34,8 @@ shapes = st.sampled_from([(0,), (1,), (7,), (2, 3), (4, 1, 2)])
 def test_values_and_gradients_are_nerfstudios(levels, base, finest, log2, features, shape, seed) -> None:
     slow, fast = build(levels, base, finest, log2, features, seed)
     positions = torch.rand(*shape, 3)
+    scaled = positions[..., None, :] * slow.scalings.view(-1, 1)
+    assume(bool((scaled != scaled.floor()).all()))  # on a cell's wall the gradient by the position has two values
     towards = torch.rand(*shape, levels * features)
     results = []
     for encoding in (slow, fast):
