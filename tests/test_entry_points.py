@@ -297,7 +297,7 @@ def test_the_captured_scene_of_a_wys_run_is_a_base_without_its_edits(finished_ru
           "paint the block red", "--base-run", finished_run / "wys" / "captured.ckpt")  # fmt: skip
     run = the_run(tmp_path)
     base, start = (read_checkpoint(folder / "wys" / "captured.ckpt")["pipeline"] for folder in (finished_run, run))
-    scene = [key for key in base if "mlp_relevance" not in key and base[key].is_floating_point()]
+    scene = [key for key in base if "relevance" not in key and base[key].is_floating_point()]
     assert scene and all(torch.equal(base[key], start[key]) for key in scene), "localising must not move the scene"
     assert any(not torch.equal(base[key], start[key]) for key in base if "mlp_relevance" in key)
     assert not (run / "wys" / "reference").exists()
