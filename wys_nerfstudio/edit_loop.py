@@ -209,11 +209,9 @@ class EditLoop:
         model, cameras, hull = self._model, self._data.train_dataset.cameras, self._model.field.relevance_hull
         if hull.known or not model.localized:
             return
-        views, cells = range(len(cameras)), self._cells()
-        everywhere = torch.ones(cells, dtype=torch.bool)
+        views = range(len(cameras))
         bar = track(views, description="Relevance in mid-air", console=CONSOLE)
-        renders = [model.render_pixels(cameras, view, everywhere)[1:] for view in bar]
-        surfaces, depths = (torch.stack(parts).view(-1, *cells) for parts in zip(*renders))
+        surfaces, depths = (torch.stack(parts) for parts in zip(*(self._once_per_latent(view) for view in bar)))
         posed = cameras.to(model.device)
         posed.camera_to_worlds = torch.cat([model.posed(cameras, view).camera_to_worlds for view in views])
         maps = self._data.cached_batch["relevance"][..., 0].to(model.device)
@@ -230,12 +228,12 @@ class EditLoop:
         cameras, editing_size = data.train_dataset.cameras, options.edit_settings().size_for(editor, *data.view_size)
         finer = editing_size[0] * editing_size[1] < data.view_size[0] * data.view_size[1]
         size = editing_size if finer else data.view_size
-        cells = self._cells()
-        values = model.render_pixels(cameras, view, torch.ones(cells, dtype=torch.bool))[1]
-        coarse = values.view(1, *cells)
+        coarse = self._once_per_latent(view)[0][None]
         mask = self._known_mask(view) if mask is None else mask
-        known = None if mask is None else relevance.latent_mask(mask[None], *cells)
-        near = relevance.threshold(coarse, options.mask_threshold) if known is None else known
+        if mask is None:
+            near = relevance.threshold(coarse, options.mask_threshold)
+        else:
+            near = relevance.latent_mask(mask[None], *coarse.shape[1:])
         near = relevance.grow(near)  # as a border seldom runs along cells
         where = relevance.resize(near.float(), *size)[0] > 0
         rgb = resize_images(data.reference_views([view]).to(model.device), *size)[0]
@@ -244,11 +242,13 @@ class EditLoop:
         value = relevance.resize(value[None], *data.view_size)[0]
         return Start(rgb, value, self._mask_of(view, value) if mask is None else mask)
 
-    def _cells(self) -> tuple[int, int]:
-        """Rows and columns of a view's latents."""
+    def _once_per_latent(self, view: int) -> tuple[Float[Tensor, "lh lw"], Float[Tensor, "lh lw"]]:
+        """Relevance and depth of a view as the scene is now, at the size of its latents."""
         editor = self._editor()
-        height, width = self._options.edit_settings().size_for(editor, *self._data.view_size)
-        return height // editor.latent_factor, width // editor.latent_factor
+        size = self._options.edit_settings().size_for(editor, *self._data.view_size)
+        cells = torch.ones([side // editor.latent_factor for side in size], dtype=torch.bool)
+        _, values, depths = self._model.render_pixels(self._data.train_dataset.cameras, view, cells)
+        return values.view(cells.shape), depths.view(cells.shape)
 
     def _start_timestep(self, edit_number: int) -> int:
         options = self._options
