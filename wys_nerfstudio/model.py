@@ -233,7 +233,7 @@ class WysModel(NerfactoModel):
         return outputs
 
     def _composite(self, values: Float[Tensor, "n s 1"], weights: Float[Tensor, "n s 1"]) -> Float[Tensor, "n 1"]:
-        """Relevance of rays from that of their samples: composited as colours are, background included."""
+        """Relevance of rays, composited as colours are, but untouched by nerfstudio's override of their background."""
         if self.config.background_color == "last_sample":
             rest = (1 - weights[:, :-1].sum(dim=1, keepdim=True)).clamp_min(0)
             weights = torch.cat([weights[:, :-1], rest], dim=1)
