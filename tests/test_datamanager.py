@@ -203,8 +203,10 @@ def test_views_are_set_in_8_bits(data):
 
 def test_relevance_comes_with_the_ray_batches(data):
     maps = torch.rand(data.num_views, HEIGHT, WIDTH)
+    assert data.relevance_state is None
     data.set_relevance(maps)
     assert torch.equal(data.relevance_of(7), maps[7])
+    assert all(torch.equal(state, maps) for state in data.relevance_state)
     _, batch = data.next_train(0)
     assert batch["relevance"].shape == (256, 1)
     for value, (view, y, x) in zip(batch["relevance"][:, 0], batch["indices"].tolist()):
@@ -266,11 +268,13 @@ def test_relevance_maps_are_those_of_the_captured_views(data, editor, tmp_path, 
 
 
 def test_found_maps_are_the_ones_that_are_used(data, editor, tmp_path):
-    raw = torch.rand(data.num_views, 4, 5)  # that no editor would make
+    raw = torch.rand(data.num_views, 4, 5) ** 8  # that no editor would make, with outliers
     keep_maps(tmp_path, request(), data.view_names, raw)
     data.make_relevance_maps(editor, request(), "view", 1.5, tmp_path, batch_size=4)
     wanted = relevance.resize(relevance.normalize(raw), HEIGHT, WIDTH)
     torch.testing.assert_close(torch.stack([data.relevance_of(i) for i in range(data.num_views)]), wanted)
+    assert torch.equal(data.relevance_state[1], relevance.min_max(raw.flatten(1)).view_as(raw))  # not clamped
+    assert not torch.allclose(data.relevance_state[1], relevance.normalize(raw))
 
 
 # -------------------------------------------------------------------------------------------------------------------- edits

@@ -11,6 +11,7 @@ from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.engine.callbacks import TrainingCallbackLocation
 
+from wys_nerfstudio import relevance
 from wys_nerfstudio.config import wys_tiny
 from wys_nerfstudio.metrics import psnr
 from wys_nerfstudio.pictures import read_png
@@ -114,14 +115,18 @@ def test_editing_starts_with_an_edit_that_training_sees_and_moves_no_camera(trai
 
 
 def test_the_air_is_searched_from_where_the_views_were_taken(trained: WysTrainer, monkeypatch) -> None:
-    """The hull is carved with learned poses and with what renders of the views show, in the cells of their latents."""
+    """The hull is carved from unclamped maps with learned poses, and with what renders of the views show, in the cells of
+    their latents."""
     pipeline, model = trained.pipeline, trained.pipeline.scene_model
     data, hull, given = pipeline.datamanager, model.field.relevance_hull, []
     assert hull.known  # since editing began
     monkeypatch.setattr(type(hull), "known", False)
     monkeypatch.setattr(hull, "carve", lambda *arguments: given.append(arguments))
     monkeypatch.setattr(pipeline.config, "edit_long_side", 40)
+    clamped, peaks = data.relevance_state[0], torch.rand(data.num_views, 4, 5)
+    data.set_relevance(clamped, peaks)
     pipeline.edit_loop.carve_hull()
+    data.set_relevance(clamped)
     ((to_world, cameras, maps, surfaces, depths),) = given
     places = torch.rand(9, 3)
     torch.testing.assert_close(model.field.to_unit_cube(to_world(places)), places, atol=1e-4, rtol=0)
@@ -130,7 +135,7 @@ def test_the_air_is_searched_from_where_the_views_were_taken(trained: WysTrainer
     )
     assert torch.equal(cameras.camera_to_worlds, corrected)
     assert not torch.equal(corrected, data.train_dataset.cameras.camera_to_worlds)
-    assert torch.equal(maps, data.cached_batch["relevance"][..., 0])
+    assert torch.equal(maps, relevance.resize(peaks, *data.view_size))
     factor = pipeline.editor().latent_factor
     middle = slice(factor // 2, None, factor)
     for view in (0, 5):

@@ -86,7 +86,7 @@ def look(trainer: WysTrainer) -> tuple[torch.Tensor, ...]:
             *(render[name].clone() for render in renders for name in ("rgb", "relevance_value")),
             data.current_views(range(data.num_views)).clone(),
             data.reference_views(range(data.num_views)).clone(),
-            data.cached_batch["relevance"].clone(),
+            *(state.clone() for state in data.relevance_state),
         )
 
 

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Optional
 
 import torch
 import tyro
@@ -217,7 +217,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         maps = relevance.at_pixels(raw, *self.view_size, normalization, outlier_factor)
         for name, view_map in zip(self.view_names, maps):
             write_png(folder / f"{name}.png", heat(view_map))
-        self.set_relevance(maps)
+        self.set_relevance(maps, relevance.normalize(raw, normalization, outlier_factor=None))
 
     def relevance_map(
         self, editor: Editor, view: int, request: RelevanceRequest, outlier_factor: float
@@ -247,9 +247,20 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             batch_size=batch_size,
         )
 
-    def set_relevance(self, maps: Float[Tensor, "n h w"]) -> None:
-        """Gives every view its relevance map in [0, 1], at the views' size; ray batches carry it as `relevance`."""
+    def set_relevance(self, maps: Float[Tensor, "n h w"], peaks: Optional[Float[Tensor, "n mh mw"]] = None) -> None:
+        """Gives every view its relevance map.
+
+        Args:
+            maps: Relevance in [0, 1] at the views' size; ray batches carry it as `relevance`.
+            peaks: The same before outliers were clamped, of any size; by default the maps.
+        """
         self.cached_batch["relevance"] = maps[..., None].to(self.cached_batch["image"])
+        self._peaks = (maps if peaks is None else peaks).to(self.cached_batch["image"])
+
+    @property
+    def relevance_state(self) -> Optional[tuple[Float[Tensor, "n h w"], Float[Tensor, "n mh mw"]]]:
+        """What `set_relevance` was given; None without."""
+        return (self.cached_batch["relevance"][..., 0], self._peaks) if "relevance" in self.cached_batch else None
 
     def relevance_of(self, view: int) -> Float[Tensor, "h w"]:
         """The relevance map of a view."""

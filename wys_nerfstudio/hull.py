@@ -5,6 +5,9 @@ before another piece of background, and on the background the maps contradict ea
 intersected there, as silhouettes are for a visual hull (Laurentini, 1994): a point of free space is as relevant as three quarters
 of the views that look through it find it, unless surfaces explain that. Rays are followed to their first surface; what lies on it is
 the relevance head's.
+
+What is intersected is relevance before its outliers are clamped. A clamp that suits surfaces makes the halo around an object as
+relevant as the object; on the surfaces behind, the halos of different views contradict each other, but in mid-air they do not.
 """
 
 from collections.abc import Callable
@@ -157,7 +160,7 @@ class RelevanceHull(nn.Module):
         Args:
             to_world: From the unit cube to the world.
             cameras: As for `air_relevance`.
-            maps: As for `air_relevance`.
+            maps: As for `air_relevance`, not clamped.
             surfaces: As for `air_relevance`.
             depths: As for `air_relevance`.
         """

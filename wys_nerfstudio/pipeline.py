@@ -220,7 +220,7 @@ class WysPipeline(VanillaPipeline):
 
     def _prepare_relevance(self) -> None:
         config = self.config
-        if "relevance" in self.datamanager.cached_batch or not self.scene_model.localized:
+        if self.datamanager.relevance_state is not None or not self.scene_model.localized:
             return
         if self._masks is not None:
             self.datamanager.set_relevance(self._masks.float())
@@ -291,9 +291,8 @@ class WysPipeline(VanillaPipeline):
         Args:
             step: The step that has just been trained.
         """
-        maps = self.datamanager.cached_batch.get("relevance")
         state = {"step": step, "pipeline": self.weights(), STATE_KEY: self.run_state(step).data()}
-        return {**state, "relevance": maps}
+        return {**state, "relevance": self.datamanager.relevance_state}
 
     def restore(self, snapshot: dict[str, Any], step: int) -> None:
         """Returns to a snapshot; what was left of its plan then is what is left now.
@@ -315,7 +314,7 @@ class WysPipeline(VanillaPipeline):
         self.scene_model.localized = self.config.localization != "none"
         self.datamanager.forget_relevance()
         if snapshot.get("relevance") is not None:
-            self.datamanager.set_relevance(snapshot["relevance"][..., 0])
+            self.datamanager.set_relevance(*snapshot["relevance"])
         else:
             self._prepare_relevance()
         self._start_over(step)

@@ -6,7 +6,7 @@ Nothing here knows a network, a scene or a file; making the predictions is the b
 """
 
 import math
-from typing import Literal
+from typing import Literal, Optional
 
 import torch
 from jaxtyping import Bool, Float
@@ -62,7 +62,9 @@ def min_max(values: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
 
 
 def normalize(
-    raw: Float[Tensor, "b h w"], over: Literal["view", "scene"] = "view", outlier_factor: float = OUTLIER_FACTOR
+    raw: Float[Tensor, "b h w"],
+    over: Literal["view", "scene"] = "view",
+    outlier_factor: Optional[float] = OUTLIER_FACTOR,
 ) -> Float[Tensor, "b h w"]:
     """Outlier clamp, then min-max to [0, 1].
 
@@ -70,13 +72,14 @@ def normalize(
         raw: Raw relevance of all views.
         over: "view" treats each view by itself (the paper). "scene" uses one fence and one range for all views, so that
             a view which does not show the object gets an empty map instead of amplified noise.
-        outlier_factor: Width of the outlier fence in interquartile ranges.
+        outlier_factor: Width of the outlier fence in interquartile ranges; None clamps nothing.
 
     Returns:
         Relevance in [0, 1]; zeros where the raw map is flat.
     """
     flat = raw.flatten(1) if over == "view" else raw.reshape(1, -1)
-    return min_max(clamp_outliers(flat, outlier_factor)).reshape(raw.shape)
+    clamped = flat if outlier_factor is None else clamp_outliers(flat, outlier_factor)
+    return min_max(clamped).reshape(raw.shape)
 
 
 def resize(relevance: Float[Tensor, "b h w"], height: int, width: int) -> Float[Tensor, "b height width"]:

@@ -66,7 +66,7 @@ def picture_row(
         field: The field's relevance, seen from there.
         mask: Where it may be edited.
     """
-    view_map = data.relevance_of(view) if "relevance" in data.cached_batch else torch.zeros(data.view_size)
+    view_map = data.relevance_of(view) if data.relevance_state is not None else torch.zeros(data.view_size)
     return [
         data.captured_views([view])[0],
         heat(view_map),

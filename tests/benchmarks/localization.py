@@ -2,7 +2,8 @@
 
 For every edit of a toy scene, maps of the training views are made once per normalisation, the relevance head is trained on
 them on a fixed scene, and its renders are compared with the true masks on views that were held out from training, without
-and with the hull that holds what is relevant in mid-air; so are the maps of those same views. Run it on a scene that `wys demo-scene` wrote and a finished wys-tiny run on it:
+and with the hull that holds what is relevant in mid-air; so are the maps of those same views. Run it on a scene that
+`wys demo-scene` wrote and a finished wys-tiny run on it:
 
     python tests/benchmarks/localization.py SCENE RUN --output localization.json
 """
@@ -11,7 +12,7 @@ import copy
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 import tyro
@@ -28,8 +29,6 @@ from wys_nerfstudio.schedule import Phase, edit_seed
 from wys_nerfstudio.truth import Truth
 
 EDITS = ("panda", "polar-bear", "hat", "sunglasses", "ball-blue", "block-red")
-NORMALIZATIONS = ("view", "scene")
-SOURCES = ("maps", *(f"{variant}{hull}" for variant in get_args(RelevanceInput) for hull in ("", " and hull")))
 
 
 @dataclass
@@ -54,11 +53,15 @@ class Options:
     """Seeds of maps and heads."""
     edits: tuple[str, ...] = EDITS
     """Slugs of the edits."""
+    inputs: tuple[RelevanceInput, ...] = get_args(RelevanceInput)
+    """What relevance heads see."""
+    normalizations: tuple[Literal["view", "scene"], ...] = ("view", "scene")
+    """Over what maps are normalised."""
     output: Path = field(default_factory=lambda: Path("localization.json"))
     """JSON to write; a Markdown table goes to the terminal."""
 
 
-def build(options: Options, relevance_input: str, seed: int) -> WysPipeline:
+def build(options: Options, relevance_input: RelevanceInput, seed: int) -> WysPipeline:
     """A pipeline on the scene with a fresh relevance head."""
     config = copy.deepcopy(wys_tiny.config.pipeline)
     config.datamanager.data = options.scene
@@ -82,9 +85,8 @@ def raw_maps(options: Options, editor: Editor, pipeline: WysPipeline, instructio
     return torch.cat(list(parts))
 
 
-def train_head(pipeline: WysPipeline, maps: torch.Tensor, steps: int) -> None:
+def train_head(pipeline: WysPipeline, steps: int) -> None:
     """Trains the relevance head as the localise phase does."""
-    pipeline.datamanager.set_relevance(maps)
     model = pipeline.scene_model
     model.phase = Phase.LOCALIZE
     model.train()
@@ -125,7 +127,7 @@ def main(options: Options) -> None:
     editor = load_editor(options.editor)
     rows = []
     for seed in options.seeds:
-        for variant in get_args(RelevanceInput):
+        for variant in options.inputs:
             for slug in options.edits:
                 pipeline = build(options, variant, seed)
                 index = json.loads((options.scene / "ground_truth" / "edits.json").read_text("utf8"))
@@ -135,12 +137,14 @@ def main(options: Options) -> None:
                 data = pipeline.datamanager
                 names = [path.name for path in data.eval_dataset.image_filenames]
                 raw = raw_maps(options, editor, pipeline, instruction, seed)
-                for normalization in NORMALIZATIONS:
+                for normalization in options.normalizations:
                     maps = relevance.resize(
                         relevance.normalize(raw, normalization, options.outlier_factor), *data.view_size
                     )
                     start = copy.deepcopy(pipeline.scene_model.field.mlp_relevance.state_dict())
-                    train_head(pipeline, maps[: data.num_views], options.steps)
+                    peaks = relevance.normalize(raw, normalization, outlier_factor=None)
+                    data.set_relevance(maps[: data.num_views], peaks[: data.num_views])
+                    train_head(pipeline, options.steps)
                     key = {"seed": seed, "edit": slug, "normalization": normalization}
                     rows.append({**key, "source": variant, **figures(field_renders(pipeline), truth, names)})
                     pipeline.edit_loop.carve_hull()
@@ -149,7 +153,7 @@ def main(options: Options) -> None:
                     )
                     pipeline.scene_model.field.relevance_hull.forget()
                     pipeline.scene_model.field.mlp_relevance.load_state_dict(start)
-                    if variant == get_args(RelevanceInput)[0]:
+                    if variant == options.inputs[0]:
                         rows.append({**key, "source": "maps", **figures(maps[data.num_views :], truth, names)})
                 print(rows[-1], flush=True)
                 options.output.write_text(json.dumps(rows, indent=1), "utf8")
@@ -160,8 +164,8 @@ def table(rows: list[dict]) -> str:
     """Means over edits and seeds as Markdown."""
     columns = [name for name in rows[0] if name not in ("seed", "edit", "normalization", "source")]
     lines = [f"| relevance | normalised over | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
-    for source in SOURCES:
-        for normalization in NORMALIZATIONS:
+    for source in dict.fromkeys(row["source"] for row in rows):
+        for normalization in dict.fromkeys(row["normalization"] for row in rows):
             chosen = [r for r in rows if r["source"] == source and r["normalization"] == normalization]
             means = [sum(r[c] for r in chosen) / len(chosen) for c in columns]
             lines.append(f"| {source} | {normalization} | {' | '.join(f'{m:.3f}' for m in means)} |")
