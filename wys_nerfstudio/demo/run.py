@@ -75,11 +75,12 @@ def run_demo(output: Path, instruction: str, recipe: Path | None) -> None:
         result = score(truth, views, names, before, after, pipeline.config.mask_threshold)
         (output / "figures.json").write_text(json.dumps(asdict(result), indent=1), "utf8")
         CONSOLE.print(result.table())
+    another = "give the bear a hat" if "hat" not in instruction else "turn the bear into a panda"
     CONSOLE.print(
         f"Done in {time.perf_counter() - started:.0f} s. Look at {output}/contact_sheet.png and {output}/turntable.mp4.\n"
         f"Walk around in it:          ns-viewer --load-config {shlex.quote(str(run / 'config.yml'))}\n"
         f"Try another instruction:    ns-train wys-tiny --data {shlex.quote(str(scene))} --base-run "
-        f'{shlex.quote(str(run / "wys" / CAPTURED_SCENE))} --instruction "give the bear a hat"',
+        f'{shlex.quote(str(run / "wys" / CAPTURED_SCENE))} --instruction "{another}"',
         soft_wrap=True,
         highlight=False,
         markup=False,
