@@ -123,10 +123,10 @@ def test_the_air_is_searched_from_where_the_views_were_taken(trained: WysTrainer
     monkeypatch.setattr(type(hull), "known", False)
     monkeypatch.setattr(hull, "carve", lambda *arguments: given.append(arguments))
     monkeypatch.setattr(pipeline.config, "edit_long_side", 40)
-    clamped, peaks = data.relevance_state[0], torch.rand(data.num_views, 4, 5)
-    data.set_relevance(clamped, peaks)
+    state, peaks = data.relevance_state, torch.rand(data.num_views, 4, 5)
+    data.set_relevance(state[0], peaks)
     pipeline.edit_loop.carve_hull()
-    data.set_relevance(clamped)
+    data.set_relevance(*state)
     ((to_world, cameras, maps, surfaces, depths),) = given
     places = torch.rand(9, 3)
     torch.testing.assert_close(model.field.to_unit_cube(to_world(places)), places, atol=1e-4, rtol=0)

@@ -75,7 +75,7 @@ def run_demo(output: Path, instruction: str, recipe: Path | None) -> None:
         result = score(truth, views, names, before, after, pipeline.config.mask_threshold)
         (output / "figures.json").write_text(json.dumps(asdict(result), indent=1), "utf8")
         CONSOLE.print(result.table())
-    another = "give the bear a hat" if "hat" not in instruction else "turn the bear into a panda"
+    another = "turn the bear into a panda" if "hat" in instruction else "give the bear a hat"
     CONSOLE.print(
         f"Done in {time.perf_counter() - started:.0f} s. Look at {output}/contact_sheet.png and {output}/turntable.mp4.\n"
         f"Walk around in it:          ns-viewer --load-config {shlex.quote(str(run / 'config.yml'))}\n"
