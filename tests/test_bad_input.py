@@ -232,6 +232,7 @@ OPTIONS = [
             "pipeline.max-noise-level": ["1", "nan"],
             "pipeline.relevance-draws": ["0"],
             "pipeline.relevance-outlier-factor": ["-1", "nan"],
+            "pipeline.model.relevance-agreement": ["0", "1", "nan"],
             "pipeline.diffusion-steps": ["0"],
             "pipeline.edit-every": ["0"],
             "pipeline.edit-count": ["-1"],

@@ -236,6 +236,10 @@ def test_steps_are_those_of_the_phases_or_those_that_are_typed(monkeypatch, tmp_
         (["--pipeline.min-noise-level", "0"], ["--pipeline.min-noise-level must be above 0"]),
         (["--pipeline.min-noise-level", "0.9", "--pipeline.max-noise-level", "0.5"], ["swap them"]),
         (["--pipeline.relevance-outlier-factor", "-1"], ["--pipeline.relevance-outlier-factor must be at least 0"]),
+        (
+            ["--pipeline.model.relevance-agreement", "1"],
+            ["--pipeline.model.relevance-agreement must be above 0 and below 1"],
+        ),
         (["--pipeline.edit-every", "0"], ["--pipeline.edit-every must be at least 1, not 0"]),
         (["--pipeline.edit-count", "0"], ["--pipeline.edit-count must be at least 1"]),
         (["--pipeline.diffusion-steps", "0"], ["--pipeline.diffusion-steps must be at least 1"]),

@@ -11,7 +11,7 @@ from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.model_components.ray_samplers import UniformLinDispPiecewiseSampler
 
 from wys_nerfstudio import hull
-from wys_nerfstudio.hull import RelevanceHull, air_relevance, free_space, project
+from wys_nerfstudio.hull import RelevanceHull, air_relevance, free_space, project, surface_relevance
 
 WIDTH, HEIGHT = 24, 18
 DISTORTIONS = {"none": None, "some": (0.05, -0.02, 0.01, 0.0, 0.02, -0.03), "barrel": (-0.12, 0.01, 0, 0, 0, 0)}
@@ -72,31 +72,41 @@ def test_no_distortion_bends_what_is_far_beside_a_view_back_into_it() -> None:
 # --------------------------------------------------------------------------------------------------------- agreement
 
 
+Place = tuple[int, int, int]
+
+
+def seen_at(point: torch.Tensor, cameras: Cameras, depths: torch.Tensor) -> list[tuple[Place, Place]]:
+    """Pixel and cell (view, row, column) where a point is seen, view by view, for undistorted perspective cameras."""
+    rows, columns = depths.shape[1:]
+    places = []
+    for view in range(len(cameras)):
+        pose = cameras.camera_to_worlds[view]
+        x, y, z = (float(torch.dot(point - pose[:, 3], pose[:, axis])) for axis in range(3))
+        if z >= 0:
+            continue
+        column = float(cameras.fx[view]) * x / -z + float(cameras.cx[view])
+        row = float(cameras.fy[view]) * -y / -z + float(cameras.cy[view])
+        if not (0 <= column < WIDTH and 0 <= row < HEIGHT):
+            continue
+        cell = view, int(row / HEIGHT * rows), int(column / WIDTH * columns)
+        if math.sqrt(x**2 + y**2 + z**2) < 1.02 * float(depths[cell]):
+            places.append(((view, int(row), int(column)), cell))
+    return places
+
+
 def air_twin(
     points: torch.Tensor, cameras: Cameras, maps: torch.Tensor, surfaces: torch.Tensor, depths: torch.Tensor
 ) -> list[float]:
-    """`air_relevance` point by point and view by view, for undistorted perspective cameras."""
-    rows, columns = depths.shape[1:]
+    """`air_relevance` point by point."""
     results = []
     for point in points:
-        claims, explanations = [], []
-        for view in range(len(cameras)):
-            pose = cameras.camera_to_worlds[view]
-            x, y, z = (float(torch.dot(point - pose[:, 3], pose[:, axis])) for axis in range(3))
-            if z >= 0:
-                continue
-            column = float(cameras.fx[view]) * x / -z + float(cameras.cx[view])
-            row = float(cameras.fy[view]) * -y / -z + float(cameras.cy[view])
-            if not (0 <= column < WIDTH and 0 <= row < HEIGHT):
-                continue
-            cell = view, int(row / HEIGHT * rows), int(column / WIDTH * columns)
-            if math.sqrt(x**2 + y**2 + z**2) < 1.02 * float(depths[cell]):
-                claims.append(float(maps[view, int(row), int(column)]))
-                explanations.append(float(surfaces[cell]))
-        if len(claims) < max(3, len(cameras) / 10):
+        seen = seen_at(point, cameras, depths)
+        if len(seen) < max(3, len(cameras) / 10):
             results.append(0.0)
             continue
-        claim, explanation = (sorted(values)[len(values) // 4] for values in (claims, explanations))
+        claims = sorted(float(maps[pixel]) for pixel, _ in seen)
+        explanations = sorted(float(surfaces[cell]) for _, cell in seen)
+        claim, explanation = (values[len(values) // 4] for values in (claims, explanations))
         results.append(max(0.0, min(claim, 4 * (claim - explanation))))
     return results
 
@@ -110,6 +120,23 @@ def test_points_are_as_relevant_as_three_quarters_of_the_views_through_them_say(
     points = torch.rand(40, 3, generator=generator) * 1.4 - 0.7
     values = air_relevance(points, ring(views), maps, surfaces, depths + 0.5)
     assert values.tolist() == pytest.approx(air_twin(points, ring(views), maps, surfaces, depths + 0.5), abs=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), views=st.integers(1, 7))
+def test_surfaces_are_as_relevant_as_three_quarters_of_the_views_that_see_them_say(seed: int, views: int) -> None:
+    generator, cameras = torch.Generator().manual_seed(seed), ring(views)
+    maps = torch.rand(views, HEIGHT, WIDTH, generator=generator)
+    depths = torch.rand(views, 2, 8, generator=generator) + 0.5  # cells whose middles lie within pixels
+    result = surface_relevance(cameras, maps, depths)
+    for view in range(views):
+        for j in range(2):
+            for i in range(8):
+                middle = torch.tensor([[(j + 0.5) * HEIGHT / 2, (i + 0.5) * WIDTH / 8]])
+                ray = cameras.generate_rays(camera_indices=view, coords=middle)
+                point = (ray.origins + ray.directions * depths[view, j, i])[0]
+                values = sorted(float(maps[pixel]) for pixel, _ in seen_at(point, cameras, depths))
+                assert float(result[view, j, i]) == pytest.approx(values[len(values) // 4], abs=1e-6)
 
 
 def at_the_centre(maps: torch.Tensor, surface: float = 0.0, hidden: int = 0) -> float:
@@ -162,8 +189,7 @@ def to_world(places: torch.Tensor) -> torch.Tensor:
 
 def carved(cameras: Cameras, maps: torch.Tensor, depth: float) -> RelevanceHull:
     made = RelevanceHull()
-    of_cells = (torch.full((len(cameras), 2, 2), value) for value in (0.0, depth))
-    made.carve(to_world, cameras, maps, *of_cells)
+    made.carve(to_world, cameras, maps, maps, torch.full((len(cameras), 2, 2), depth))
     return made
 
 
@@ -185,10 +211,47 @@ def test_what_lies_behind_a_surface_is_not_in_the_air() -> None:
     assert not (carved(cameras, seen_sphere(cameras), 0.5).relevance > 0.5).any()
 
 
+@pytest.mark.parametrize(
+    ("sphere", "clamped", "wanted"), [(0.9, 0.25, 0.9), (0.9, 1, 1), (0.3, 0.25, 0.2), (0.3, 0.2, 0.2), (0.3, 1, 0.8)]
+)
+def test_what_is_most_relevant_becomes_as_relevant_as_the_clamp_makes_surfaces(
+    sphere: float, clamped: float, wanted: float, monkeypatch
+) -> None:
+    """Surfaces of 0.25 leave 0.9, or 0.2 of 0.3, in mid-air; both are raised as much as the clamp raises the higher of them."""
+    cameras = ring(12)
+    peaks = sphere * seen_sphere(cameras)
+    monkeypatch.setattr(
+        hull,
+        "surface_relevance",
+        lambda _cameras, maps, depths: torch.full_like(depths, 0.25 if maps is peaks else clamped),
+    )
+    made = RelevanceHull()
+    made.carve(to_world, cameras, peaks.clone(), peaks, torch.full((12, 2, 2), 9.0))
+    assert float(made.relevance.max()) == pytest.approx(wanted)
+
+
+def test_above_ground_that_is_relevant_itself_the_air_is_not() -> None:
+    """Views from above a plane that is relevant everywhere, or only where a view sees a sphere above it."""
+    poses = torch.eye(4)[None, :3].repeat(9, 1, 1)
+    poses[:, :, 3] = torch.cat([torch.cartesian_prod(*2 * [torch.tensor([-0.5, 0, 0.5])]), torch.ones(9, 1)], dim=1)
+    cameras = Cameras(poses, 8.0, 8.0, WIDTH / 2, HEIGHT / 2, WIDTH, HEIGHT)
+    rays = [cameras.generate_rays(camera_indices=view) for view in range(9)]
+    to_the_ground = torch.stack([(-0.5 - r.origins[..., 2]) / r.directions[..., 2] for r in rays])
+    found = []
+    for maps in (torch.ones(9, HEIGHT, WIDTH), seen_sphere(cameras)):
+        made = RelevanceHull()
+        made.carve(to_world, cameras, maps, maps, to_the_ground)
+        found.append(made.relevance > 0.5)
+    sphere = (grid() - CENTRE).norm(dim=-1) < RADIUS
+    assert not found[0].any()
+    assert int((found[1] & sphere).sum()) > 0.8 * int(sphere.sum())  # 0.86: its foot is seen before relevant ground
+
+
 def test_the_grid_is_refined_wherever_something_is_relevant() -> None:
     cameras = ring(12)
     maps = torch.nn.functional.avg_pool2d(seen_sphere(cameras)[:, None], 3, 1, 1)[:, 0]
-    made, surfaces, depths = carved(cameras, maps, 9.0), torch.zeros(12, 2, 2), torch.full((12, 2, 2), 9.0)
+    made, depths = carved(cameras, maps, 9.0), torch.full((12, 2, 2), 9.0)
+    surfaces = surface_relevance(cameras, maps, depths)
     wanted = air_relevance(grid().view(-1, 3), cameras, maps, surfaces, depths).view_as(made.relevance)
     relevant = wanted >= 0.25  # which touches what the coarse grid finds
     assert int(relevant.sum()) > 1000 and torch.equal(made.relevance[relevant], wanted[relevant])

@@ -179,16 +179,24 @@ def test_reconstruction_losses_and_metrics_are_nerfactos(poses, alexnet_file, tm
         torch.testing.assert_close(result[name], wanted[name], rtol=1e-6, atol=1e-8)
 
 
-def test_localisation_has_the_squared_difference_as_its_only_loss():
-    model, data = build(Phase.LOCALIZE, relevance_loss_mult=3.0).train(), batch()
+def weighted_squares(pairs: list[tuple[float, float]], agreement: float) -> float:
+    """Sum of the squared differences of rendered and wanted relevance; what is rendered too high weighs more."""
+    return sum(2 * (agreement if a > b else 1 - agreement) * (a - b) ** 2 for a, b in pairs)
+
+
+@pytest.mark.parametrize("agreement", [0.5, 0.9])
+def test_localisation_has_the_disagreement_with_the_maps_as_its_only_loss(agreement):
+    model = build(Phase.LOCALIZE, relevance_loss_mult=3.0, relevance_agreement=agreement).train()
+    data = batch()
     torch.manual_seed(1)
     outputs = model(rays())
     assert set(outputs) == {"relevance"}
     assert model.get_metrics_dict(outputs, data) == {}
     losses = model.get_loss_dict(outputs, data, {})
-    pairs = zip(outputs["relevance"].flatten().tolist(), data["relevance"].flatten().tolist())
+    pairs = list(zip(outputs["relevance"].flatten().tolist(), data["relevance"].flatten().tolist()))
+    assert len({a > b for a, b in pairs}) == 2
     assert set(losses) == {"relevance_loss"}
-    assert float(losses["relevance_loss"]) == pytest.approx(3 * sum((a - b) ** 2 for a, b in pairs) / 32, rel=1e-5)
+    assert float(losses["relevance_loss"]) == pytest.approx(3 * weighted_squares(pairs, agreement) / 32, rel=1e-5)
 
 
 def test_edited_views_are_compared_by_their_absolute_difference():
@@ -201,7 +209,7 @@ def test_edited_views_are_compared_by_their_absolute_difference():
 
 
 def test_while_views_are_edited_some_rays_train_the_relevance_head_as_all_do_in_localisation():
-    model, data = build(relevance_loss_mult=3.0).train(), batch()
+    model, data = build(relevance_loss_mult=3.0, relevance_agreement=0.9).train(), batch()
     torch.manual_seed(1)
     outputs = model(rays())
     model.phase = Phase.LOCALIZE
@@ -212,7 +220,7 @@ def test_while_views_are_edited_some_rays_train_the_relevance_head_as_all_do_in_
     model.phase = Phase.EDIT
     loss = model.get_loss_dict(outputs, data, model.get_metrics_dict(outputs, data))["relevance_loss"]
     pairs = list(zip(everywhere.flatten().tolist(), data["relevance"].flatten().tolist()))[::4]
-    assert float(loss) == pytest.approx(3 * sum((a - b) ** 2 for a, b in pairs) / 8, rel=1e-5)
+    assert float(loss) == pytest.approx(3 * weighted_squares(pairs, 0.9) / 8, rel=1e-5)
 
 
 def test_edited_views_without_relevance_maps_have_no_relevance_loss():

@@ -115,8 +115,7 @@ def test_editing_starts_with_an_edit_that_training_sees_and_moves_no_camera(trai
 
 
 def test_the_air_is_searched_from_where_the_views_were_taken(trained: WysTrainer, monkeypatch) -> None:
-    """The hull is carved from unclamped maps with learned poses, and with what renders of the views show, in the cells of
-    their latents."""
+    """The hull is carved from maps, as they are and unclamped, with learned poses, and with depths of the views, in the cells of their latents."""
     pipeline, model = trained.pipeline, trained.pipeline.scene_model
     data, hull, given = pipeline.datamanager, model.field.relevance_hull, []
     assert hull.known  # since editing began
@@ -127,7 +126,7 @@ def test_the_air_is_searched_from_where_the_views_were_taken(trained: WysTrainer
     data.set_relevance(state[0], peaks)
     pipeline.edit_loop.carve_hull()
     data.set_relevance(*state)
-    ((to_world, cameras, maps, surfaces, depths),) = given
+    ((to_world, cameras, maps, found, depths),) = given
     places = torch.rand(9, 3)
     torch.testing.assert_close(model.field.to_unit_cube(to_world(places)), places, atol=1e-4, rtol=0)
     corrected = torch.cat(
@@ -135,18 +134,18 @@ def test_the_air_is_searched_from_where_the_views_were_taken(trained: WysTrainer
     )
     assert torch.equal(cameras.camera_to_worlds, corrected)
     assert not torch.equal(corrected, data.train_dataset.cameras.camera_to_worlds)
-    assert torch.equal(maps, relevance.resize(peaks, *data.view_size))
+    assert torch.equal(maps, state[0])
+    assert torch.equal(found, relevance.resize(peaks, *data.view_size))
     factor = pipeline.editor().latent_factor
     middle = slice(factor // 2, None, factor)
     for view in (0, 5):
-        render = model.render_view(data.train_dataset.cameras, view)
-        for cells, name in ((surfaces, "relevance_value"), (depths, "depth")):
-            assert cells.shape == (data.num_views, 32 // factor, 40 // factor)
-            # A cell's middle lies between pixels: within their neighbours' range.
-            near = torch.nn.functional.unfold(render[name].permute(2, 0, 1)[None], 3, padding=1)
-            near = near.view(9, *render[name].shape[:2])[:, middle, middle]
-            low, high = near.amin(dim=0), near.amax(dim=0)
-            assert float(((cells[view] >= low - 0.05) & (cells[view] <= high + 0.05)).float().mean()) > 0.9
+        render = model.render_view(data.train_dataset.cameras, view)["depth"]
+        assert depths.shape == (data.num_views, 32 // factor, 40 // factor)
+        # A cell's middle lies between pixels: within their neighbours' range.
+        near = torch.nn.functional.unfold(render.permute(2, 0, 1)[None], 3, padding=1)
+        near = near.view(9, *render.shape[:2])[:, middle, middle]
+        low, high = near.amin(dim=0), near.amax(dim=0)
+        assert float(((depths[view] >= low - 0.05) & (depths[view] <= high + 0.05)).float().mean()) > 0.9
 
 
 def test_the_air_is_searched_when_editing_begins_and_anew_for_another_instruction(

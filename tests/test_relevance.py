@@ -175,6 +175,41 @@ def test_normalize_keeps_the_order_of_values(raw):
     assert (result.gather(1, order).diff(dim=1) >= 0).all()
 
 
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=12),
+    agreement=st.sampled_from([0.1, 0.5, 0.75, 0.9]),
+)
+def test_disagreement_is_the_squared_error_with_a_weight_for_either_side(pairs, agreement):
+    rendered, maps = (torch.tensor(side, dtype=torch.float64) / 8 for side in zip(*pairs))
+    wanted = 0.0
+    for a, b in pairs:
+        weight = agreement if a > b else 1 - agreement
+        wanted += 2 * weight * (a / 8 - b / 8) ** 2 / len(pairs)
+    assert float(relevance.disagreement(rendered, maps, agreement)) == pytest.approx(wanted, abs=1e-6)
+
+
+@given(raw=stacks(), seed=st.integers(0, 99))
+def test_disagreement_of_half_of_the_views_is_the_squared_error(raw, seed):
+    maps = relevance.normalize(raw)
+    rendered = torch.rand(maps.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    torch.testing.assert_close(
+        relevance.disagreement(rendered, maps, 0.5), torch.nn.functional.mse_loss(rendered, maps), rtol=1e-9, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("agreement", [0.5, 0.75, 0.9])
+@pytest.mark.parametrize("relevant", [0, 3, 10, 15, 18, 20])
+def test_least_disagreement_is_where_the_formula_puts_it(agreement, relevant):
+    maps = torch.tensor([1.0] * relevant + [0.0] * (20 - relevant), dtype=torch.float64)
+    values = torch.arange(10001, dtype=torch.float64) / 10000
+    losses = [float(relevance.disagreement(value.expand(20), maps, agreement)) for value in values[::10]]
+    best = float(values[::10][losses.index(min(losses))])
+    share = relevant / 20
+    wanted = share * (1 - agreement) / (share * (1 - agreement) + (1 - share) * agreement)
+    assert best == pytest.approx(wanted, abs=1e-3)
+    assert (wanted >= 0.5 - 1e-9) == (share >= agreement)
+
+
 def test_resize_is_bilinear_between_pixel_centres():
     torch.manual_seed(0)
     small = torch.rand(1, 3, 4)

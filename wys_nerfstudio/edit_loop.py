@@ -211,12 +211,15 @@ class EditLoop:
             return
         views = range(len(cameras))
         bar = track(views, description="Relevance in mid-air", console=CONSOLE)
-        surfaces, depths = (torch.stack(parts) for parts in zip(*(self._once_per_latent(view) for view in bar)))
+        depths = torch.stack([self._once_per_latent(view)[1] for view in bar])
         posed = cameras.to(model.device)
         posed.camera_to_worlds = torch.cat([model.posed(cameras, view).camera_to_worlds for view in views])
         assert self._data.relevance_state is not None
-        peaks = relevance.resize(self._data.relevance_state[1].to(model.device), *self._data.view_size)
-        hull.carve(model.field.to_world, posed, peaks, surfaces, depths)
+        maps, peaks = (
+            relevance.resize(of_views.to(model.device), *self._data.view_size)
+            for of_views in self._data.relevance_state
+        )
+        hull.carve(model.field.to_world, posed, maps, peaks, depths)
 
     def start_of(self, view: int, mask: Optional[Bool[Tensor, "h w"]] = None) -> Start:
         """Renders what the edit of a view needs: relevance once per latent, and every pixel where the view may change.

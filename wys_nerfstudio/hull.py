@@ -7,7 +7,9 @@ of the views that look through it find it, unless surfaces explain that. Rays ar
 the relevance head's.
 
 What is intersected is relevance before its outliers are clamped. A clamp that suits surfaces makes the halo around an object as
-relevant as the object; on the surfaces behind, the halos of different views contradict each other, but in mid-air they do not.
+relevant as the object; on the surfaces behind, the halos of different views contradict each other, but in mid-air they do not. For
+the same reason these maps are asked what the surfaces explain, not the relevance head, which is trained on clamped ones. What has
+been found is then put on the scale of clamped relevance.
 """
 
 from collections.abc import Callable
@@ -36,6 +38,8 @@ DEPTH_MARGIN = 1.02
 """A point is hidden from a view if it is so many times as far as the surface there: depths are known for cells, not for pixels."""
 UNEXPLAINED = 4.0
 """A point has its whole relevance if the surfaces behind it leave a quarter of it unexplained, and less in proportion."""
+TOP = 0.999
+"""Quantile of the surfaces' relevance that stands for the most relevant of them."""
 LENSES = (CameraType.PERSPECTIVE.value, CameraType.FISHEYE.value)
 """Cameras that points can be projected into."""
 
@@ -105,19 +109,48 @@ def air_relevance(
     Returns:
         Values in [0, 1]; 0 for what too few of them see.
     """
-    pixels, distance, seen = project(points, cameras)
-    pixels = pixels / torch.cat([cameras.width, cameras.height], dim=-1)[:, None]
-    seen = seen & (distance < DEPTH_MARGIN * _at(depths, pixels))
-    count = seen.sum(dim=0)
-
-    def agreed(images: Float[Tensor, "b h w"]) -> Float[Tensor, " n"]:
-        beyond = 2.0  # sorts after every relevance
-        values = torch.where(seen, _at(images, pixels), beyond).sort(dim=0).values
-        return values.gather(0, (count * (1 - AGREEING)).long()[None])[0]
-
-    claimed, explained = agreed(maps), agreed(surfaces)
+    places, seen = _views_of(points, cameras, depths)
+    claimed, explained = _agreed(maps, places, seen), _agreed(surfaces, places, seen)
     value = torch.minimum(claimed, (UNEXPLAINED * (claimed - explained)).clamp_min(0))
-    return torch.where(count >= max(FEWEST_VIEWS, FEWEST_SHARE * len(maps)), value, 0.0)
+    return torch.where(seen.sum(dim=0) >= max(FEWEST_VIEWS, FEWEST_SHARE * len(maps)), value, 0.0)
+
+
+def surface_relevance(
+    cameras: Cameras, maps: Float[Tensor, "b h w"], depths: Float[Tensor, "b rows columns"]
+) -> Float[Tensor, "b rows columns"]:
+    """Relevance of the surfaces that views see: what three quarters of the views that see them, too, reach in their maps.
+
+    Args:
+        cameras: As for `air_relevance`.
+        maps: As for `air_relevance`.
+        depths: As for `air_relevance`.
+    """
+    views, rows, columns = depths.shape
+    size = torch.stack([cameras.height[0, 0] / rows, cameras.width[0, 0] / columns])
+    cells = torch.cartesian_prod(*(torch.arange(n, device=depths.device) for n in (rows, columns)))
+    coords = ((cells + 0.5) * size).repeat(views, 1)
+    rays = cameras.generate_rays(torch.arange(views).repeat_interleave(len(cells))[:, None], coords=coords)
+    points = rays.origins + rays.directions * depths.reshape(-1, 1)
+    parts = (_agreed(maps, *_views_of(part, cameras, depths)) for part in points.split(CHUNK))
+    return torch.cat(list(parts)).view_as(depths).clamp(max=1)
+
+
+def _views_of(
+    points: Float[Tensor, "n 3"], cameras: Cameras, depths: Float[Tensor, "b rows columns"]
+) -> tuple[Float[Tensor, "b n 2"], Bool[Tensor, "b n"]]:
+    """Places of points in the views, 0 to 1 from corner to corner, and which views see them."""
+    pixels, distance, within = project(points, cameras)
+    places = pixels / torch.cat([cameras.width, cameras.height], dim=-1)[:, None]
+    return places, within & (distance < DEPTH_MARGIN * _at(depths, places))
+
+
+def _agreed(
+    images: Float[Tensor, "b h w"], places: Float[Tensor, "b n 2"], seen: Bool[Tensor, "b n"]
+) -> Float[Tensor, " n"]:
+    """What three quarters of the views that see a point reach at its places; something above 1 if none sees it."""
+    beyond = 2.0  # sorts after every relevance
+    values = torch.where(seen, _at(images, places), beyond).sort(dim=0).values
+    return values.gather(0, (seen.sum(dim=0) * (1 - AGREEING)).long()[None])[0]
 
 
 def _at(images: Float[Tensor, "b h w"], places: Float[Tensor, "b n 2"]) -> Float[Tensor, "b n"]:
@@ -152,7 +185,7 @@ class RelevanceHull(nn.Module):
         to_world: Callable[[Float[Tensor, "n 3"]], Float[Tensor, "n 3"]],
         cameras: Cameras,
         maps: Float[Tensor, "b h w"],
-        surfaces: Float[Tensor, "b rows columns"],
+        peaks: Float[Tensor, "b h w"],
         depths: Float[Tensor, "b rows columns"],
     ) -> None:
         """Fills the grid from the maps of all views; from cameras of other kinds than `LENSES` with zeros.
@@ -160,24 +193,28 @@ class RelevanceHull(nn.Module):
         Args:
             to_world: From the unit cube to the world.
             cameras: As for `air_relevance`.
-            maps: As for `air_relevance`, not clamped.
-            surfaces: As for `air_relevance`.
+            maps: Relevance of the views in [0, 1], as the relevance head is trained on it.
+            peaks: The same before outliers were clamped.
             depths: As for `air_relevance`.
         """
         self.relevance.zero_()
         if not all(int(kind) in LENSES for kind in cameras.camera_type.unique()):
             return
+        surfaces = surface_relevance(cameras, peaks, depths)
 
         def values(points: Float[Tensor, "n 3"]) -> Float[Tensor, " n"]:
             parts = (to_world(part) for part in points.split(CHUNK))
-            return torch.cat([air_relevance(part, cameras, maps, surfaces, depths) for part in parts])
+            return torch.cat([air_relevance(part, cameras, peaks, surfaces, depths) for part in parts])
 
-        coarse = values(_grid_points(RESOLUTION // 2, maps.device)).view(1, 1, *[RESOLUTION // 2] * 3)
+        coarse = values(_grid_points(RESOLUTION // 2, peaks.device)).view(1, 1, *[RESOLUTION // 2] * 3)
         worth_it = F.max_pool3d(coarse, kernel_size=3, stride=1, padding=1) >= FAINT
         refined = F.interpolate(worth_it.float(), scale_factor=2, mode="nearest")[0, 0] > 0
         self.relevance.copy_(F.interpolate(coarse, scale_factor=2, mode="trilinear")[0, 0])
         if refined.any():
-            self.relevance[refined] = values(_grid_points(RESOLUTION, maps.device)[refined.view(-1)])
+            self.relevance[refined] = values(_grid_points(RESOLUTION, peaks.device)[refined.view(-1)])
+        clamped = surface_relevance(cameras, maps, depths).quantile(TOP)
+        top = torch.maximum(surfaces.quantile(TOP), self.relevance.max())
+        self.relevance *= (clamped / top.clamp_min(FAINT)).clamp_min(1)
 
     def forward(self, positions: Float[Tensor, "*bs 3"]) -> Float[Tensor, "*bs"]:
         """Relevance at positions in the unit cube, interpolated."""

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from wys_nerfstudio.encodings import speed_up_encodings
 from wys_nerfstudio.field import RelevanceInput, WysField
 from wys_nerfstudio.perceptual import Lpips, lpips_is_cached
+from wys_nerfstudio.relevance import disagreement
 from wys_nerfstudio.schedule import Phase
 
 RELEVANCE_RAYS = 4
@@ -45,6 +46,8 @@ class WysModelConfig(NerfactoModelConfig):
     grid's own features (torch backend only)."""
     relevance_loss_mult: float = 1.0
     """Weight of the relevance loss; it trains the relevance head and nothing else."""
+    relevance_agreement: float = 0.75
+    """Share of its views that must find a surface relevant before it is so by half; 0.5 takes the views' mean."""
     lpips_loss_mult: float = 1.0
     """Weight of the perceptual loss on edited views; 0 trains without it, and without its 233 MB of weights."""
     lpips_weights: Optional[Path] = None
@@ -177,10 +180,9 @@ class WysModel(NerfactoModel):
     # ------------------------------------------------------------------------------------------------- rendering
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
-        """Renders rays: `rgb`, `accumulation`, `relevance`, one number in [0, 1] per ray (of every
-        `RELEVANCE_RAYS`-th only while views are edited), and in eval mode nerfacto's depths and
-        `relevance_overlay`, colours without the mask's border, which nerfstudio's point clouds can take. What is relevant
-        in mid-air counts in eval mode alone: the relevance head is trained on surfaces.
+        """Renders rays: `rgb`, `accumulation`, `relevance`, one number in [0, 1] per ray (of every `RELEVANCE_RAYS`-th only
+        while views are edited), and in eval mode nerfacto's depths and `relevance_overlay`, colours without the mask's
+        border, for point clouds. Relevance in mid-air counts in eval mode alone: the head is trained on surfaces.
 
         While only the relevance head is trained the scene is held fixed, and `relevance` is the only output.
         """
@@ -210,10 +212,8 @@ class WysModel(NerfactoModel):
         weights_list.append(weights)
         samples_list.append(samples)
 
-        outputs: dict[str, Any] = {
-            "rgb": self.renderer_rgb(rgb=field_outputs[FieldHeadNames.RGB], weights=weights),
-            "accumulation": self.renderer_accumulation(weights=weights),
-        }
+        rgb = self.renderer_rgb(rgb=field_outputs[FieldHeadNames.RGB], weights=weights)
+        outputs: dict[str, Any] = {"rgb": rgb, "accumulation": self.renderer_accumulation(weights=weights)}
         if not (self.training and self.phase is Phase.RECONSTRUCT):
             # Detached: relevance is rendered on the scene's geometry and must not shape it.
             every = RELEVANCE_RAYS if self.training else 1
@@ -344,7 +344,8 @@ class WysModel(NerfactoModel):
         if "relevance" in batch:
             every = 1 if self.phase is Phase.LOCALIZE else RELEVANCE_RAYS
             target = batch["relevance"][::every].to(self.device)
-            losses["relevance_loss"] = self.config.relevance_loss_mult * F.mse_loss(outputs["relevance"], target)
+            loss = disagreement(outputs["relevance"], target, self.config.relevance_agreement)
+            losses["relevance_loss"] = self.config.relevance_loss_mult * loss
         if self.phase is Phase.LOCALIZE:
             return losses
         assert metrics_dict is not None
@@ -353,9 +354,8 @@ class WysModel(NerfactoModel):
         if self.config.lpips_loss_mult > 0:
             size = batch["patch_size"]
             patches, targets = (x.view(-1, size, size, 3).permute(0, 3, 1, 2) for x in (rgb, target))
-            losses["lpips_loss"] = self.config.lpips_loss_mult * self.perceptual_distance()(
-                patches.clamp(0, 1), targets
-            )
+            distance = self.perceptual_distance()(patches.clamp(0, 1), targets)
+            losses["lpips_loss"] = self.config.lpips_loss_mult * distance
         losses["interlevel_loss"] = self.config.interlevel_loss_mult * interlevel_loss(
             outputs["weights_list"], outputs["ray_samples_list"]
         )

@@ -228,6 +228,10 @@ class WysOptions(VanillaPipelineConfig):
         refuse_nonsense("pipeline.", self, COUNTS)
         refuse_nonsense("pipeline.datamanager.", self.datamanager, DATA_COUNTS)
         refuse_nonsense("pipeline.model.", self.model, MODEL_COUNTS)
+        if not 0 < self.model.relevance_agreement < 1:
+            raise WysError(
+                f"--pipeline.model.relevance-agreement must be above 0 and below 1, not {self.model.relevance_agreement}."
+            )
         if not self.model.near_plane < self.model.far_plane:
             raise WysError(
                 f"--pipeline.model.near-plane {self.model.near_plane} must be below --pipeline.model.far-plane "

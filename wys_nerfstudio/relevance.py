@@ -99,6 +99,25 @@ def at_pixels(
     return resize(normalize(raw, over, outlier_factor), height, width).clamp(0, 1)
 
 
+def disagreement(
+    rendered: Float[Tensor, "*batch"], maps: Float[Tensor, "*batch"], agreement: float
+) -> Float[Tensor, ""]:
+    """Mean squared error whose two sides weigh differently (expectiles; Newey and Powell, 1987).
+
+    A point is seen by many views, and their maps are blurred: around an object each calls other surroundings relevant.
+    Where a share p of the views says 1 and the others 0, the least loss is at p (1 - a) / (p (1 - a) + (1 - p) a), with a
+    the `agreement`: one half where p = a.
+
+    Args:
+        rendered: Relevance of rays in [0, 1].
+        maps: What the views' maps say of them, in [0, 1].
+        agreement: Weight of what is rendered too high, against 1 - agreement for what is too low, in (0, 1); 0.5 gives
+            the squared error.
+    """
+    weights = torch.where(rendered > maps, agreement, 1 - agreement)
+    return 2 * (weights * (rendered - maps) ** 2).mean()
+
+
 def threshold(relevance: Float[Tensor, "*batch h w"], tau: float) -> Bool[Tensor, "*batch h w"]:
     """The edit mask R >= tau. With tau = 0 it is every pixel, hence plain InstructPix2Pix (supplement A)."""
     return relevance >= tau

@@ -47,6 +47,8 @@ class Options:
     """t_rel."""
     outlier_factor: float = wys_tiny.config.pipeline.relevance_outlier_factor  # type: ignore
     """Maps are clamped at Q3 + this many interquartile ranges."""
+    agreement: float = wys_tiny.config.pipeline.model.relevance_agreement  # type: ignore
+    """Share of its views that must find a surface relevant."""
     steps: int = wys_tiny.config.pipeline.localize_steps  # type: ignore
     """Training steps of the relevance head."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -67,6 +69,7 @@ def build(options: Options, relevance_input: RelevanceInput, seed: int) -> WysPi
     config.datamanager.data = options.scene
     config.editor = options.editor
     config.model.relevance_input = relevance_input
+    config.model.relevance_agreement = options.agreement
     torch.manual_seed(seed)
     pipeline = config.setup(device="cpu", test_mode="val")
     load_base(pipeline.scene_model, options.run)
