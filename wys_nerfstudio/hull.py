@@ -128,8 +128,8 @@ def surface_relevance(
     views, rows, columns = depths.shape
     size = torch.stack([cameras.height[0, 0] / rows, cameras.width[0, 0] / columns])
     cells = torch.cartesian_prod(*(torch.arange(n, device=depths.device) for n in (rows, columns)))
-    coords = ((cells + 0.5) * size).repeat(views, 1)
-    rays = cameras.generate_rays(torch.arange(views).repeat_interleave(len(cells))[:, None], coords=coords)
+    indices = torch.arange(views, device=depths.device).repeat_interleave(len(cells))
+    rays = cameras.generate_rays(indices[:, None], coords=((cells + 0.5) * size).repeat(views, 1))
     points = rays.origins + rays.directions * depths.reshape(-1, 1)
     parts = (_agreed(maps, *_views_of(part, cameras, depths)) for part in points.split(CHUNK))
     return torch.cat(list(parts)).view_as(depths).clamp(max=1)
