@@ -112,13 +112,13 @@ wys_tiny = MethodSpecification(
                 near_plane=0.3,
                 far_plane=100.0,
                 camera_optimizer=CameraOptimizerConfig(mode="off"),
-                # As it is for the outlier factor below: clean maps need no second opinion.
+                # The demo editor's maps are clean: they need no second opinion and, below, no clamp.
                 relevance_agreement=0.5,
                 lpips_loss_mult=0.0,
             ),
             editor=EMBEDDED,
             clip=EMBEDDED,
-            # Chosen on validation scenes of the toy world; the demo editor's maps are clean, clamping would only widen them.
+            # Chosen on validation scenes of the toy world; clamping clean maps would only widen them.
             guidance_scale=1.0,
             image_guidance_scale=1.0,
             mask_threshold=0.35,
