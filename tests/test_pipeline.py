@@ -115,7 +115,7 @@ def test_editing_starts_with_an_edit_that_training_sees_and_moves_no_camera(trai
 
 
 def test_the_air_is_searched_from_where_the_views_were_taken(trained: WysTrainer, monkeypatch) -> None:
-    """The hull is carved from maps, as they are and unclamped, with learned poses, and with depths of the views, in the cells of their latents."""
+    """The hull is carved from maps, as they are and unclamped, with learned poses and the depths in the cells of the latents."""
     pipeline, model = trained.pipeline, trained.pipeline.scene_model
     data, hull, given = pipeline.datamanager, model.field.relevance_hull, []
     assert hull.known  # since editing began
