@@ -310,7 +310,7 @@ class WysModel(NerfactoModel):
         with self.as_view(view):
             camera = self.posed(cameras, view)
             _resize(camera, *where.shape)
-            coords = camera.get_image_coords()[where.to(camera.device)]
+            coords = camera.get_image_coords().to(camera.device)[where.to(camera.device)]
             if not len(coords):
                 return coords.new_zeros(0, 3), coords.new_zeros(0), coords.new_zeros(0)
             rays = camera.generate_rays(camera_indices=0, coords=coords)

@@ -2,20 +2,25 @@
 
 import io
 import json
+import math
 import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from nerfstudio.scripts import train
 from nerfstudio.utils import writer
+from PIL import Image
 from rich.console import Console
 
 from wys_nerfstudio import cli
 from wys_nerfstudio.demo import ablations
-from wys_nerfstudio.demo.ablations import VARIANTS, table
+from wys_nerfstudio.demo.ablations import VARIANTS, psnr_outside, table
 from wys_nerfstudio.options import Localization
+from wys_nerfstudio.pictures import write_png
+from wys_nerfstudio.truth import Truth
 
 
 def refusal(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
@@ -47,12 +52,31 @@ def test_the_table_has_the_mean_and_the_spread_over_seeds() -> None:
             {"truth_psnr_outside": 37.0, "mask_iou": 0.5},
             {"truth_psnr_outside": 36.0, "mask_iou": 0.75},
         ],
+        "masks": [{"truth_psnr_outside": 37.0, "mask_iou": 1.0}] * 2,
     }
     console = Console(width=120, file=io.StringIO())
     console.print(table(figures))
     rows = [line.split("│")[1:-1] for line in console.file.getvalue().splitlines() if line.startswith("│")]
     assert [cell.strip() for cell in rows[0]] == ["before", "37.5", "-"]
     assert [cell.strip() for cell in rows[1]] == ["relevance field", "36.5 (36.0 to 37.0)", "0.62 (0.50 to 0.75)"]
+    assert [cell.strip() for cell in rows[2]] == ["true masks", "37.0", "1.00"]
+
+
+def test_edited_views_are_judged_by_what_they_changed_outside_the_true_masks(tmp_path: Path) -> None:
+    truth, wanted, mask = Truth(tmp_path, ("", "")), torch.rand(2, 6, 8, 3), torch.zeros(2, 6, 8, dtype=torch.bool)
+    mask[0, 2:5, 1:4] = True
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    names = ["a.png", "b.png"]
+    for name, picture, changed in zip(names, wanted, mask):
+        write_png(tmp_path / "images" / name, picture)
+        Image.fromarray(changed.numpy()).save(tmp_path / "masks" / name)
+    edits = {name: truth.edited(name) for name in names}
+    edits["a.png"][2:5, 1:4] = 0.5
+    assert psnr_outside(truth, edits) == float("inf")
+    edits["b.png"][0, 0] += 0.25
+    changed, total = 1, 2 * 6 * 8 - 9
+    assert psnr_outside(truth, edits) == pytest.approx(-10 * math.log10(0.25**2 * changed / total))
 
 
 SHORT = """
@@ -87,6 +111,8 @@ def test_all_variants_are_run_from_one_reconstruction(tmp_path: Path, monkeypatc
     figures = json.loads((tmp_path / "ablations.json").read_text())
     assert {name: len(of_runs) for name, of_runs in figures.items()} == {"before": 1, **{name: 1 for name in VARIANTS}}
     assert all(of_run["mask_iou"] == 1 for of_run in figures["masks"])
+    assert all(of_run["view_psnr_outside"] == float("inf") for of_run in figures["masks"])
+    assert all(10 < of_run["view_psnr_outside"] < 60 for of_run in figures["none"])
     assert all(0 < of_run["mask_iou"] < 0.3 for of_run in figures["none"])
     assert (tmp_path / "contact_sheet.png").is_file() and "true masks" in capsys.readouterr().out
 

@@ -8,11 +8,12 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from nerfstudio.utils.eval_utils import eval_setup
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.table import Table
@@ -22,7 +23,7 @@ from wys_nerfstudio.checkpoint import CAPTURED_SCENE
 from wys_nerfstudio.demo.scene import write_demo_scene
 from wys_nerfstudio.demo.score import load_captured_scene
 from wys_nerfstudio.errors import WysError
-from wys_nerfstudio.metrics import intersection_over_union
+from wys_nerfstudio.metrics import intersection_over_union, psnr
 from wys_nerfstudio.pictures import contact_sheet, read_png, spread
 from wys_nerfstudio.truth import Truth
 
@@ -33,6 +34,7 @@ VARIANTS = {
     "relevance-field": "relevance field",
 }
 MEASURES = {
+    "view_psnr_outside": "views outside, dB",
     "truth_psnr_outside": "outside, dB",
     "truth_psnr_inside": "inside, dB",
     "edit_psnr": "Edit PSNR, dB",
@@ -123,7 +125,7 @@ def _folder(output: Path, name: str) -> Path:
 
 
 def _figures(run: Path, truth: Truth, *, captured: bool = False) -> tuple[Figures, dict[str, Tensor]]:
-    """ns-eval's figures of a run and the IoU of its masks with the true ones; renders of some views by their names."""
+    """ns-eval's figures of a run, and those of its edited views and their masks; renders of some views by their names."""
     # `eval_setup` reads config.yml, which is ours: it has just been written.
     pipeline: Any = eval_setup(run / "config.yml", test_mode="test")[1]
     if captured:
@@ -133,6 +135,8 @@ def _figures(run: Path, truth: Truth, *, captured: bool = False) -> tuple[Figure
         masks = sorted((run / "wys" / "masks").glob("*.png"))
         overlaps = [intersection_over_union(read_png(file)[..., 0] > 0.5, truth.mask(file.name)) for file in masks]
         figures["mask_iou"] = sum(overlaps) / len(overlaps)
+        edits = {file.name: read_png(file) for file in sorted((run / "wys" / "edits").glob("*.png"))}
+        figures["view_psnr_outside"] = psnr_outside(truth, edits)
     dataset = pipeline.datamanager.train_dataset
     renders = {}
     for view in spread(SHOWN_VIEWS, len(dataset)):
@@ -141,8 +145,23 @@ def _figures(run: Path, truth: Truth, *, captured: bool = False) -> tuple[Figure
     return figures, renders
 
 
+def psnr_outside(truth: Truth, edits: Mapping[str, Float[Tensor, "h w 3"]]) -> float:
+    """PSNR of edited views outside the true masks, over all their pixels: what an edit did before training averages it.
+
+    Args:
+        truth: What the edit should have made of the views.
+        edits: Views as training sees them, by their names.
+
+    Returns:
+        Decibels; infinity if nothing was touched outside.
+    """
+    wanted = torch.stack([truth.edited(name) for name in edits])
+    outside = ~torch.stack([truth.mask(name) for name in edits])
+    return psnr(torch.stack(list(edits.values())), wanted, outside)
+
+
 def table(figures: dict[str, list[Figures]]) -> Table:
-    """Means over the seeds, and in brackets the least and the most."""
+    """Means over the seeds, and in brackets the least and the most where they differ."""
     result = Table(
         title="The paper's ablations on the demo scene: mean (least to most over seeds)", title_justify="left"
     )
@@ -156,7 +175,7 @@ def table(figures: dict[str, list[Figures]]) -> Table:
             values = torch.tensor([of_run[name] for of_run in runs if name in of_run])
             digits = 1 if "psnr" in name else 2
             text = f"{values.mean():.{digits}f}" if len(values) else "-"
-            if len(values) > 1:
+            if len(values) and values.min() < values.max():
                 text += f" ({values.min():.{digits}f} to {values.max():.{digits}f})"
             cells.append(text)
         result.add_row(VARIANTS.get(variant, variant), *cells)

@@ -1,0 +1,202 @@
+"""A GPU that is none, for machines without one: tensors that say they are on cuda:0, and compute on the CPU.
+
+What a GPU refuses is refused: operations between tensors of two devices, and `numpy()` of its own. As there, a number without
+dimensions from the CPU may meet a tensor of the GPU, and an index may come from the CPU. Autocast is the CPU's, in the GPU's
+precision. Not here: memory, streams and speed.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map
+
+GPU = torch.device("cuda", 0)
+CROSSING = {"copy_", "_to_copy"}
+"""Operations that tensors of two devices may take part in."""
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
+IN_ONE_PIECE = {torch.Tensor.quantile, torch.quantile}
+"""Functions whose C++ makes tensors on the way, on what it takes for the tensor's device."""
+STUBS: dict[str, Any] = {
+    "is_available": lambda: True,
+    "device_count": lambda: 1,
+    "current_device": lambda: 0,
+    "is_bf16_supported": lambda *_, **__: True,
+    "get_rng_state_all": list,
+    "max_memory_allocated": lambda *_: 0,
+    **dict.fromkeys(
+        ("set_device", "synchronize", "empty_cache", "manual_seed", "manual_seed_all", "set_rng_state_all")
+    ),
+}
+
+
+class OnGpu(Tensor):
+    """A tensor that says it is on the GPU; `inner` holds its numbers."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "OnGpu":
+        # It is the CPU's to torch itself, whose C++ would look for a driver otherwise.
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            layout=inner.layout,
+            device=inner.device,
+        )
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    device = property(lambda self: GPU)  # type: ignore
+    is_cuda = property(lambda self: True)  # type: ignore
+    is_cpu = property(lambda self: False)  # type: ignore
+
+    def get_device(self) -> int:
+        return 0
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.inner.__reduce_ex__(protocol)  # in a file only its numbers matter: it is loaded to the CPU
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore
+        return f"OnGpu({self.inner})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None) -> Any:  # type: ignore
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        elsewhere = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and not isinstance(t, OnGpu)]
+        if name in INDEXING and isinstance(args[0], OnGpu):
+            elsewhere = [t for t in args[2:3] if isinstance(t, Tensor) and not isinstance(t, OnGpu)]
+        if any(t.dim() > 0 for t in elsewhere) and name not in CROSSING:
+            raise RuntimeError(f"Expected all tensors to be on the same device: {name} of cuda:0 and cpu")
+        result = func(*tree_map(to_cpu, args), **tree_map(to_cpu, kwargs))
+        if name == "copy_" and not isinstance(args[0], OnGpu):
+            return args[0]
+        result = tree_map(lambda t: OnGpu(t) if isinstance(t, Tensor) and not isinstance(t, OnGpu) else t, result)
+        return return_and_correct_aliasing(func, args, kwargs, result)
+
+
+class _Up(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return OnGpu(tensor.detach().clone())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore
+        return to_cpu(gradient)
+
+
+class _Down(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: OnGpu) -> Tensor:
+        return tensor.inner.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore
+        return OnGpu(gradient)
+
+
+def to_cpu(value: Any) -> Any:
+    """The numbers themselves, without a copy."""
+    return value.inner if isinstance(value, OnGpu) else value
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if not isinstance(value, Tensor) or isinstance(value, OnGpu) == (device.type == "cuda"):
+        return value
+    assert value.device.type != "meta", "there is nothing to move"
+    return (_Up if device.type == "cuda" else _Down).apply(value)
+
+
+def _device(value: Any) -> "torch.device | None":
+    """What a device argument means; None for anything else, and for the meta device, which is nobody's."""
+    if isinstance(value, torch.device) or (isinstance(value, str) and value.split(":")[0] in ("cpu", "cuda")):
+        device = torch.device(value)
+        return device if device.type in ("cpu", "cuda") else None
+    return None
+
+
+class _Devices(TorchFunctionMode):
+    """Takes devices out of calls before torch looks for a driver, and moves what comes out."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore
+        kwargs = dict(kwargs or {})
+        first = args[0] if args else None
+        if func is torch.Tensor.to:
+            return self._to(*args, **kwargs)
+        if func in (torch.Tensor.cuda, torch.Tensor.cpu):
+            return _moved(first, GPU if func is torch.Tensor.cuda else torch.device("cpu"))
+        if func is torch.Tensor.pin_memory:
+            return first
+        if func is torch.Tensor.tolist:
+            return to_cpu(first).tolist()
+        if func in (torch.Tensor.numpy, torch.Tensor.__array__) and isinstance(first, OnGpu):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        if func is torch.Tensor.new_tensor and isinstance(first, OnGpu) and "device" not in kwargs:
+            return _moved(torch.tensor(args[1], dtype=kwargs.get("dtype", first.dtype)), GPU)
+        if func in IN_ONE_PIECE and isinstance(first, OnGpu):
+            return OnGpu(func(first.inner, *args[1:], **kwargs))
+        device = _device(kwargs.get("device"))
+        if device is None:
+            return func(*args, **kwargs)
+        kwargs["device"] = "cpu"
+        if func in (torch.tensor, torch.as_tensor) and not isinstance(first, Tensor):
+            args = (tree_map(to_cpu, first), *args[1:])
+        return tree_map(lambda value: _moved(value, device), func(*args, **kwargs))
+
+    def _to(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        target, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
+        for value in args:
+            if isinstance(value, Tensor):
+                target, dtype = value.device, value.dtype
+            elif isinstance(value, torch.dtype):
+                dtype = value
+            elif not isinstance(value, (bool, type(None))):  # as in `to(device, dtype, non_blocking)`
+                target = value
+        device = _device(target)
+        kwargs.pop("non_blocking", None)
+        result = tensor.to(dtype=dtype, **kwargs) if target is None or device else tensor.to(target, dtype, **kwargs)
+        return _moved(result, device or tensor.device)
+
+
+@contextmanager
+def emulated_gpu() -> Iterator[None]:
+    """Within it there is a GPU."""
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    run_backward, run_thread = torch.autograd._engine_run_backward, threading.Thread.run
+
+    def in_this_mode(*args: Any, **kwargs: Any) -> Any:  # torch leaves the mode to call a function that it has heard of
+        with _Devices():
+            return run_backward(*args, **kwargs)
+
+    def run(thread: threading.Thread) -> None:  # a mode is a matter of each thread
+        with _Devices():
+            run_thread(thread)
+
+    set_up = torch.autocast.__init__
+
+    def autocast(self: torch.autocast, device_type: str, dtype: Any = None, **kwargs: Any) -> None:
+        set_up(self, "cpu", torch.float16 if device_type == "cuda" and dtype is None else dtype, **kwargs)
+
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(torch.autocast, "__init__", autocast))
+        patches.enter_context(mock.patch.object(threading.Thread, "run", run))
+        for name, stub in STUBS.items():
+            patches.enter_context(mock.patch.object(torch.cuda, name, stub or (lambda *_, **__: None)))
+        patches.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", in_this_mode))
+        check = "_accelerator_graph_capture_health_check"
+        patches.enter_context(mock.patch.object(torch.optim.Optimizer, check, lambda self: None, create=True))
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        patches.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)
+        patches.enter_context(_Devices())
+        yield
