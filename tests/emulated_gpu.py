@@ -31,8 +31,9 @@ STUBS: dict[str, Any] = {
     "get_rng_state_all": list,
     "max_memory_allocated": lambda *_: 0,
     **dict.fromkeys(
-        ("set_device", "synchronize", "empty_cache", "manual_seed", "manual_seed_all", "set_rng_state_all")
+        ["set_device", "synchronize", "empty_cache", "manual_seed", "manual_seed_all", "set_rng_state_all"]
     ),
+    "reset_peak_memory_stats": None,
 }
 
 
