@@ -30,10 +30,8 @@ STUBS: dict[str, Any] = {
     "is_bf16_supported": lambda *_, **__: True,
     "get_rng_state_all": list,
     "max_memory_allocated": lambda *_: 0,
-    **dict.fromkeys(
-        ["set_device", "synchronize", "empty_cache", "manual_seed", "manual_seed_all", "set_rng_state_all"]
-    ),
-    "reset_peak_memory_stats": None,
+    **dict.fromkeys(["set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"]),
+    **dict.fromkeys(["manual_seed", "manual_seed_all", "set_rng_state_all"]),
 }
 
 
