@@ -73,7 +73,7 @@ def test_edited_views_are_judged_by_what_they_changed_outside_the_true_masks(tmp
         Image.fromarray(changed.numpy()).save(tmp_path / "masks" / name)
     edits = {name: truth.edited(name) for name in names}
     edits["a.png"][2:5, 1:4] = 0.5
-    assert psnr_outside(truth, edits) == float("inf")
+    assert psnr_outside(truth, edits) == psnr_outside(truth, {}) == float("inf")
     edits["b.png"][0, 0] += 0.25
     changed, total = 1, 2 * 6 * 8 - 9
     assert psnr_outside(truth, edits) == pytest.approx(-10 * math.log10(0.25**2 * changed / total))

@@ -155,6 +155,8 @@ def psnr_outside(truth: Truth, edits: Mapping[str, Float[Tensor, "h w 3"]]) -> f
     Returns:
         Decibels; infinity if nothing was touched outside.
     """
+    if not edits:  # every mask was empty
+        return float("inf")
     wanted = torch.stack([truth.edited(name) for name in edits])
     outside = ~torch.stack([truth.mask(name) for name in edits])
     return psnr(torch.stack(list(edits.values())), wanted, outside)
