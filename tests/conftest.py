@@ -36,10 +36,10 @@ WORDS = "a the make turn paint give it bear ball block hat red blue green panda 
 
 def run_wys(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     """Runs the `wys` command in this process."""
-    from wys_nerfstudio import cli
+    from wys_nerfstudio.cli import main
 
     monkeypatch.setattr(sys, "argv", ["wys", *map(str, arguments)])
-    cli.entrypoint()
+    main.entrypoint()
 
 
 def sentence_of(refused: Callable[[], object]) -> str:
@@ -135,7 +135,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained CLIP of 12 tokens and 32 pixels."""
     from transformers import CLIPConfig, CLIPModel
 
-    from wys_nerfstudio.demo.networks import vocabulary, write_tokenizer
+    from wys_nerfstudio.demo.training.networks import vocabulary, write_tokenizer
 
     folder = tmp_path_factory.mktemp("clip")
     write_tokenizer(folder, WORDS, tokens=12)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from wys_nerfstudio.config import wys, wys_tiny
-from wys_nerfstudio.options import WysOptions
 from wys_nerfstudio.trainer import WysTrainerConfig
+from wys_nerfstudio.training.options import WysOptions
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -22,8 +22,8 @@ MARKED = re.compile(r"(<!-- table: (\S+) -->\n\n?)(.*?)(\n*<!-- end -->)", re.DO
 
 SHOWN = [
     "instruction", "base_run", "editor", "mask_threshold", "guidance_scale", "image_guidance_scale", "localization",
-    "masks_dir", "relevance_normalization", "relevance_draws", "relevance_outlier_factor", "edit_every",
-    "edit_count", "diffusion_steps", "reconstruct_steps", "localize_steps", "edit_steps", "editor_device", "edit_long_side",
+    "masks_dir", "relevance_normalization", "relevance_num_samples", "relevance_outlier_factor", "edit_every",
+    "edit_count", "diffusion_steps", "reconstruct_steps", "localize_steps", "edit_steps", "editor_device", "edit_resolution",
 ]  # fmt: skip
 """Options of the pipeline that the README shows; `ns-train wys --help` shows all."""
 

@@ -24,12 +24,12 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataPars
 from nerfstudio.scripts import train
 from PIL import Image
 
-from wys_nerfstudio import cli
-from wys_nerfstudio.capture import check_capture
-from wys_nerfstudio.checkpoint import newest_checkpoint, read_checkpoint
-from wys_nerfstudio.errors import WysError
-from wys_nerfstudio.recipe import recipe_arguments
+from wys_nerfstudio.cli import main
 from wys_nerfstudio.trainer import WysTrainer
+from wys_nerfstudio.training.checkpoint import newest_checkpoint, read_checkpoint
+from wys_nerfstudio.utils.data_checks import check_capture
+from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.recipes import recipe_arguments
 
 TINY = [
     "--vis=tensorboard",
@@ -39,7 +39,7 @@ TINY = [
     "--pipeline.localize-steps=1",
     "--pipeline.edit-steps=2",
     "--pipeline.diffusion-steps=2",
-    "--pipeline.relevance-draws=1",
+    "--pipeline.relevance-num-samples=1",
     "--pipeline.model.num-nerf-samples-per-ray=4",
     "--pipeline.model.num-proposal-samples-per-ray=8",
     "--pipeline.model.log2-hashmap-size=10",
@@ -228,19 +228,19 @@ OPTIONS = [
             "image-guidance-scale": ["nan", "-0.5"],
             "mask-threshold": ["nan", "1.5", "-0.1"],
             "pipeline.relevance-noise-level": ["0", "1", "nan"],
-            "pipeline.min-noise-level": ["0", "-1"],
-            "pipeline.max-noise-level": ["1", "nan"],
-            "pipeline.relevance-draws": ["0"],
+            "pipeline.min-strength": ["0", "-1"],
+            "pipeline.max-strength": ["1", "nan"],
+            "pipeline.relevance-num-samples": ["0"],
             "pipeline.relevance-outlier-factor": ["-1", "nan"],
-            "pipeline.model.relevance-agreement": ["0", "1", "nan"],
+            "pipeline.model.relevance-expectile": ["0", "1", "nan"],
             "pipeline.diffusion-steps": ["0"],
             "pipeline.edit-every": ["0"],
             "pipeline.edit-count": ["-1"],
             "pipeline.edit-steps": ["0"],
             "pipeline.reconstruct-steps": ["-1"],
             "pipeline.localize-steps": ["-5"],
-            "pipeline.editor-batch-size": ["0"],
-            "pipeline.edit-long-side": ["0"],
+            "pipeline.relevance-batch-size": ["0"],
+            "pipeline.edit-resolution": ["0"],
             "pipeline.datamanager.edit-patch-size": ["0"],
             "pipeline.datamanager.edit-num-rays-per-batch": ["0"],
             "pipeline.datamanager.train-num-rays-per-batch": ["-64"],
@@ -257,7 +257,7 @@ OPTIONS = [
         for value in values
     ),
     case("near above far", lambda d: ["--pipeline.model.near-plane=9", "--pipeline.model.far-plane=3"], "must be below"),
-    case("noise levels the wrong way round", lambda d: ["--pipeline.min-noise-level=0.9", "--pipeline.max-noise-level=0.2"],
+    case("noise levels the wrong way round", lambda d: ["--pipeline.min-strength=0.9", "--pipeline.max-strength=0.2"],
          "swap them"),
     case("too few samplings", lambda d: ["--pipeline.model.num-proposal-iterations=2"], "needs 2 numbers, one per"),
     case("threshold is a word", lambda d: ["--mask-threshold", "abc"], "mask-threshold"),
@@ -455,7 +455,7 @@ def test_what_is_wrong_with_a_picture_is_said_in_one_sentence(
     rest = ["-o", "out.png", *([] if "--editor" in arguments else ["--editor", str(editor_folder)])]
     monkeypatch.setattr(sys, "argv", ["wys", "edit-image", *arguments, *rest])
     with pytest.raises(SystemExit) as ending:
-        cli.entrypoint()
+        main.entrypoint()
     code = str(ending.value.code)
     assert code.startswith("wys: ") and len(code.splitlines()) == 1 and sentence in code, code
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.png", "good.png"]

@@ -15,10 +15,10 @@ from PIL import Image
 from wys_nerfstudio import relevance
 from wys_nerfstudio.datamanager import WysDataManager, WysDataManagerConfig
 from wys_nerfstudio.editing import Editor, EditSettings, edit_images, load_editor, relevance_maps
-from wys_nerfstudio.errors import WysError
-from wys_nerfstudio.pictures import heat, read_png, to_uint8
-from wys_nerfstudio.relevance_files import RelevanceRequest, keep_maps
-from wys_nerfstudio.schedule import edit_seed
+from wys_nerfstudio.editing.sampling import edit_seed
+from wys_nerfstudio.relevance.cache import RelevanceRequest, save_maps
+from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.visualization import apply_colormap, read_png, to_uint8
 
 HEIGHT, WIDTH = 32, 40
 
@@ -60,9 +60,9 @@ def request(**changes) -> RelevanceRequest:
         "editor": "some",
         "instruction": "make it red",
         "noise_level": 0.8,
-        "draws": 1,
+        "num_samples": 1,
         "seed": 3,
-        "long_side": None,
+        "resolution": None,
     }
     return RelevanceRequest(**{**settings, **changes})
 
@@ -214,7 +214,7 @@ def test_relevance_comes_with_the_ray_batches(data):
 
 
 def test_editing_draws_whole_patches(data):
-    data.start_editing(in_patches=True)
+    data.use_edit_rays(in_patches=True)
     _, batch = data.next_train(0)
     assert batch["patch_size"] == 16
     assert len(batch["image"]) == 2 * 16 * 16  # as many whole patches as fit 600 rays
@@ -229,7 +229,7 @@ def test_editing_draws_whole_patches(data):
 
 
 def test_editing_without_patches_draws_single_pixels(data):
-    data.start_editing(in_patches=False)
+    data.use_edit_rays(in_patches=False)
     _, batch = data.next_train(0)
     assert len(batch["image"]) == 600
     assert (batch["indices"][1:] - batch["indices"][:-1])[:, 1:].abs().max() > 1
@@ -245,7 +245,7 @@ def test_patches_that_do_not_fit_are_refused(ring_scene, options):
         "Patches of .* pixels do not fit views of 40x32 and .* rays: lower --pipeline.datamanager.edit-patch-size or"
     )
     with pytest.raises(WysError, match=sentence):
-        data.start_editing(in_patches=True)
+        data.use_edit_rays(in_patches=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- relevance maps
@@ -254,22 +254,23 @@ def test_patches_that_do_not_fit_are_refused(ring_scene, options):
 @pytest.mark.parametrize("over", ["view", "scene"])
 def test_relevance_maps_are_those_of_the_captured_views(data, editor, tmp_path, over):
     data.set_view(3, torch.zeros(HEIGHT, WIDTH, 3))  # what is edited has no say
-    data.make_relevance_maps(editor, request(draws=2), over, 4.0, tmp_path, batch_size=4)
+    data.make_relevance_maps(editor, request(num_samples=2), over, 4.0, tmp_path, batch_size=4)
     seeds = [edit_seed(3, -1 - view) for view in range(data.num_views)]
     raw = relevance_maps(
-        editor, data.captured_views(range(data.num_views)), "make it red", draws=2, seeds=seeds, batch_size=4
+        editor, data.captured_views(range(data.num_views)), "make it red", num_samples=2, seeds=seeds, batch_size=4
     )
     wanted = relevance.resize(relevance.normalize(torch.cat(list(raw)), over, 4.0), HEIGHT, WIDTH)
     for view, name in enumerate(data.view_names):
         torch.testing.assert_close(data.relevance_of(view), wanted[view], atol=1e-5, rtol=0)
         assert torch.equal(
-            read_png(tmp_path / f"{name}.png"), torch.from_numpy(to_uint8(heat(data.relevance_of(view)))) / 255
+            read_png(tmp_path / f"{name}.png"),
+            torch.from_numpy(to_uint8(apply_colormap(data.relevance_of(view)))) / 255,
         )
 
 
 def test_found_maps_are_the_ones_that_are_used(data, editor, tmp_path):
     raw = torch.rand(data.num_views, 4, 5) ** 8  # that no editor would make, with outliers
-    keep_maps(tmp_path, request(), data.view_names, raw)
+    save_maps(tmp_path, request(), data.view_names, raw)
     data.make_relevance_maps(editor, request(), "view", 1.5, tmp_path, batch_size=4)
     wanted = relevance.resize(relevance.normalize(raw), HEIGHT, WIDTH)
     torch.testing.assert_close(torch.stack([data.relevance_of(i) for i in range(data.num_views)]), wanted)
@@ -301,16 +302,16 @@ def test_editing_views_puts_the_editors_pictures_in_place(data, editor):
 def test_a_picture_of_every_edited_view_is_written_and_of_no_other(data, tmp_path):
     for view in (2, 9):
         data.set_view(view, torch.rand(HEIGHT, WIDTH, 3))
-    data.save_edits(tmp_path / "edits")
+    data.write_edited_views(tmp_path / "edits")
     names = [data.view_names[view] for view in (2, 9)]
     assert sorted(path.stem for path in (tmp_path / "edits").iterdir()) == sorted(names)
     for name, view in zip(names, data.current_views([2, 9])):
         assert torch.equal(read_png(tmp_path / "edits" / f"{name}.png"), view)
     data.start_from_current()
-    data.save_edits(tmp_path / "edits")
+    data.write_edited_views(tmp_path / "edits")
     assert len(list((tmp_path / "reference").iterdir())) == data.num_views
     data.start_from_captured()
-    data.save_edits(tmp_path / "edits")
+    data.write_edited_views(tmp_path / "edits")
     assert list((tmp_path / "edits").iterdir()) == [] and not (tmp_path / "reference").exists()
 
 
@@ -328,7 +329,7 @@ def test_the_views_state_comes_back_bit_for_bit(data, ring_scene, tmp_path, on_t
     assert resumed.edited_views == {2, 9}
     assert torch.equal(resumed.current_views(everything), data.current_views(everything))
     assert torch.equal(resumed.reference_views(everything), data.reference_views(everything))
-    assert resumed.reference_digest() == data.reference_digest() and bool(data.reference_digest()) == on_top
+    assert resumed.reference_hash() == data.reference_hash() and bool(data.reference_hash()) == on_top
 
 
 @pytest.mark.parametrize("change", [{"size": [16, 20]}, {"names": ["a", "b"]}])

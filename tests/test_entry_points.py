@@ -19,7 +19,7 @@ from PIL import Image
 from scripts import run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from wys_nerfstudio.checkpoint import find_checkpoint, read_checkpoint, register_safe_globals
+from wys_nerfstudio.training.checkpoint import find_checkpoint, read_checkpoint, register_safe_globals
 
 register_safe_globals()
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("torch_home")]
@@ -67,7 +67,7 @@ def finished_run(ring_scene: Path, editor_folder: Path, tmp_path_factory: pytest
     output = tmp_path_factory.mktemp("finished")
     done = train("wys-tiny", ring_scene, output, *SMALL_MODEL, *SHORT, "--instruction", "make the ball blue",
                  "--editor", editor_folder, "--pipeline.edit-every=5", "--mask-threshold=0.3",
-                 "--pipeline.edit-count=2", "--pipeline.clip", "None")  # fmt: skip
+                 "--pipeline.edit-count=2", "--pipeline.clip-model", "None")  # fmt: skip
     assert [f"Phase: {phase}." in done.stdout for phase in ("reconstruct", "localize", "edit")] == [True] * 3
     return the_run(output)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from test_entry_points import QUIET, SHORT, SMALL_MODEL, command, records, the_run, train, weights
 from test_readme import TEXT, commands
 
-from wys_nerfstudio.checkpoint import read_checkpoint
+from wys_nerfstudio.training.checkpoint import read_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("torch_home")]
 

@@ -147,10 +147,10 @@ def test_the_shown_views_appearance_is_the_one_that_training_uses():
     trained = rgb_of(field, samples(view=3))
     field.eval()
     average = rgb_of(field, samples(view=3))
-    field.shown_view = 3
+    field.appearance_index = 3
     torch.testing.assert_close(rgb_of(field, samples(view=0)), trained)
     assert not torch.allclose(average, trained, atol=1e-4)
-    field.shown_view = None
+    field.appearance_index = None
     assert torch.equal(rgb_of(field, samples(view=3)), average)
 
 

@@ -13,7 +13,7 @@ from nerfstudio.model_components.renderers import RGBRenderer
 from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
 
 from wys_nerfstudio.model import WysModel, WysModelConfig
-from wys_nerfstudio.schedule import Phase
+from wys_nerfstudio.training.schedule import Phase
 
 VIEWS = 4
 HEIGHT, WIDTH = 12, 16
@@ -186,7 +186,7 @@ def weighted_squares(pairs: list[tuple[float, float]], agreement: float) -> floa
 
 @pytest.mark.parametrize("agreement", [0.5, 0.9])
 def test_localisation_has_the_disagreement_with_the_maps_as_its_only_loss(agreement):
-    model = build(Phase.LOCALIZE, relevance_loss_mult=3.0, relevance_agreement=agreement).train()
+    model = build(Phase.LOCALIZE, relevance_loss_mult=3.0, relevance_expectile=agreement).train()
     data = batch()
     torch.manual_seed(1)
     outputs = model(rays())
@@ -209,7 +209,7 @@ def test_edited_views_are_compared_by_their_absolute_difference():
 
 
 def test_while_views_are_edited_some_rays_train_the_relevance_head_as_all_do_in_localisation():
-    model, data = build(relevance_loss_mult=3.0, relevance_agreement=0.9).train(), batch()
+    model, data = build(relevance_loss_mult=3.0, relevance_expectile=0.9).train(), batch()
     torch.manual_seed(1)
     outputs = model(rays())
     model.phase = Phase.LOCALIZE
@@ -228,7 +228,7 @@ def test_edited_views_without_relevance_maps_have_no_relevance_loss():
 
 
 def test_the_perceptual_loss_sees_the_batch_as_patches(alexnet_file):
-    from wys_nerfstudio.perceptual import Lpips
+    from wys_nerfstudio.evaluation.lpips import Lpips
 
     model = build(lpips_loss_mult=2.0, lpips_weights=alexnet_file).train()
     data = {**batch(2 * 32 * 32), "patch_size": 32}
@@ -301,7 +301,7 @@ def test_in_eval_mode_rays_are_as_relevant_as_the_surface_or_the_air_before_it()
         seen = model(bundle)["relevance"]
         samples, weights, _ = model.proposal_sampler(bundle, density_fns=model.density_fns)
         weights = samples.get_weights(model.field.get_density(samples)[0])
-        air = model.field.air_relevance(samples, weights)
+        air = model.field.free_space_relevance(samples, weights)
     assert torch.equal(seen, torch.maximum(surface, air))
     assert (air > surface).any() and (air < surface).any()
     model.localized = False
@@ -379,17 +379,17 @@ def test_rendering_a_view_puts_the_mode_back(training):
     model.render_view(cameras(), 2)
     assert model.training is training
     assert all(module.training is training for module in (model.field, model.proposal_sampler))
-    assert model.field.shown_view is None
+    assert model.field.appearance_index is None
 
 
 def test_the_mode_is_put_back_after_an_error_too():
     model = build().train()
-    with pytest.raises(RuntimeError, match="on purpose"), model.as_view(1):
+    with pytest.raises(RuntimeError, match="on purpose"), model.eval_as_view(1):
         assert not model.training
-        assert model.field.shown_view == 1
+        assert model.field.appearance_index == 1
         raise RuntimeError("on purpose")
     assert model.training
-    assert model.field.shown_view is None
+    assert model.field.appearance_index is None
 
 
 def test_a_view_is_rendered_with_its_own_appearance_and_no_jitter():
@@ -503,7 +503,7 @@ def run_callbacks(model: WysModel, step: int) -> None:
 
 def test_trained_proposal_networks_start_past_their_warm_up():
     fresh, trained = build(), build()
-    trained.warmup_done = True
+    trained.proposals_pretrained = True
     for model in (fresh, trained):
         run_callbacks(model, 0)
     assert fresh.proposal_sampler._anneal == 0

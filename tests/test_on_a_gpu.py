@@ -12,7 +12,7 @@ from nerfstudio.scripts import train
 from nerfstudio.utils import writer
 from torch import nn
 
-from wys_nerfstudio.checkpoint import find_checkpoint, read_checkpoint, register_safe_globals
+from wys_nerfstudio.training.checkpoint import find_checkpoint, read_checkpoint, register_safe_globals
 
 register_safe_globals()
 

@@ -13,10 +13,10 @@ from nerfstudio.engine.callbacks import TrainingCallbackLocation
 
 from wys_nerfstudio import relevance
 from wys_nerfstudio.config import wys_tiny
-from wys_nerfstudio.metrics import psnr
-from wys_nerfstudio.pictures import read_png
-from wys_nerfstudio.schedule import Phase
+from wys_nerfstudio.evaluation.metrics import psnr
 from wys_nerfstudio.trainer import WysTrainer, WysTrainerConfig
+from wys_nerfstudio.training.schedule import Phase
+from wys_nerfstudio.utils.visualization import read_png
 
 
 def small_config(scene: Path, editor: Path, output: Path, **options) -> WysTrainerConfig:
@@ -123,22 +123,25 @@ def test_the_air_is_searched_from_where_the_views_were_taken(trained: WysTrainer
             step(trained, number)
     assert hull.known  # since editing began
     monkeypatch.setattr(type(hull), "known", False)
-    monkeypatch.setattr(hull, "carve", lambda *arguments: given.append(arguments))
-    monkeypatch.setattr(pipeline.config, "edit_long_side", 40)
-    state, peaks = data.relevance_state, torch.rand(data.num_views, 4, 5)
-    data.set_relevance(state[0], peaks)
+    monkeypatch.setattr(hull, "build", lambda *arguments: given.append(arguments))
+    monkeypatch.setattr(pipeline.config, "edit_resolution", 40)
+    state, unclamped_maps = data.relevance_state, torch.rand(data.num_views, 4, 5)
+    data.set_relevance(state[0], unclamped_maps)
     pipeline.edit_loop.carve_hull()
     data.set_relevance(*state)
     ((to_world, cameras, maps, found, depths),) = given
     places = torch.rand(9, 3)
     torch.testing.assert_close(model.field.to_unit_cube(to_world(places)), places, atol=1e-4, rtol=0)
     corrected = torch.cat(
-        [model.posed(data.train_dataset.cameras, view).camera_to_worlds for view in range(data.num_views)]
+        [
+            model.pose_corrected_camera(data.train_dataset.cameras, view).camera_to_worlds
+            for view in range(data.num_views)
+        ]
     )
     assert torch.equal(cameras.camera_to_worlds, corrected)
     assert not torch.equal(corrected, data.train_dataset.cameras.camera_to_worlds)
     assert torch.equal(maps, state[0])
-    assert torch.equal(found, relevance.resize(peaks, *data.view_size))
+    assert torch.equal(found, relevance.resize(unclamped_maps, *data.view_size))
     factor = pipeline.editor().latent_factor
     middle = slice(factor // 2, None, factor)
     for view in (0, 5):
@@ -157,16 +160,16 @@ def test_the_air_is_searched_when_editing_begins_and_anew_for_another_instructio
     trainer = build_trainer(small_config(ring_scene, editor_folder, tmp_path, reconstruct_steps=0, localize_steps=1))
     pipeline, hull = trainer.pipeline, trainer.pipeline.scene_model.field.relevance_hull
     with trainer.train_lock:
-        pipeline.enter(Phase.LOCALIZE)
+        pipeline.enter_phase(Phase.LOCALIZE)
         assert not hull.known  # the relevance head has not learned yet what surfaces explain
-        pipeline.enter(Phase.EDIT)
+        pipeline.enter_phase(Phase.EDIT)
         assert hull.known
         hull.relevance.fill_(0.25)
-        pipeline.enter(Phase.EDIT)  # as a resumed run does, whose scene is not as captured any more
+        pipeline.enter_phase(Phase.EDIT)  # as a resumed run does, whose scene is not as captured any more
         assert bool((hull.relevance == 0.25).all())
         pipeline.apply("make the ball red", on_top=False, step=5)
         assert not hull.known
-        pipeline.enter(Phase.EDIT)
+        pipeline.enter_phase(Phase.EDIT)
         assert hull.known and not bool((hull.relevance == 0.25).all())
 
 
@@ -176,7 +179,7 @@ def test_nothing_is_searched_where_edits_are_not_confined(
     options = {"reconstruct_steps": 0, "localization": "none"}
     trainer = build_trainer(small_config(ring_scene, editor_folder, tmp_path, **options))
     with trainer.train_lock:
-        trainer.pipeline.enter(Phase.EDIT)
+        trainer.pipeline.enter_phase(Phase.EDIT)
     assert not trainer.pipeline.scene_model.field.relevance_hull.known
 
 
@@ -197,7 +200,7 @@ def test_edits_are_the_same_whatever_was_drawn_before(ring_scene: Path, editor_f
         options = {"reconstruct_steps": 0, "localize_steps": 1, "mask_threshold": 0.0, "seed": 5}
         trainer = build_trainer(small_config(ring_scene, editor_folder, tmp_path / str(run), **options))
         with trainer.train_lock:
-            trainer.pipeline.enter(Phase.EDIT)
+            trainer.pipeline.enter_phase(Phase.EDIT)
         torch.rand(run * 100)
         trainer.pipeline.edit_loop.edit(1, trainer.base_dir / "wys")
         (view,) = trainer.pipeline.datamanager.edited_views
@@ -212,7 +215,7 @@ def test_an_edit_begins_as_if_the_whole_view_had_been_rendered(
     """Mask and colours within it are those of the whole picture; beyond its margin the view is as captured."""
     pipeline = trained.pipeline
     model, data, options, view = pipeline.scene_model, pipeline.datamanager, pipeline.config, 3
-    given = {"localization": localization, "mask_threshold": 0.5, "edit_long_side": 40}
+    given = {"localization": localization, "mask_threshold": 0.5, "edit_resolution": 40}
     for name, value in given.items():
         monkeypatch.setattr(options, name, value)
     monkeypatch.setattr(model, "localized", localization != "none")
@@ -234,7 +237,7 @@ def test_an_edit_begins_as_if_the_whole_view_had_been_rendered(
     monkeypatch.setitem(data.cached_batch, "relevance", maps)
 
     computed.clear()
-    start = pipeline.edit_loop.start_of(view)
+    start = pipeline.edit_loop.prepare_edit(view)
     assert torch.equal(start.mask, wanted) and wanted.any()
     torch.testing.assert_close(start.rgb[wanted], whole["rgb"][wanted], atol=1e-5, rtol=0)
     torch.testing.assert_close(start.relevance[wanted], whole["relevance_value"][..., 0][wanted], atol=1e-5, rtol=0)
@@ -244,11 +247,11 @@ def test_an_edit_begins_as_if_the_whole_view_had_been_rendered(
     assert (localization == "none") == (sum(computed) > pixels)
 
 
-@pytest.mark.parametrize(("long_side", "rendered"), [(24, (16, 24)), (40, (32, 40)), (80, (32, 40))])
+@pytest.mark.parametrize(("resolution", "rendered"), [(24, (16, 24)), (40, (32, 40)), (80, (32, 40))])
 def test_edits_start_from_renders_no_finer_than_they_are_made(
-    ring_scene: Path, editor_folder: Path, tmp_path: Path, long_side: int, rendered: tuple[int, int]
+    ring_scene: Path, editor_folder: Path, tmp_path: Path, resolution: int, rendered: tuple[int, int]
 ) -> None:
-    options = {"edit_long_side": long_side, "reconstruct_steps": 0, "localization": "relevance-map"}
+    options = {"edit_resolution": resolution, "reconstruct_steps": 0, "localization": "relevance-map"}
     trainer = build_trainer(small_config(ring_scene, editor_folder, tmp_path, **options))
     data, sizes = trainer.pipeline.datamanager, []
     edited = data.edited
@@ -259,8 +262,8 @@ def test_edits_start_from_renders_no_finer_than_they_are_made(
 
     data.edited = watched
     with trainer.train_lock:
-        trainer.pipeline.enter(Phase.LOCALIZE)
-        trainer.pipeline.enter(Phase.EDIT)
+        trainer.pipeline.enter_phase(Phase.LOCALIZE)
+        trainer.pipeline.enter_phase(Phase.EDIT)
     trainer.pipeline.edit_loop.edit(1, trainer.base_dir / "wys")
     (view,) = data.edited_views
     assert sizes == [rendered] and data.view_size == (32, 40)
@@ -272,7 +275,7 @@ def test_edits_start_from_renders_no_finer_than_they_are_made(
 def test_the_viewer_can_draw_while_relevance_maps_are_made(
     ring_scene: Path, editor_folder: Path, tmp_path: Path
 ) -> None:
-    trainer = build_trainer(small_config(ring_scene, editor_folder, tmp_path, editor_batch_size=1))
+    trainer = build_trainer(small_config(ring_scene, editor_folder, tmp_path, relevance_batch_size=1))
     made, drawn = [], []
 
     def draw() -> None:
@@ -288,7 +291,7 @@ def test_the_viewer_can_draw_while_relevance_maps_are_made(
 
     trainer.pipeline.report = report
     with trainer.train_lock:
-        trainer.pipeline.enter(Phase.LOCALIZE)
+        trainer.pipeline.enter_phase(Phase.LOCALIZE)
         assert drawn and drawn[0] < len(made) == trainer.pipeline.datamanager.num_views
     viewer.join()
 

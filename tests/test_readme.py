@@ -17,7 +17,7 @@ from nerfstudio.utils import install_checks
 from readme_tables import README, ROOT, with_tables
 
 import wys_nerfstudio
-from wys_nerfstudio import cli
+from wys_nerfstudio.cli import main
 
 TEXT = README.read_text("utf8")
 PARSERS: dict[str, Any] = {
@@ -27,7 +27,7 @@ PARSERS: dict[str, Any] = {
     "ns-export": exporter.Commands,
     "ns-viewer": tyro.conf.FlagConversionOff[run_viewer.RunViewer],
     "ns-process-data": process_data.Commands,
-    "wys": cli.Command,
+    "wys": main.Command,
 }
 
 

@@ -29,28 +29,28 @@ ELSEWHERE = {
     "pytest -m slow": (".ci/run", "pytest -m slow"),
     "bash .ci/run": (".ci/run", "set -euo"),
     "ns-process-data": ("tests/test_entry_points_of_data.py", "test_photographs_become_a_scene"),
-    "ns-train wys --help": ("tests/test_cli.py", "test_help_shows_every_option"),
+    "ns-train wys --help": ("tests/cli/test_cli.py", "test_help_shows_every_option"),
     'ns-train wys --data s --instruction "..." colmap': ("tests/test_entry_points_of_data.py", "colmap"),
     "ns-train nerfacto --help": ("tests/test_benchmarks.py", "startup.main"),
-    "--machine.num-devices 2": ("tests/test_rank_runs.py", "ranks"),
+    "--machine.num-devices 2": ("tests/training/test_distributed_runs.py", "ranks"),
     "ns-viewer": ("tests/test_entry_points.py", "test_viewer_serves_a_finished_run"),
-    "wys edit-image --help": ("tests/test_cli.py", "test_wys_command_lists_its_subcommands"),
+    "wys edit-image --help": ("tests/cli/test_cli.py", "test_wys_command_lists_its_subcommands"),
     "wys compare": ("tests/test_entry_points.py", "test_compare_puts_runs_beside_each_other"),
     "wys ablate": ("tests/demo/test_ablations.py", "test_all_variants_are_run"),
     "python -m wys_nerfstudio.demo.sds_sheet": ("tests/demo/test_sds_sheet.py", "sds_sheet.main"),
     **{
         f"python tests/benchmarks/{name}.py": ("tests/test_benchmarks.py", f"{name}.main(")
-        for name in "compat edit_phase field localization memory mutations scale speed startup".split()
+        for name in "compat edit_phase field localization memory scale speed startup".split()
     },
     "python tests/readme_tables.py": ("tests/test_readme.py", "with_tables(TEXT)"),
-    "python tests/benchmarks/kills.py": ("tests/test_endings.py", '"kills.py"'),
+    "python tests/benchmarks/kills.py": ("tests/training/test_interrupts.py", '"kills.py"'),
     "python tests/benchmarks/soak.py": ("tests/test_soak.py", "= soak("),
 }
 """Where a command is run that is not run here: how it begins or what is in it, a file, and a word of that."""
 
 SHORT = """
     --mask-threshold 0.2 --pipeline.reconstruct-steps 3 --pipeline.localize-steps 2 --pipeline.edit-steps 3
-    --pipeline.edit-every 2 --pipeline.diffusion-steps 2 --pipeline.relevance-draws 1
+    --pipeline.edit-every 2 --pipeline.diffusion-steps 2 --pipeline.relevance-num-samples 1
     --pipeline.datamanager.train-num-rays-per-batch 64 --pipeline.datamanager.edit-num-rays-per-batch 1024
     --pipeline.model.num-nerf-samples-per-ray 4
     --pipeline.model.log2-hashmap-size 10
@@ -69,7 +69,7 @@ SHORTER = {
     "wys demo ": ["--recipe", "short.yaml"],
     "wys demo-pictures": ["--count", "1"],
     "wys edit-image": ["--diffusion-steps", "2"],
-    "wys sweep": ["--diffusion-steps", "2", "--relevance-draws", "1"],
+    "wys sweep": ["--diffusion-steps", "2", "--relevance-num-samples", "1"],
 }
 """What is added to a command that begins so."""
 LEFT = """

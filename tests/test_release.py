@@ -17,8 +17,10 @@ PACKAGE = ROOT / "wys_nerfstudio"
 
 
 def shipped() -> set[str]:
-    """Every file of the package, data included."""
+    """Every file of the package, data included, but for the training of the embedded networks."""
+    training = PACKAGE / "demo" / "training"
     files = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    files = [path for path in files if training not in path.parents]
     return {path.relative_to(ROOT).as_posix() for path in files}
 
 

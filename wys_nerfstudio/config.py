@@ -9,12 +9,12 @@ from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.engine.schedulers import ExponentialDecaySchedulerConfig
 from nerfstudio.plugins.types import MethodSpecification
 
-from wys_nerfstudio.checkpoint import register_safe_globals
 from wys_nerfstudio.datamanager import WysDataManagerConfig
 from wys_nerfstudio.editing.loading import EMBEDDED
 from wys_nerfstudio.model import WysModelConfig
 from wys_nerfstudio.pipeline import WysPipelineConfig
 from wys_nerfstudio.trainer import WysTrainerConfig
+from wys_nerfstudio.training.checkpoint import register_safe_globals
 
 # Every ns-* command imports this module, so all of them can read checkpoints again.
 register_safe_globals()
@@ -68,7 +68,7 @@ wys_small = MethodSpecification(
             edit_num_rays_per_batch=4096,
             images_on_gpu=False,
         ),
-        editor_batch_size=1,
+        relevance_batch_size=1,
     ),
     description="Watch Your Steps for small GPUs: the same field and edits, fewer rays at once, views in main memory.",
 )
@@ -113,23 +113,23 @@ wys_tiny = MethodSpecification(
                 far_plane=100.0,
                 camera_optimizer=CameraOptimizerConfig(mode="off"),
                 # The demo editor's maps are clean: they need no second opinion and, below, no clamp.
-                relevance_agreement=0.5,
+                relevance_expectile=0.5,
                 lpips_loss_mult=0.0,
             ),
             editor=EMBEDDED,
-            clip=EMBEDDED,
+            clip_model=EMBEDDED,
             # Chosen on validation scenes of the toy world; clamping clean maps would only widen them.
             guidance_scale=1.0,
             image_guidance_scale=1.0,
             mask_threshold=0.35,
             relevance_outlier_factor=1000.0,
-            relevance_draws=4,
+            relevance_num_samples=4,
             diffusion_steps=4,
             reconstruct_steps=800,
             localize_steps=400,
             edit_steps=600,
             edit_every=5,
-            min_noise_level=0.5,
+            min_strength=0.5,
         ),
         # Not lower at the end: in 600 steps of editing, what is added would get its shape but not its colour.
         optimizers=_optimizers(final_lr=3e-3, decay_steps=1800),

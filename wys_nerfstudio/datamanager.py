@@ -26,14 +26,14 @@ from rich.progress import track
 from torch import Tensor
 
 from wys_nerfstudio import relevance
-from wys_nerfstudio.capture import check_picture
 from wys_nerfstudio.editing import Editor, EditSettings, edit_images, relevance_maps
-from wys_nerfstudio.errors import WysError
-from wys_nerfstudio.pictures import heat, to_uint8, write_png
-from wys_nerfstudio.quiet import ignore_warnings
-from wys_nerfstudio.ranks import first_only, from_first, gather, share
-from wys_nerfstudio.relevance_files import RelevanceRequest, find_maps, keep_maps
-from wys_nerfstudio.schedule import edit_seed
+from wys_nerfstudio.editing.sampling import edit_seed
+from wys_nerfstudio.relevance.cache import RelevanceRequest, find_maps, save_maps
+from wys_nerfstudio.training.distributed import broadcast_from_main, gather, main_process_only, shard
+from wys_nerfstudio.utils.data_checks import check_image
+from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.log_filters import ignore_warnings
+from wys_nerfstudio.utils.visualization import apply_colormap, to_uint8, write_png
 
 REFERENCE_VIEWS = "reference"
 """Folder, beside the edited views, of what edits start from if that is not the captured views."""
@@ -72,7 +72,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         # What nerfstudio's parsers make of data that they cannot read.
         except (AssertionError, LookupError, TypeError, ValueError, OSError, RuntimeError) as error:
             for path in getattr(getattr(self, "train_dataset", None), "image_filenames", []):
-                check_picture(path, "the capture", whole=True)
+                check_image(path, "the capture", whole=True)
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise WysError(
                 f'The data at "{config.data}" cannot be read ({type(error).__name__}: {first_line}): check them with another '
@@ -150,8 +150,8 @@ class WysDataManager(VanillaDataManager[InputDataset]):
 
     # -------------------------------------------------------------------------------------------------- ray batches
 
-    def start_editing(self, in_patches: bool) -> None:
-        """From now on ray batches have the edit phase's size; `stop_editing` goes back.
+    def use_edit_rays(self, in_patches: bool) -> None:
+        """From now on ray batches have the edit phase's size; `use_reconstruction_rays` goes back.
 
         Args:
             in_patches: Whether rays come in square patches, as the perceptual loss needs them.
@@ -168,7 +168,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             )
         self.train_pixel_sampler = PatchPixelSamplerConfig(patch_size=side).setup(num_rays_per_batch=rays)
 
-    def stop_editing(self) -> None:
+    def use_reconstruction_rays(self) -> None:
         """From now on ray batches have reconstruction's size again."""
         self.train_pixel_sampler = self._get_pixel_sampler(self.train_dataset, self.config.train_num_rays_per_batch)
 
@@ -201,9 +201,9 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             batch_size: Views per pass of the UNet.
             report: Called with the number of maps that this rank has made, and has to make.
         """
-        raw = from_first(lambda: find_maps(folder, request, self.view_names))
+        raw = broadcast_from_main(lambda: find_maps(folder, request, self.view_names))
         if raw is None:
-            mine = share(range(self.num_views))
+            mine = shard(range(self.num_views))
             parts = self._raw_maps(editor, mine, request, batch_size)
             batches = -(-len(mine) // batch_size)
             bar = track(parts, description="Relevance maps of the views", total=batches, console=CONSOLE)
@@ -213,10 +213,10 @@ class WysDataManager(VanillaDataManager[InputDataset]):
                 report(len(made), len(mine))
             by_view = dict(pair for pairs in gather(list(zip(mine, made))) for pair in pairs)
             raw = torch.stack([by_view[view] for view in range(self.num_views)])
-            keep_maps(folder, request, self.view_names, raw)
-        maps = relevance.at_pixels(raw, *self.view_size, normalization, outlier_factor)
+            main_process_only(save_maps)(folder, request, self.view_names, raw)
+        maps = relevance.upsample(raw, *self.view_size, normalization, outlier_factor)
         for name, view_map in zip(self.view_names, maps):
-            write_png(folder / f"{name}.png", heat(view_map))
+            main_process_only(write_png)(folder / f"{name}.png", apply_colormap(view_map))
         self.set_relevance(maps, relevance.normalize(raw, normalization, outlier_factor=None))
 
     def relevance_map(
@@ -231,7 +231,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             outlier_factor: As in `relevance.normalize`.
         """
         raw = torch.cat(list(self._raw_maps(editor, [view], request, batch_size=1)))
-        return relevance.at_pixels(raw, *self.view_size, "view", outlier_factor)[0]
+        return relevance.upsample(raw, *self.view_size, "view", outlier_factor)[0]
 
     def _raw_maps(
         self, editor: Editor, views: Sequence[int], request: RelevanceRequest, batch_size: int
@@ -241,13 +241,15 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             self.reference_views(views),
             request.instruction,
             noise_level=request.noise_level,
-            draws=request.draws,
+            num_samples=request.num_samples,
             seeds=[edit_seed(request.seed, -1 - view) for view in views],
-            long_side=request.long_side,
+            resolution=request.resolution,
             batch_size=batch_size,
         )
 
-    def set_relevance(self, maps: Float[Tensor, "n h w"], peaks: Optional[Float[Tensor, "n mh mw"]] = None) -> None:
+    def set_relevance(
+        self, maps: Float[Tensor, "n h w"], unclamped_maps: Optional[Float[Tensor, "n mh mw"]] = None
+    ) -> None:
         """Gives every view its relevance map.
 
         Args:
@@ -255,12 +257,14 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             peaks: The same before outliers were clamped, of any size; by default the maps.
         """
         self.cached_batch["relevance"] = maps[..., None].to(self.cached_batch["image"])
-        self._peaks = (maps if peaks is None else peaks).to(self.cached_batch["image"])
+        self._unclamped_maps = (maps if unclamped_maps is None else unclamped_maps).to(self.cached_batch["image"])
 
     @property
     def relevance_state(self) -> Optional[tuple[Float[Tensor, "n h w"], Float[Tensor, "n mh mw"]]]:
         """What `set_relevance` was given; None without."""
-        return (self.cached_batch["relevance"][..., 0], self._peaks) if "relevance" in self.cached_batch else None
+        return (
+            (self.cached_batch["relevance"][..., 0], self._unclamped_maps) if "relevance" in self.cached_batch else None
+        )
 
     def relevance_of(self, view: int) -> Float[Tensor, "h w"]:
         """The relevance map of a view."""
@@ -314,7 +318,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         self.cached_batch["image"][view] = pixels.float() / 255
         self.edited_views.add(view)
 
-    def reference_digest(self) -> str:
+    def reference_hash(self) -> str:
         """Short digest of the reference views; empty if these are the captured ones."""
         if self._reference is self._captured:
             return ""
@@ -362,8 +366,8 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         """Takes the views as they are now for the reference of the edits to come."""
         self._reference = torch.from_numpy(to_uint8(self.cached_batch["image"])).to(self._captured.device)
 
-    @first_only
-    def save_edits(self, folder: Path) -> None:
+    @main_process_only
+    def write_edited_views(self, folder: Path) -> None:
         """Writes every edited view as it is now, and removes what an undone edit left."""
         for view, name in enumerate(self.view_names):
             if view in self.edited_views:

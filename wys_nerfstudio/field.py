@@ -19,7 +19,7 @@ from nerfstudio.fields.base_field import get_normalized_directions
 from nerfstudio.fields.nerfacto_field import NerfactoField
 from torch import Tensor, nn
 
-from wys_nerfstudio.hull import RelevanceHull, free_space
+from wys_nerfstudio.relevance.visual_hull import RelevanceHull, free_space
 
 RelevanceInput = Literal["geometry", "geometry+position", "hashgrid"]
 
@@ -65,7 +65,7 @@ class WysField(NerfactoField):
             implementation="torch",
         )
         self.relevance_hull = RelevanceHull()
-        self.shown_view: Optional[int] = None
+        self.appearance_index: Optional[int] = None
         """Training view whose appearance is rendered in eval mode; None is the average appearance."""
 
     def relevance_parameters(self) -> list[nn.Parameter]:
@@ -105,7 +105,7 @@ class WysField(NerfactoField):
             inputs = self.mlp_base.model[0](positions).detach()
         return self.mlp_relevance(inputs).view(*some.shape[:-1], 1)
 
-    def air_relevance(
+    def free_space_relevance(
         self, ray_samples: RaySamples, weights: Float[Tensor, "rays samples 1"]
     ) -> Float[Tensor, "rays 1"]:
         """The highest relevance in [0, 1] that rays pass before their first surface; below 0 if none is known.
@@ -158,8 +158,8 @@ class WysField(NerfactoField):
     def _appearance(self, camera_indices: Tensor, embedding: nn.Module) -> Tensor:
         if self.training:
             return embedding(camera_indices)
-        if self.shown_view is not None:
-            return embedding(torch.full((1,), self.shown_view, device=camera_indices.device))
+        if self.appearance_index is not None:
+            return embedding(torch.full((1,), self.appearance_index, device=camera_indices.device))
         if self.use_average_appearance_embedding:
             return embedding.mean(dim=0)  # type: ignore
         return torch.zeros(self.appearance_embedding_dim, device=camera_indices.device)

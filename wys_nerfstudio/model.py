@@ -26,11 +26,11 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-from wys_nerfstudio.encodings import speed_up_encodings
+from wys_nerfstudio.evaluation.lpips import Lpips, lpips_is_cached
 from wys_nerfstudio.field import RelevanceInput, WysField
-from wys_nerfstudio.perceptual import Lpips, lpips_is_cached
-from wys_nerfstudio.relevance import disagreement
-from wys_nerfstudio.schedule import Phase
+from wys_nerfstudio.relevance import expectile_loss
+from wys_nerfstudio.training.schedule import Phase
+from wys_nerfstudio.utils.encodings import use_fast_encodings
 
 RELEVANCE_RAYS = 4
 """While views are edited one ray in so many trains the relevance head, which has learned and must only keep up."""
@@ -46,7 +46,7 @@ class WysModelConfig(NerfactoModelConfig):
     grid's own features (torch backend only)."""
     relevance_loss_mult: float = 1.0
     """Weight of the relevance loss; it trains the relevance head and nothing else."""
-    relevance_agreement: float = 0.75
+    relevance_expectile: float = 0.75
     """Share of its views that must find a surface relevant before it is so by half; 0.5 takes the views' mean."""
     lpips_loss_mult: float = 1.0
     """Weight of the perceptual loss on edited views; 0 trains without it, and without its 233 MB of weights."""
@@ -86,7 +86,7 @@ class WysModel(NerfactoModel):
         )
         self.camera_optimizer = config.camera_optimizer.setup(num_cameras=self.num_train_data, device="cpu")
         self._build_proposals(contraction)
-        speed_up_encodings(self)
+        use_fast_encodings(self)
         # nerfstudio's own would render from 0 on in eval mode, through what no ray of this camera has ever trained.
         self.collider = NearFarCollider(config.near_plane, config.far_plane, reset_near_plane=False)
 
@@ -110,7 +110,7 @@ class WysModel(NerfactoModel):
         """tau of the `edit_mask` output; the pipeline sets it."""
         self.localized = True
         """Whether edits are confined at all; if not, everything is relevant."""
-        self.warmup_done = False
+        self.proposals_pretrained = False
         """Whether the proposal networks come trained, so that their annealing is over from the start."""
 
     def _build_proposals(self, contraction: Optional[SceneContraction]) -> None:
@@ -159,7 +159,7 @@ class WysModel(NerfactoModel):
     ) -> list[TrainingCallback]:
         """Nerfacto's callbacks for the proposal networks, past their warm-up if these come trained."""
         callbacks = super().get_training_callbacks(training_callback_attributes)
-        if self.warmup_done:
+        if self.proposals_pretrained:
             ahead = max(self.config.proposal_weights_anneal_max_num_iters, self.config.proposal_warmup)
             for callback in callbacks:
                 callback.func = partial(_call_ahead, callback.func, ahead)
@@ -227,7 +227,7 @@ class WysModel(NerfactoModel):
             outputs["expected_depth"] = self.renderer_expected_depth(weights=weights, ray_samples=samples)
             for i in range(self.config.num_proposal_iterations):
                 outputs[f"prop_depth_{i}"] = self.renderer_depth(weights=weights_list[i], ray_samples=samples_list[i])
-            relevant = torch.maximum(outputs["relevance"], self.field.air_relevance(samples, weights))
+            relevant = torch.maximum(outputs["relevance"], self.field.free_space_relevance(samples, weights))
             outputs["relevance"] = relevant if self.localized else torch.ones_like(relevant)
             outputs["relevance_overlay"] = self._overlay(outputs["rgb"], outputs["relevance"])
         return outputs
@@ -268,15 +268,15 @@ class WysModel(NerfactoModel):
         }
 
     @contextmanager
-    def as_view(self, view: int) -> Iterator[None]:
+    def eval_as_view(self, view: int) -> Iterator[None]:
         """Eval mode with the appearance of one training view; everything is put back afterwards."""
         was_training = self.training
         self.eval()
-        self.field.shown_view = view
+        self.field.appearance_index = view
         try:
             yield
         finally:
-            self.field.shown_view = None
+            self.field.appearance_index = None
             self.train(was_training)
 
     @torch.no_grad()
@@ -290,8 +290,8 @@ class WysModel(NerfactoModel):
         Returns:
             Every eval output, each (height, width, channels).
         """
-        with self.as_view(view):
-            return self.get_outputs_for_camera(self.posed(cameras, view))
+        with self.eval_as_view(view):
+            return self.get_outputs_for_camera(self.pose_corrected_camera(cameras, view))
 
     @torch.no_grad()
     def render_pixels(
@@ -307,8 +307,8 @@ class WysModel(NerfactoModel):
         Returns:
             Colours, relevance and depth (along the rays, median) of these pixels, row by row.
         """
-        with self.as_view(view):
-            camera = self.posed(cameras, view)
+        with self.eval_as_view(view):
+            camera = self.pose_corrected_camera(cameras, view)
             _resize(camera, *where.shape)
             coords = camera.get_image_coords().to(camera.device)[where.to(camera.device)]
             if not len(coords):
@@ -317,7 +317,7 @@ class WysModel(NerfactoModel):
             outputs = super().get_outputs_for_camera_ray_bundle(rays[:, None])  # one column of pixels
         return outputs["rgb"][:, 0], outputs["relevance"][:, 0, 0], outputs["depth"][:, 0, 0]
 
-    def posed(self, cameras: Cameras, view: int) -> Cameras:
+    def pose_corrected_camera(self, cameras: Cameras, view: int) -> Cameras:
         """One of the training cameras, with its learned pose correction."""
         camera = cameras[view : view + 1].to(self.device)
         camera.metadata = {"cam_idx": view}
@@ -344,7 +344,7 @@ class WysModel(NerfactoModel):
         if "relevance" in batch:
             every = 1 if self.phase is Phase.LOCALIZE else RELEVANCE_RAYS
             target = batch["relevance"][::every].to(self.device)
-            loss = disagreement(outputs["relevance"], target, self.config.relevance_agreement)
+            loss = expectile_loss(outputs["relevance"], target, self.config.relevance_expectile)
             losses["relevance_loss"] = self.config.relevance_loss_mult * loss
         if self.phase is Phase.LOCALIZE:
             return losses

@@ -18,25 +18,25 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from wys_nerfstudio import evaluation
-from wys_nerfstudio.beginnings import begin, take_over
-from wys_nerfstudio.capture import read_masks
-from wys_nerfstudio.checkpoint import CAPTURED_SCENE, model_state, read_checkpoint, run_folder
-from wys_nerfstudio.controls import Controls
 from wys_nerfstudio.datamanager import WysDataManager
-from wys_nerfstudio.devices import same_device
-from wys_nerfstudio.edit_loop import EditLoop
 from wys_nerfstudio.editing import Editor, load_editor
-from wys_nerfstudio.errors import WysError
-from wys_nerfstudio.files import write_tensors
-from wys_nerfstudio.history import History
+from wys_nerfstudio.evaluation import evaluate
+from wys_nerfstudio.evaluation.niqe import check_niqe
 from wys_nerfstudio.model import WysModel
-from wys_nerfstudio.niqe import check_niqe
-from wys_nerfstudio.options import Localization, WysOptions
-from wys_nerfstudio.ranks import gather, same_everywhere, with_averaged_gradients
-from wys_nerfstudio.run_state import STATE_KEY, RunState, random_states
-from wys_nerfstudio.schedule import Phase, Plan
-from wys_nerfstudio.warm_up import warm_up
+from wys_nerfstudio.training.checkpoint import CAPTURED_SCENE, model_state, read_checkpoint, run_folder
+from wys_nerfstudio.training.devices import same_device
+from wys_nerfstudio.training.distributed import broadcast_parameters, gather, main_process_only, wrap_ddp
+from wys_nerfstudio.training.edit_loop import EditLoop
+from wys_nerfstudio.training.history import History
+from wys_nerfstudio.training.lr_warmup import apply_lr_warmup
+from wys_nerfstudio.training.options import Localization, WysOptions
+from wys_nerfstudio.training.run_setup import copy_resumed_files, start_run
+from wys_nerfstudio.training.run_state import STATE_KEY, RunState, random_state
+from wys_nerfstudio.training.schedule import Phase, PhaseSchedule
+from wys_nerfstudio.utils.atomic_io import write_tensors
+from wys_nerfstudio.utils.data_checks import read_masks
+from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.viewer.panel import ViewerPanel
 
 
 @dataclass
@@ -75,7 +75,7 @@ class WysPipeline(VanillaPipeline):
         self.world_size = world_size
         if world_size > 1:
             # nerfstudio's own wrapping works on CUDA devices only.
-            self._model: Any = with_averaged_gradients(self.model)
+            self._model: Any = wrap_ddp(self.model)
         self.plan = config.plan()
         overlap = not same_device(self.editor_device, self.model.device)
         self.edit_loop = EditLoop(config, self.scene_model, self.datamanager, self.editor, overlap)
@@ -86,7 +86,7 @@ class WysPipeline(VanillaPipeline):
         """State of the run that is resumed; the trainer sets it."""
         self.report: Callable[[str], None] = lambda text: None
         """Told what long work has come to."""
-        self._warm_from = 0
+        self._lr_warmup_start = 0
         self._editor: Optional[Editor] = None
         self._phase: Optional[Phase] = None
         self._masks: Optional[Tensor] = None
@@ -94,7 +94,7 @@ class WysPipeline(VanillaPipeline):
         self._folder = Path()
         self._set_threshold(config.mask_threshold)
         self.scene_model.localized = config.localization != "none"
-        self.controls = Controls(
+        self.controls = ViewerPanel(
             config.instruction,
             config.live_settings(),
             [name for name in get_args(Localization) if name != "masks" or config.masks_dir is not None],
@@ -122,11 +122,11 @@ class WysPipeline(VanillaPipeline):
         self._optimizers = training_callback_attributes.optimizers
         self._train_lock = trainer.train_lock
         self._check_what_editing_needs()
-        self.scene_model.warmup_done = self.config.base_run is not None
+        self.scene_model.proposals_pretrained = self.config.base_run is not None
         if self.resumed is not None:
             self._resume(self.resumed)
         else:
-            self.history = begin(self.config, self._folder, self.scene_model, self.datamanager)
+            self.history = start_run(self.config, self._folder, self.scene_model, self.datamanager)
         callbacks = super().get_training_callbacks(training_callback_attributes)
         return [TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], self._before_step), *callbacks]
 
@@ -137,10 +137,10 @@ class WysPipeline(VanillaPipeline):
         if config.model.lpips_loss_mult > 0:
             self.scene_model.perceptual_distance()
             sampler = self.datamanager.train_pixel_sampler
-            self.datamanager.start_editing(in_patches=True)
+            self.datamanager.use_edit_rays(in_patches=True)
             self.datamanager.train_pixel_sampler = sampler
-        if config.niqe_parameters is not None:
-            check_niqe(config.niqe_parameters, *self.datamanager.view_size)
+        if config.niqe_params is not None:
+            check_niqe(config.niqe_params, *self.datamanager.view_size)
         if config.masks_dir is not None:
             pictures = self.datamanager.train_dataset.image_filenames
             self._masks = read_masks(config.masks_dir, pictures, *self.datamanager.view_size)
@@ -152,12 +152,12 @@ class WysPipeline(VanillaPipeline):
     def _resume(self, state: RunState) -> None:
         """Goes on with a run, in its own folder or in another."""
         assert self.config.resume_from is not None
-        take_over(state, run_folder(self.config.resume_from) / "wys", self._folder)
+        copy_resumed_files(state, run_folder(self.config.resume_from) / "wys", self._folder)
         self.history = History(self._folder, state.history)
         self.datamanager.set_state(state.views)
-        self.edit_loop.set_state(state.edits, state.made)
-        self._warm_from = state.warm_from
-        self.scene_model.warmup_done = state.warmup_done
+        self.edit_loop.set_state(state.edits, state.pending)
+        self._lr_warmup_start = state.lr_warmup_start
+        self.scene_model.proposals_pretrained = state.proposals_pretrained
         self.scene_model.set_sampler_state(state.sampler)
         CONSOLE.print(f"Resuming at step {state.step + 1} with {len(self.datamanager.edited_views)} edited views.")
 
@@ -180,11 +180,11 @@ class WysPipeline(VanillaPipeline):
     def _before_step(self, step: int) -> None:
         phase = self.plan.phase(step)
         if phase is not self._phase:
-            self.enter(phase)
+            self.enter_phase(phase)
         if phase is not Phase.EDIT:
             return
         assert self._optimizers is not None
-        warm_up(self._optimizers, step - self._warm_from)
+        apply_lr_warmup(self._optimizers, step - self._lr_warmup_start)
         if self.plan.edits_due(step, self.config.edit_every) and not self.edit_loop.paused:
             self.edit_loop.edit(step, self._folder)
 
@@ -193,18 +193,18 @@ class WysPipeline(VanillaPipeline):
         """The phase that the run is in; None before its first step, and right after an instruction was applied."""
         return self._phase
 
-    def enter(self, phase: Phase) -> None:
+    def enter_phase(self, phase: Phase) -> None:
         """Makes everything ready for a phase; relevance maps are made or found here. The caller holds the train lock."""
         CONSOLE.print(f"Phase: {phase.value}.")
         if phase is not Phase.RECONSTRUCT:
             self._prepare_relevance()
         if phase is Phase.EDIT:
             self.edit_loop.carve_hull()
-            self.datamanager.start_editing(in_patches=self.config.model.lpips_loss_mult > 0)
+            self.datamanager.use_edit_rays(in_patches=self.config.model.lpips_loss_mult > 0)
             self._keep_captured_scene()
-            self._warm_from = max(self._warm_from, self.plan.edit_start)
+            self._lr_warmup_start = max(self._lr_warmup_start, self.plan.edit_start)
         else:
-            self.datamanager.stop_editing()
+            self.datamanager.use_reconstruction_rays()
         self._phase = phase
         self.scene_model.phase = phase
 
@@ -213,6 +213,7 @@ class WysPipeline(VanillaPipeline):
         """Whether there is a captured scene to return to."""
         return (self._folder / CAPTURED_SCENE).is_file()
 
+    @main_process_only
     def _keep_captured_scene(self) -> None:
         """Keeps the scene as it is before the first edit, as a checkpoint that --base-run takes."""
         if not self.has_captured_scene:
@@ -227,11 +228,11 @@ class WysPipeline(VanillaPipeline):
             return
         self.datamanager.make_relevance_maps(
             self.editor(),
-            config.relevance_request(config.instruction, self.datamanager.reference_digest()),
+            config.relevance_request(config.instruction, self.datamanager.reference_hash()),
             config.relevance_normalization,
             config.relevance_outlier_factor,
             self._folder / "relevance",
-            config.editor_batch_size,
+            config.relevance_batch_size,
             self._maps_made,
         )
 
@@ -244,7 +245,7 @@ class WysPipeline(VanillaPipeline):
 
     # ------------------------------------------------------------------------------------- other instructions, and back
 
-    def change(self, name: str, value: Any) -> None:
+    def update_setting(self, name: str, value: Any) -> None:
         """Changes a live setting.
 
         Raises:
@@ -273,15 +274,15 @@ class WysPipeline(VanillaPipeline):
             step=step,
             plan=self.plan,
             edits=self.edit_loop.edits,
-            made=[vars(edit) for edit in self.edit_loop.made()],
+            pending=[vars(edit) for edit in self.edit_loop.pending()],
             settings={"instruction": self.config.instruction, **self.config.live_settings()},
-            asked=self.config.asked,
+            cli_settings=self.config.cli_settings,
             views=self.datamanager.state(),
             history=self.history.data(),
             sampler=self.scene_model.sampler_state(),
-            warm_from=self._warm_from,
-            warmup_done=self.scene_model.warmup_done,
-            random=gather(random_states()),
+            lr_warmup_start=self._lr_warmup_start,
+            proposals_pretrained=self.scene_model.proposals_pretrained,
+            random=gather(random_state()),
         )
 
     def snapshot(self, step: int) -> dict[str, Any]:
@@ -306,8 +307,8 @@ class WysPipeline(VanillaPipeline):
         self.scene_model.set_sampler_state(state.sampler)
         self.datamanager.set_state(state.views)
         plan = state.plan
-        self.plan = Plan(plan.reconstruct_steps + step - state.step, plan.localize_steps, plan.edit_steps)
-        self.edit_loop.set_state(state.edits, state.made)
+        self.plan = PhaseSchedule(plan.reconstruct_steps + step - state.step, plan.localize_steps, plan.edit_steps)
+        self.edit_loop.set_state(state.edits, state.pending)
         for name, value in state.settings.items():
             setattr(self.config, name, value)
         self.scene_model.mask_threshold = self.config.mask_threshold
@@ -339,7 +340,7 @@ class WysPipeline(VanillaPipeline):
             step: The step that has just been trained.
         """
         if on_top:
-            self.edit_loop.put_in_place(step + 1, self._folder)
+            self.edit_loop.commit(step + 1, self._folder)
             self.datamanager.start_from_current()
         else:
             self.reset(step)
@@ -347,17 +348,17 @@ class WysPipeline(VanillaPipeline):
         config.instruction = instruction
         self.datamanager.forget_relevance()
         self.scene_model.field.reset_relevance()
-        same_everywhere(self.scene_model.field)
+        broadcast_parameters(self.scene_model.field)
         self.scene_model.localized = config.localization != "none"
         localize = config.localize_steps if self.scene_model.localized else 0
-        self.plan = Plan(step + 1, localize, config.edit_steps)
+        self.plan = PhaseSchedule(step + 1, localize, config.edit_steps)
         self._start_over(step)
 
     def _start_over(self, step: int) -> None:
         assert self._optimizers is not None
         for optimizer in self._optimizers.optimizers.values():
             optimizer.state.clear()
-        self._warm_from = step + 1
+        self._lr_warmup_start = step + 1
         self._phase = None
 
     # ------------------------------------------------------------------------------------------------- evaluation
@@ -374,16 +375,16 @@ class WysPipeline(VanillaPipeline):
         results: dict[str, Any] = super().get_average_eval_image_metrics(step, output_path, get_std)
         if self.test_mode != "val":
             self.eval()
-            figures = evaluation.figures_of_scene(self.config, self.scene_model, self.datamanager)
-            views = evaluation.per_view(figures, self.datamanager.view_names)
-            results["edit"] = {"mean": evaluation.means(figures), "views": views}
+            figures = evaluate.evaluate_edit(self.config, self.scene_model, self.datamanager)
+            views = evaluate.per_view(figures, self.datamanager.view_names)
+            results["edit"] = {"mean": evaluate.means(figures), "views": views}
         return results
 
     # ------------------------------------------------------------------------------------------- the run's folder
 
     def write_pictures(self) -> None:
         """Writes edited views and history as they are now, for people: what is read again is in the checkpoint."""
-        self.datamanager.save_edits(self._folder / "edits")
+        self.datamanager.write_edited_views(self._folder / "edits")
         self.history.write()
 
     def finish(self, step: int) -> None:
@@ -392,7 +393,7 @@ class WysPipeline(VanillaPipeline):
         Args:
             step: The step that has just been trained.
         """
-        self.edit_loop.put_in_place(step + 1, self._folder)
+        self.edit_loop.commit(step + 1, self._folder)
         # The viewer draws from other threads, and a training view is rendered in that view's own appearance.
         with self._train_lock:
             self.edit_loop.write_contact_sheet(self._folder)

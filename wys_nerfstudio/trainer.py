@@ -19,25 +19,31 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from nerfstudio.utils.writer import EventName, TimeWriter
 from nerfstudio.viewer.viewer import Viewer
 
-from wys_nerfstudio.capture import check_capture
-from wys_nerfstudio.checkpoint import find_checkpoint, is_wys, keep_checkpoint, newest_checkpoint, read_checkpoint
-from wys_nerfstudio.devices import check_devices, choose_device
-from wys_nerfstudio.endings import (
-    INTERRUPTED,
-    Interrupts,
-    disk_errors_as_sentences,
-    errors_as_sentences,
-    how_to_resume,
-)
-from wys_nerfstudio.errors import WysError
-from wys_nerfstudio.files import write_text
-from wys_nerfstudio.options import refuse_nonsense
 from wys_nerfstudio.pipeline import WysPipeline, WysPipelineConfig
-from wys_nerfstudio.quiet import ignore_warnings
-from wys_nerfstudio.ranks import first_only, from_first, lost_ranks_as_sentences, rank
-from wys_nerfstudio.recipe import parse_with_recipe
-from wys_nerfstudio.run_state import STATE_KEY, RunState, set_random_states
-from wys_nerfstudio.steering import Steering
+from wys_nerfstudio.training.checkpoint import (
+    find_checkpoint,
+    is_wys,
+    newest_checkpoint,
+    read_checkpoint,
+    save_checkpoint_file,
+)
+from wys_nerfstudio.training.devices import check_devices, choose_device
+from wys_nerfstudio.training.distributed import broadcast_from_main, convert_lost_rank_errors, main_process_only, rank
+from wys_nerfstudio.training.interrupts import (
+    INTERRUPTED,
+    GracefulInterrupt,
+    convert_disk_errors,
+    exit_on_error,
+    resume_hint,
+)
+from wys_nerfstudio.training.options import validate_ranges
+from wys_nerfstudio.training.run_state import STATE_KEY, RunState, set_random_state
+from wys_nerfstudio.utils.atomic_io import write_text
+from wys_nerfstudio.utils.data_checks import check_capture
+from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.log_filters import ignore_warnings
+from wys_nerfstudio.utils.recipes import parse_with_recipe
+from wys_nerfstudio.viewer.commands import CommandHandler
 
 
 @dataclass
@@ -59,17 +65,17 @@ class WysTrainerConfig(TrainerConfig):
         their sentence and without a traceback.
         """
         ignore_warnings()
-        with errors_as_sentences():
+        with exit_on_error():
             self._resolve()
         super().set_timestamp()
-        with errors_as_sentences():
+        with exit_on_error():
             self._refuse_to_overwrite()
             self._refuse_nonsense()
 
     def save_config(self) -> None:
         """Writes config.yml, whole or not at all."""
         path = self.get_base_dir() / "config.yml"
-        with errors_as_sentences():
+        with exit_on_error():
             try:
                 write_text(path, yaml.dump(self))
             except OSError as error:
@@ -82,21 +88,21 @@ class WysTrainerConfig(TrainerConfig):
         resumed, folder = self.pipeline.resume_from, self.get_checkpoint_dir()
         if newest_checkpoint(folder) is not None and (resumed is None or resumed.parent.resolve() != folder.resolve()):
             raise WysError(
-                f'There is a run in "{self.get_base_dir()}" already: {how_to_resume(self.get_base_dir())[:-1]}, or leave out '
+                f'There is a run in "{self.get_base_dir()}" already: {resume_hint(self.get_base_dir())[:-1]}, or leave out '
                 "--timestamp to start another one."
             )
 
     def _refuse_nonsense(self) -> None:
         """Refuses numbers of nerfstudio's own options with which training cannot begin."""
-        refuse_nonsense("", self, {"max_num_iterations": 1, "steps_per_save": 0})
+        validate_ranges("", self, {"max_num_iterations": 1, "steps_per_save": 0})
         if not 0 <= self.machine.seed < 2**32:
             raise WysError(f"--machine.seed must be from 0 to {2**32 - 1}, not {self.machine.seed}.")
         check_devices(self.machine, self.pipeline.edit_count, self.pipeline.edit_every)
         for name, group in self.optimizers.items():
             flag = f"optimizers.{name.replace('_', '-')}"
-            refuse_nonsense(f"{flag}.optimizer.", group["optimizer"], {"lr": 0, "eps": 0, "max_norm": 0})
+            validate_ranges(f"{flag}.optimizer.", group["optimizer"], {"lr": 0, "eps": 0, "max_norm": 0})
             if group["scheduler"] is not None:
-                refuse_nonsense(f"{flag}.scheduler.", group["scheduler"], {"max_steps": 1, "lr_final": 0})
+                validate_ranges(f"{flag}.scheduler.", group["scheduler"], {"max_steps": 1, "lr_final": 0})
 
     def _resolve(self) -> None:
         if self.recipe is not None:
@@ -107,7 +113,7 @@ class WysTrainerConfig(TrainerConfig):
             if self.data is not None:
                 self.pipeline.datamanager.data = self.data
         self._take_prompt()
-        self.pipeline.asked = {"instruction": self.pipeline.instruction, **self.pipeline.live_settings()}
+        self.pipeline.cli_settings = {"instruction": self.pipeline.instruction, **self.pipeline.live_settings()}
         choose_device(self.method_name, self.machine, self.pipeline.model)
         resumed = self._take_load_dir()
         self.pipeline.check()
@@ -180,14 +186,14 @@ class WysTrainer(Trainer):
         """As nerfstudio's; what fails here fails before the first step."""
         CONSOLE.quiet = rank() > 0
         try:
-            with errors_as_sentences(), disk_errors_as_sentences(self.base_dir), lost_ranks_as_sentences():
+            with exit_on_error(), convert_disk_errors(self.base_dir), convert_lost_rank_errors():
                 super().setup(test_mode)
         except SystemExit:
-            self._leave_nothing()
+            self._remove_empty_run()
             raise
 
-    @first_only
-    def _leave_nothing(self) -> None:
+    @main_process_only
+    def _remove_empty_run(self) -> None:
         """Removes the folder of a run that did not begin, if nothing but its config.yml is in it."""
         if self.base_dir.is_dir() and [path.name for path in self.base_dir.iterdir()] == ["config.yml"]:
             (self.base_dir / "config.yml").unlink()
@@ -206,12 +212,12 @@ class WysTrainer(Trainer):
         self.step, self.last_step, self.stop_training = self._start_step - 1, self.config.max_num_iterations - 1, False
         self._paused = self._interrupted = self._stopped = False
         with (
-            errors_as_sentences(),
-            disk_errors_as_sentences(self.base_dir),
-            lost_ranks_as_sentences(),
-            Interrupts() as self._interrupts,
+            exit_on_error(),
+            convert_disk_errors(self.base_dir),
+            convert_lost_rank_errors(),
+            GracefulInterrupt() as self._interrupts,
         ):
-            self._steering = Steering(self)
+            self._steering = CommandHandler(self)
             if self._steering.was_reset:
                 self.last_step = self.step
             if self._left() <= 0:
@@ -221,7 +227,7 @@ class WysTrainer(Trainer):
             self._init_viewer_state()
             random = self.pipeline.resumed and self.pipeline.resumed.random_of_this_rank()
             if random is not None:
-                set_random_states(random)
+                set_random_state(random)
             self._listen()
             while self._left() > 0 and not self._stopped:
                 with TimeWriter(writer, EventName.TOTAL_TRAIN_TIME):
@@ -246,12 +252,12 @@ class WysTrainer(Trainer):
     def _listen(self) -> None:
         """Takes requests, and learns from the first rank, which has the viewer, what comes next."""
         self._steering.take_requests(self.step)
-        self._paused, self._interrupted, shut_down = from_first(
+        self._paused, self._interrupted, shut_down = broadcast_from_main(
             lambda: (self.training_state == "paused", self._interrupts.came, self.stop_training)
         )
         self._stopped = self._interrupted or shut_down
 
-    @first_only
+    @main_process_only
     def _save_transform(self) -> None:
         outputs = self.pipeline.datamanager.train_dataparser_outputs
         outputs.save_dataparser_transform(self.base_dir / "dataparser_transforms.json")
@@ -262,7 +268,7 @@ class WysTrainer(Trainer):
         sentence = "Stopped before the first step; there is nothing to save."
         if self.step > self._started:
             self.save_checkpoint(self.step)
-            sentence = f"Stopped after step {self.step}; {how_to_resume(self.base_dir)}"
+            sentence = f"Stopped after step {self.step}; {resume_hint(self.base_dir)}"
         if rank() == 0:
             print(f"wys: {sentence}", file=sys.stderr)
         raise SystemExit(INTERRUPTED)
@@ -310,11 +316,11 @@ class WysTrainer(Trainer):
     def _reopen(self) -> None:
         """Shows a finished run, so that other instructions can be applied to it."""
         with self.train_lock:
-            self.pipeline.enter(self.pipeline.plan.phase(self.step))
+            self.pipeline.enter_phase(self.pipeline.plan.phase(self.step))
         self._init_viewer_state()
         self._train_complete_viewer()
 
-    def run_until(self, steps: int, paused: bool = False) -> None:
+    def set_total_steps(self, steps: int, paused: bool = False) -> None:
         """Moves the run's end.
 
         Args:
@@ -384,11 +390,12 @@ class WysTrainer(Trainer):
             "scalers": self.grad_scaler.state_dict(),
             STATE_KEY: pipeline.run_state(step).data(),
         }
-        keep_checkpoint(self.checkpoint_dir, checkpoint, self.config.save_only_latest_checkpoint)
-        pipeline.history.tidy()
+        save_checkpoint_file(self.checkpoint_dir, checkpoint, self.config.save_only_latest_checkpoint)
+        pipeline.history.prune()
         if self._steering.changed:
             self._save_config()
 
+    @main_process_only
     def _save_config(self) -> None:
         """Writes config.yml again, so that whatever opens the run sees the settings that it ended with."""
         total, self.config.max_num_iterations = self.config.max_num_iterations, self.last_step + 1

@@ -28,9 +28,9 @@ from nerfstudio.field_components.encodings import HashEncoding
 from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
 
 from wys_nerfstudio.config import wys_tiny
-from wys_nerfstudio.encodings import speed_up_encodings
 from wys_nerfstudio.model import WysModel
-from wys_nerfstudio.schedule import Phase
+from wys_nerfstudio.training.schedule import Phase
+from wys_nerfstudio.utils.encodings import use_fast_encodings
 
 VIEWS = 44
 PLAIN, STOCK = "nerfacto", "nerfacto, nerfstudio's hash encoding"
@@ -63,7 +63,7 @@ def build(kind: str) -> NerfactoModel:
         with patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity"):
             model: NerfactoModel = NerfactoModelConfig(**{**known, "_target": NerfactoModel}).setup(**scene)
         if kind == PLAIN:
-            speed_up_encodings(model)
+            use_fast_encodings(model)
         return model
     wys: WysModel = tiny.setup(**scene)
     wys.phase = Phase(kind)
@@ -145,7 +145,7 @@ def encodings(options: Options) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     stock = HashEncoding(num_levels=8, max_res=512, log2_hashmap_size=15, implementation="torch").to(options.device)
     ours = copy.deepcopy(stock)
-    speed_up_encodings(ours)
+    use_fast_encodings(ours)
     ways: dict[str, Any] = {"nerfstudio's": stock, "this package's": ours}
     if options.compile:
         ways |= {f"{name}, compiled": torch.compile(encoding) for name, encoding in list(ways.items())}

@@ -32,12 +32,12 @@ import torchmetrics.image  # noqa: F401  as the editor below: once, for all fork
 from conftest import build_editor_folder, write_ring_scene
 from nerfstudio.scripts import train
 
-from wys_nerfstudio.checkpoint import read_checkpoint
-from wys_nerfstudio.controls import ON_TOP, Request
 from wys_nerfstudio.editing import Editor, load_editor
 from wys_nerfstudio.pipeline import WysPipeline
-from wys_nerfstudio.schedule import Phase
 from wys_nerfstudio.trainer import WysTrainer
+from wys_nerfstudio.training.checkpoint import read_checkpoint
+from wys_nerfstudio.training.schedule import Phase
+from wys_nerfstudio.viewer.panel import ON_TOP, ViewerCommand
 
 APPLIED_AT = 13
 """The step after which another instruction is applied on top."""
@@ -54,7 +54,7 @@ OPTIONS = [
     "--pipeline.edit-every=2",
     "--pipeline.edit-count=2",
     "--pipeline.diffusion-steps=3",
-    "--pipeline.relevance-draws=1",
+    "--pipeline.relevance-num-samples=1",
     "--pipeline.model.num-nerf-samples-per-ray=4",
     "--pipeline.model.num-proposal-samples-per-ray=8",
     "--pipeline.model.log2-hashmap-size=10",
@@ -92,7 +92,7 @@ class Moments:
     def install(self) -> None:
         """Puts events around what a run does."""
         fsync, replace, iteration, predict = os.fsync, os.replace, WysTrainer.train_iteration, Editor.predict_noise
-        enter = WysPipeline.enter
+        enter = WysPipeline.enter_phase
 
         def watched_fsync(descriptor: int) -> None:
             about = os.fstat(descriptor)
@@ -116,7 +116,7 @@ class Moments:
             result = iteration(trainer, step)
             self.happens("step ends")
             if step == APPLIED_AT:
-                trainer.pipeline.controls.requests.put(Request("apply", ON_TOP, "make the bear red"))
+                trainer.pipeline.controls.requests.put(ViewerCommand("apply", ON_TOP, "make the bear red"))
             return result
 
         def watched_predict(editor: Editor, *arguments: Any, **named: Any) -> Any:
@@ -125,7 +125,7 @@ class Moments:
 
         os.fsync, os.replace = watched_fsync, watched_replace  # type: ignore
         WysTrainer.train_iteration, Editor.predict_noise = watched_iteration, watched_predict  # type: ignore
-        WysPipeline.enter = watched_enter  # type: ignore
+        WysPipeline.enter_phase = watched_enter  # type: ignore
 
 
 def run(arguments: list[str], log: Path, kill_at: Optional[int] = None, kill_after: Optional[float] = None) -> int:

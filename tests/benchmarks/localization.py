@@ -19,14 +19,15 @@ import tyro
 from nerfstudio.cameras.rays import RayBundle
 
 from wys_nerfstudio import relevance
-from wys_nerfstudio.checkpoint import load_base
 from wys_nerfstudio.config import wys_tiny
 from wys_nerfstudio.editing import EMBEDDED, Editor, load_editor, relevance_maps
+from wys_nerfstudio.editing.sampling import edit_seed
+from wys_nerfstudio.evaluation.ground_truth import GroundTruth
+from wys_nerfstudio.evaluation.metrics import average_precision, intersection_over_union
 from wys_nerfstudio.field import RelevanceInput
-from wys_nerfstudio.metrics import average_precision, intersection_over_union
 from wys_nerfstudio.pipeline import WysPipeline
-from wys_nerfstudio.schedule import Phase, edit_seed
-from wys_nerfstudio.truth import Truth
+from wys_nerfstudio.training.checkpoint import load_base
+from wys_nerfstudio.training.schedule import Phase
 
 EDITS = ("panda", "polar-bear", "hat", "sunglasses", "ball-blue", "block-red")
 
@@ -47,7 +48,7 @@ class Options:
     """t_rel."""
     outlier_factor: float = wys_tiny.config.pipeline.relevance_outlier_factor  # type: ignore
     """Maps are clamped at Q3 + this many interquartile ranges."""
-    agreement: float = wys_tiny.config.pipeline.model.relevance_agreement  # type: ignore
+    agreement: float = wys_tiny.config.pipeline.model.relevance_expectile  # type: ignore
     """Share of its views that must find a surface relevant."""
     steps: int = wys_tiny.config.pipeline.localize_steps  # type: ignore
     """Training steps of the relevance head."""
@@ -69,7 +70,7 @@ def build(options: Options, relevance_input: RelevanceInput, seed: int) -> WysPi
     config.datamanager.data = options.scene
     config.editor = options.editor
     config.model.relevance_input = relevance_input
-    config.model.relevance_agreement = options.agreement
+    config.model.relevance_expectile = options.agreement
     torch.manual_seed(seed)
     pipeline = config.setup(device="cpu", test_mode="val")
     load_base(pipeline.scene_model, options.run)
@@ -83,7 +84,7 @@ def raw_maps(options: Options, editor: Editor, pipeline: WysPipeline, instructio
     images = torch.cat([data.captured_views(range(data.num_views)), torch.stack(held_out)])
     seeds = [edit_seed(seed, -1 - i) for i in range(len(images))]
     parts = relevance_maps(
-        editor, images, instruction, noise_level=options.noise_level, draws=options.draws, seeds=seeds
+        editor, images, instruction, noise_level=options.noise_level, num_samples=options.draws, seeds=seeds
     )
     return torch.cat(list(parts))
 
@@ -115,7 +116,7 @@ def field_renders(pipeline: WysPipeline) -> torch.Tensor:
     return torch.stack(renders)[..., 0]
 
 
-def figures(maps: torch.Tensor, truth: Truth, names: list[str]) -> dict[str, float]:
+def figures(maps: torch.Tensor, truth: GroundTruth, names: list[str]) -> dict[str, float]:
     """Mean figures of maps against true masks, over the views in which something changes."""
     masks = [truth.mask(name) for name in names]
     seen = [i for i, mask in enumerate(masks) if mask.any()]
@@ -135,7 +136,7 @@ def main(options: Options) -> None:
                 pipeline = build(options, variant, seed)
                 index = json.loads((options.scene / "ground_truth" / "edits.json").read_text("utf8"))
                 instruction = next(edit["instruction"] for edit in index if edit["slug"] == slug)
-                truth = Truth.find(options.scene, instruction)
+                truth = GroundTruth.find(options.scene, instruction)
                 assert truth is not None
                 data = pipeline.datamanager
                 names = [path.name for path in data.eval_dataset.image_filenames]
@@ -145,8 +146,8 @@ def main(options: Options) -> None:
                         relevance.normalize(raw, normalization, options.outlier_factor), *data.view_size
                     )
                     start = copy.deepcopy(pipeline.scene_model.field.mlp_relevance.state_dict())
-                    peaks = relevance.normalize(raw, normalization, outlier_factor=None)
-                    data.set_relevance(maps[: data.num_views], peaks[: data.num_views])
+                    unclamped_maps = relevance.normalize(raw, normalization, outlier_factor=None)
+                    data.set_relevance(maps[: data.num_views], unclamped_maps[: data.num_views])
                     train_head(pipeline, options.steps)
                     key = {"seed": seed, "edit": slug, "normalization": normalization}
                     rows.append({**key, "source": variant, **figures(field_renders(pipeline), truth, names)})

@@ -27,8 +27,8 @@ from torchvision.models import alexnet
 
 from wys_nerfstudio.editing import Editor, load_editor
 from wys_nerfstudio.pipeline import WysPipeline
-from wys_nerfstudio.schedule import Phase
 from wys_nerfstudio.trainer import WysTrainer, WysTrainerConfig
+from wys_nerfstudio.training.schedule import Phase
 
 
 @dataclass
@@ -75,13 +75,13 @@ def measure(method: str, scene: Path, options: Options) -> dict[str, float]:
     trainer: WysTrainer = config.setup(local_rank=0, world_size=1)
     trainer.setup()
     pipeline: WysPipeline = trainer.pipeline
-    peaks: dict[str, float] = {}
+    unclamped_maps: dict[str, float] = {}
     began: list[Phase] = []
-    enter = pipeline.enter
+    enter = pipeline.enter_phase
 
     def end() -> None:
         if began:
-            peaks[began[-1].value] = peak_gib(options.device)
+            unclamped_maps[began[-1].value] = peak_gib(options.device)
         if options.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
 
@@ -90,10 +90,10 @@ def measure(method: str, scene: Path, options: Options) -> dict[str, float]:
         began.append(phase)
         enter(phase)
 
-    pipeline.enter = watched
+    pipeline.enter_phase = watched
     trainer.train()
     end()
-    return peaks
+    return unclamped_maps
 
 
 def main(options: Options) -> None:
@@ -120,7 +120,7 @@ def main(options: Options) -> None:
     phases = [phase.value for phase in Phase]
     print(f"| peak memory, GiB | {' | '.join(phases)} |")
     print(f"|{'---|' * (len(phases) + 1)}")
-    for method, peaks in result.items():
+    for method, unclamped_maps in result.items():
         print(f"| `{method}` | {' | '.join(f'{peaks[phase]:.1f}' for phase in phases)} |")
 
 

@@ -28,8 +28,8 @@ from speed import train_steps
 
 from wys_nerfstudio.config import wys_tiny
 from wys_nerfstudio.editing import load_editor
-from wys_nerfstudio.schedule import Phase
 from wys_nerfstudio.trainer import WysTrainer, WysTrainerConfig
+from wys_nerfstudio.training.schedule import Phase
 
 
 @dataclass
@@ -110,7 +110,7 @@ def build_trainer(scene: Path, options: Options, editing_side: int) -> WysTraine
     config.pipeline.datamanager.data = scene
     config.pipeline.instruction, config.pipeline.editor = options.instruction, options.editor
     config.pipeline.reconstruct_steps, config.pipeline.localize_steps = 0, 1
-    config.pipeline.mask_threshold, config.pipeline.edit_long_side = 0.0, editing_side
+    config.pipeline.mask_threshold, config.pipeline.edit_resolution = 0.0, editing_side
     config.set_timestamp()
     torch.manual_seed(0)
     trainer: WysTrainer = config.setup(local_rank=0, world_size=1)
@@ -124,9 +124,9 @@ def measure(scene: Path, options: Options, views: int, side: int, editing_side: 
     pipeline, every = trainer.pipeline, trainer.config.pipeline.edit_every
     began = time.process_time()
     with trainer.train_lock:
-        pipeline.enter(Phase.LOCALIZE)
+        pipeline.enter_phase(Phase.LOCALIZE)
         maps = time.process_time() - began
-        pipeline.enter(Phase.EDIT)
+        pipeline.enter_phase(Phase.EDIT)
     rounds = []
     for first in range(pipeline.plan.edit_start, pipeline.plan.edit_start + (options.rounds + 1) * every, every):
         began = time.process_time()
@@ -176,7 +176,7 @@ def plot(by_count: Sequence[Row], by_side: Sequence[Row], by_editing_side: Seque
 def main(options: Options) -> None:
     """Measures, prints the tables and writes JSON and picture."""
     options.output.mkdir(parents=True, exist_ok=True)
-    own = load_editor(options.editor).native_long_side
+    own = load_editor(options.editor).native_resolution
     with tempfile.TemporaryDirectory() as temporary:
         scene = Path(temporary) / "scene"
         by_count = []

@@ -33,17 +33,18 @@ from nerfstudio.models.base_model import Model
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from wys_nerfstudio import relevance, schedule
+from wys_nerfstudio import relevance
 from wys_nerfstudio.config import wys, wys_tiny
 from wys_nerfstudio.editing import EMBEDDED, Editor, EditSettings, edit_images, load_editor, relevance_maps
-from wys_nerfstudio.editing.denoise import add_noise, ddim_step, guide
+from wys_nerfstudio.editing.edit import seeded_noise
 from wys_nerfstudio.editing.editor import resize_images
-from wys_nerfstudio.editing.images import seeded_noise
-from wys_nerfstudio.encodings import FastHashEncoding, speed_up_encodings
-from wys_nerfstudio.options import WysOptions
-from wys_nerfstudio.pictures import read_png
-from wys_nerfstudio.schedule import Phase
+from wys_nerfstudio.editing.sampling import add_noise, apply_guidance, ddim_step
 from wys_nerfstudio.trainer import WysTrainer, WysTrainerConfig
+from wys_nerfstudio.training import schedule
+from wys_nerfstudio.training.options import WysOptions
+from wys_nerfstudio.training.schedule import Phase
+from wys_nerfstudio.utils.encodings import FastHashEncoding, use_fast_encodings
+from wys_nerfstudio.utils.visualization import read_png
 
 FULL_SIZE = "full-size"
 
@@ -104,7 +105,7 @@ def as_slow(editor: Editor) -> Editor:
         vae,
         text_encoder,
         editor.tokenizer,
-        editor.alphas,
+        editor.alphas_cumprod,
         editor.final_alpha,
         editor.prediction_type,
     )
@@ -136,14 +137,14 @@ def slow_edit(
     size, scale = settings.size_for(editor, *render.shape[1:3]), editor.vae.config.scaling_factor
     start, condition = (editor.encode_images(resize_images(x.to(editor.device), *size)) for x in (render, captured))
     noise = seeded_noise([seed], start.shape[1:], editor.device)
-    latents = add_noise(start * scale, noise, editor.alphas[t])
+    latents = add_noise(start * scale, noise, editor.alphas_cumprod[t])
     steps = settings.diffusion_steps
     times = [max(1, t - i * t // steps) for i in range(steps)]
     for now, following in zip(times, [*times[1:], None]):
         branches = slow_noise(editor, latents, now, condition, states)
-        predicted = guide(*branches, settings.guidance_scale, settings.image_guidance_scale)
-        cleaner = editor.final_alpha if following is None else editor.alphas[following]
-        latents = ddim_step(latents, predicted, editor.alphas[now], cleaner)
+        predicted = apply_guidance(*branches, settings.guidance_scale, settings.image_guidance_scale)
+        cleaner = editor.final_alpha if following is None else editor.alphas_cumprod[following]
+        latents = ddim_step(latents, predicted, editor.alphas_cumprod[now], cleaner)
     return resize_images(editor.decode(latents / scale), *render.shape[1:3])
 
 
@@ -155,7 +156,7 @@ def slow_map(
     clean, condition = (editor.encode_images(resize_images(x.to(editor.device), *size)) for x in (captured, render))
     noise = seeded_noise([seed], clean.shape[1:], editor.device)
     t = round(0.8 * editor.num_train_timesteps)
-    branches = slow_noise(editor, add_noise(clean * scale, noise, editor.alphas[t]), t, condition, states)
+    branches = slow_noise(editor, add_noise(clean * scale, noise, editor.alphas_cumprod[t]), t, condition, states)
     return relevance.noise_difference(branches[0], branches[1])
 
 
@@ -182,7 +183,7 @@ def editing_rows(editor: Editor, slow: Editor, pictures: Tensor, options: Option
     """Edits of all views with a method's settings, from noise levels as its runs draw them, and their relevance maps."""
     count, last, settings = len(pictures), editor.num_train_timesteps - 1, config.edit_settings()
     states = slow_states(slow, options.instruction)
-    levels = config.min_noise_level, config.max_noise_level
+    levels = config.min_strength, config.max_strength
     everywhere = torch.ones(pictures.shape[:3], dtype=torch.bool, device=pictures.device)
 
     def start(turn: int, view: int) -> int:
@@ -229,7 +230,7 @@ def hash_encoding_row(device: str, repeats: int) -> Row:
     torch.manual_seed(0)
     slow = HashEncoding(num_levels=8, max_res=512, log2_hashmap_size=15, implementation="torch").to(device)
     fast = copy.deepcopy(slow)
-    speed_up_encodings(fast)
+    use_fast_encodings(fast)
     positions = torch.rand(24 * 1024, 3, device=device)
     runs = [lambda turn, encoding=encoding: encoding(positions).square().sum().backward() for encoding in (slow, fast)]
     return in_turns("hash encoding of 24,576 samples", runs[0], runs[1], repeats, views=1)
@@ -250,8 +251,8 @@ def build_trainer(options: Options, run: Path, localized: bool) -> WysTrainer:
     trainer: WysTrainer = config.setup(local_rank=0, world_size=1)
     trainer.setup()
     with trainer.train_lock:
-        trainer.pipeline.enter(Phase.LOCALIZE)
-        trainer.pipeline.enter(Phase.EDIT)
+        trainer.pipeline.enter_phase(Phase.LOCALIZE)
+        trainer.pipeline.enter_phase(Phase.EDIT)
     return trainer
 
 
@@ -323,7 +324,7 @@ def full_size_editor(device: str) -> Editor:
         CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
     )
     networks = (net.to(device, dtype).eval().requires_grad_(False) for net in (unet, vae, text_encoder))
-    return Editor(FULL_SIZE, *networks, small.tokenizer, small.alphas, small.final_alpha, "epsilon")
+    return Editor(FULL_SIZE, *networks, small.tokenizer, small.alphas_cumprod, small.final_alpha, "epsilon")
 
 
 def unet_flops(editor: Editor, pictures: Tensor) -> float:

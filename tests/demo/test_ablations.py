@@ -15,18 +15,18 @@ from nerfstudio.utils import writer
 from PIL import Image
 from rich.console import Console
 
-from wys_nerfstudio import cli
+from wys_nerfstudio.cli import main
 from wys_nerfstudio.demo import ablations
 from wys_nerfstudio.demo.ablations import VARIANTS, psnr_outside, table
-from wys_nerfstudio.options import Localization
-from wys_nerfstudio.pictures import write_png
-from wys_nerfstudio.truth import Truth
+from wys_nerfstudio.evaluation.ground_truth import GroundTruth
+from wys_nerfstudio.training.options import Localization
+from wys_nerfstudio.utils.visualization import write_png
 
 
 def refusal(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
     monkeypatch.setattr(sys, "argv", ["wys", "ablate", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
-        cli.entrypoint()
+        main.entrypoint()
     sentence = str(stopped.value.code)
     assert sentence.startswith("wys: ") and "\n" not in sentence
     return sentence
@@ -63,7 +63,11 @@ def test_the_table_has_the_mean_and_the_spread_over_seeds() -> None:
 
 
 def test_edited_views_are_judged_by_what_they_changed_outside_the_true_masks(tmp_path: Path) -> None:
-    truth, wanted, mask = Truth(tmp_path, ("", "")), torch.rand(2, 6, 8, 3), torch.zeros(2, 6, 8, dtype=torch.bool)
+    truth, wanted, mask = (
+        GroundTruth(tmp_path, ("", "")),
+        torch.rand(2, 6, 8, 3),
+        torch.zeros(2, 6, 8, dtype=torch.bool),
+    )
     mask[0, 2:5, 1:4] = True
     (tmp_path / "images").mkdir()
     (tmp_path / "masks").mkdir()
@@ -105,7 +109,7 @@ def test_all_variants_are_run_from_one_reconstruction(tmp_path: Path, monkeypatc
     monkeypatch.setattr(ablations, "write_demo_scene", partial(ablations.write_demo_scene, num_views=12))
     ablate = ["wys", "ablate", "-o", str(tmp_path), "--seeds", "1"]
     monkeypatch.setattr(sys, "argv", ablate)
-    cli.entrypoint()
+    main.entrypoint()
     assert len(runs) == 1 + len(VARIANTS)
     assert ["--base-run" in command for command in runs] == [False, *[True] * len(VARIANTS)]
     figures = json.loads((tmp_path / "ablations.json").read_text())
@@ -117,7 +121,7 @@ def test_all_variants_are_run_from_one_reconstruction(tmp_path: Path, monkeypatc
     assert (tmp_path / "contact_sheet.png").is_file() and "true masks" in capsys.readouterr().out
 
     monkeypatch.setattr(sys, "argv", ablate)
-    cli.entrypoint()  # all is there
+    main.entrypoint()  # all is there
     assert len(runs) == 1 + len(VARIANTS)
 
 

@@ -9,15 +9,15 @@ import torch
 from conftest import run_wys
 from transformers import CLIPModel
 
-from wys_nerfstudio.clip import load_clip
-from wys_nerfstudio.demo import train_clip
 from wys_nerfstudio.demo.instructions import BY_SLUG, EDITS
-from wys_nerfstudio.demo.networks import write_tokenizer
-from wys_nerfstudio.demo.training_data import render_edits
+from wys_nerfstudio.demo.render import render_edits
+from wys_nerfstudio.demo.training import train_clip
+from wys_nerfstudio.demo.training.networks import write_tokenizer
 from wys_nerfstudio.demo.world import TEST_SEEDS, sample_cameras, sample_scenes
-from wys_nerfstudio.image_files import read_picture
+from wys_nerfstudio.evaluation.clip import load_clip
+from wys_nerfstudio.utils.image_io import read_image
 
-FOLDER = Path(train_clip.__file__).parent / "clip"
+FOLDER = Path(train_clip.__file__).parent.parent / "clip"
 SEEDS = TEST_SEEDS[9000:9024]
 
 
@@ -106,4 +106,4 @@ def test_demo_pictures_are_held_out_and_each_has_something_to_change(tmp_path: P
     assert len(rows) == 3 and len(list(tmp_path.glob("*.png"))) == 3
     for row in rows:
         assert row["instruction"] in {wording for edit in EDITS for wording in edit.wordings}
-        assert read_picture(tmp_path / row["image"]).size == (64, 64)
+        assert read_image(tmp_path / row["image"]).size == (64, 64)

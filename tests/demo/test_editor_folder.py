@@ -6,12 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from wys_nerfstudio.demo import editor_data, train_editor
 from wys_nerfstudio.demo.instructions import BY_SLUG, EDITS, LOCAL_KINDS
-from wys_nerfstudio.demo.networks import Networks, build_unet_and_text_encoder, build_vae, load_tokenizer, write_editor
-from wys_nerfstudio.demo.optimizers import MuonAndAdamW
+from wys_nerfstudio.demo.training import editor_data, train_editor
+from wys_nerfstudio.demo.training.networks import (
+    Networks,
+    build_unet_and_text_encoder,
+    build_vae,
+    load_tokenizer,
+    write_editor,
+)
+from wys_nerfstudio.demo.training.optimizers import MuonAndAdamW
 
-EDITOR = Path(train_editor.__file__).parent / "editor"
+EDITOR = Path(train_editor.__file__).parent.parent / "editor"
 
 
 def test_size_and_format():
@@ -67,7 +73,7 @@ def test_what_the_empty_instruction_is_trained_towards(tmp_path, meaning):
         batch = trainer.make_batch(data)
         inputs, timestep, tokens, target = batch.inputs, batch.timestep, batch.tokens, batch.target
         empty = (tokens == trainer.tokens[-1][0]).all(1) & (inputs[:, 4:] != 0).flatten(1).any(1)
-        alpha = trainer.alphas[timestep].view(-1, 1, 1, 1)
+        alpha = trainer.alphas_cumprod[timestep].view(-1, 1, 1, 1)
         clean = alpha.sqrt() * inputs[:, :4] - (1 - alpha).sqrt() * target
         same = (clean / trainer.vae.config["scaling_factor"] - inputs[:, 4:]).abs().flatten(1).amax(1) < 1e-2
         found += int(empty.sum())
@@ -90,7 +96,7 @@ def test_both_samples_of_a_scene_share_noise_and_timestep(tmp_path):
 def test_noised_pictures_from_before_the_edit_tell_nothing_of_it(tmp_path):
     trainer, data = small_trainer(tmp_path, from_before=1.0)
     batch = trainer.make_batch(data)
-    alpha = trainer.alphas[batch.timestep].view(-1, 1, 1, 1)
+    alpha = trainer.alphas_cumprod[batch.timestep].view(-1, 1, 1, 1)
     noisy = (batch.timestep >= train_editor.FROM_BEFORE_TIMESTEP) & batch.complete
     pairs = noisy[::2] & noisy[1::2]
     assert pairs.any()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wys_nerfstudio.demo import instructions, tracer, world
-from wys_nerfstudio.demo.training_data import render_edits
+from wys_nerfstudio.demo.render import render_edits
 
 
 def scene_and_camera(seeds, width=24, height=16):

@@ -19,13 +19,13 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from rich.table import Table
 from torch import Tensor
 
-from wys_nerfstudio.checkpoint import CAPTURED_SCENE
 from wys_nerfstudio.demo.scene import write_demo_scene
 from wys_nerfstudio.demo.score import load_captured_scene
-from wys_nerfstudio.errors import WysError
-from wys_nerfstudio.metrics import intersection_over_union, psnr
-from wys_nerfstudio.pictures import contact_sheet, read_png, spread
-from wys_nerfstudio.truth import Truth
+from wys_nerfstudio.evaluation.ground_truth import GroundTruth
+from wys_nerfstudio.evaluation.metrics import intersection_over_union, psnr
+from wys_nerfstudio.training.checkpoint import CAPTURED_SCENE
+from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.visualization import contact_sheet, evenly_spaced, read_png
 
 VARIANTS = {
     "none": "nothing (Instruct-NeRF2NeRF)",
@@ -42,12 +42,12 @@ MEASURES = {
     "clip_direction_similarity": "CLIP direction sim.",
     "mask_iou": "mask IoU",
 }
-LOCALIZATION = ("--mask-threshold", "0.5", "--pipeline.relevance-outlier-factor", "1.5", "--pipeline.relevance-draws", "1",
-                "--pipeline.model.relevance-agreement", "0.75")  # fmt: skip
+LOCALIZATION = ("--mask-threshold", "0.5", "--pipeline.relevance-outlier-factor", "1.5", "--pipeline.relevance-num-samples", "1",
+                "--pipeline.model.relevance-expectile", "0.75")  # fmt: skip
 """That of `wys` (threshold, fence and draws are the paper's); wys-tiny's own is tuned to the demo editor's clean maps."""
 SHOWN_VIEWS = 4
 
-Figures = dict[str, float]
+Metrics = dict[str, float]
 
 
 def run_ablations(output: Path, instruction: str, seeds: int) -> None:
@@ -67,18 +67,18 @@ def run_ablations(output: Path, instruction: str, seeds: int) -> None:
     if not (scene / "transforms.json").is_file():
         CONSOLE.print("Drawing the demo scene ...")
         write_demo_scene(scene)
-    truth = Truth.find(scene, instruction)
+    truth = GroundTruth.find(scene, instruction)
     if truth is None:
         raise WysError(
             f'The demo scene has no truth of "{instruction}": choose one of ground_truth/edits.json in "{scene}".'
         )
     common = ["--data", str(scene), "--instruction", instruction, "--output-dir", str(output / "runs")]
-    common += ["--timestamp", "run", "--pipeline.clip", "embedded"]
+    common += ["--timestamp", "run", "--pipeline.clip-model", "embedded"]
     base = _folder(output, "base")
     if not (base / "wys" / "contact_sheet.png").is_file():
         # A run needs an edit; one step of it is not seen.
         _train([*common, "--experiment-name", "base", "--localization", "none", "--pipeline.edit-steps", "1"])
-    figures: dict[str, list[Figures]] = {"before": [], **{variant: [] for variant in VARIANTS}}
+    figures: dict[str, list[Metrics]] = {"before": [], **{variant: [] for variant in VARIANTS}}
     figures["before"].append(_figures(base, truth, captured=True)[0])
     renders: dict[str, dict[str, Tensor]] = {}
     for seed in range(seeds):
@@ -124,7 +124,7 @@ def _folder(output: Path, name: str) -> Path:
     return output / "runs" / name / "wys-tiny" / "run"
 
 
-def _figures(run: Path, truth: Truth, *, captured: bool = False) -> tuple[Figures, dict[str, Tensor]]:
+def _figures(run: Path, truth: GroundTruth, *, captured: bool = False) -> tuple[Metrics, dict[str, Tensor]]:
     """ns-eval's figures of a run, and those of its edited views and their masks; renders of some views by their names."""
     # `eval_setup` reads config.yml, which is ours: it has just been written.
     pipeline: Any = eval_setup(run / "config.yml", test_mode="test")[1]
@@ -139,13 +139,13 @@ def _figures(run: Path, truth: Truth, *, captured: bool = False) -> tuple[Figure
         figures["view_psnr_outside"] = psnr_outside(truth, edits)
     dataset = pipeline.datamanager.train_dataset
     renders = {}
-    for view in spread(SHOWN_VIEWS, len(dataset)):
+    for view in evenly_spaced(SHOWN_VIEWS, len(dataset)):
         render = pipeline.scene_model.render_view(dataset.cameras, view)["rgb"]
         renders[dataset.image_filenames[view].name] = render.clamp(0, 1).cpu()
     return figures, renders
 
 
-def psnr_outside(truth: Truth, edits: Mapping[str, Float[Tensor, "h w 3"]]) -> float:
+def psnr_outside(truth: GroundTruth, edits: Mapping[str, Float[Tensor, "h w 3"]]) -> float:
     """PSNR of edited views outside the true masks, over all their pixels: what an edit did before training averages it.
 
     Args:
@@ -162,7 +162,7 @@ def psnr_outside(truth: Truth, edits: Mapping[str, Float[Tensor, "h w 3"]]) -> f
     return psnr(torch.stack(list(edits.values())), wanted, outside)
 
 
-def table(figures: dict[str, list[Figures]]) -> Table:
+def table(figures: dict[str, list[Metrics]]) -> Table:
     """Means over the seeds, and in brackets the least and the most where they differ."""
     result = Table(
         title="The paper's ablations on the demo scene: mean (least to most over seeds)", title_justify="left"

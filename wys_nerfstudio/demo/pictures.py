@@ -14,10 +14,10 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
+from wys_nerfstudio.cli.sweep_table import COLUMNS
 from wys_nerfstudio.demo.instructions import CAPTION, EDITS, LOCAL_KINDS
-from wys_nerfstudio.demo.training_data import render_edits
+from wys_nerfstudio.demo.render import render_edits
 from wys_nerfstudio.demo.world import TEST_SEEDS, sample_cameras, sample_scenes
-from wys_nerfstudio.sweep_files import COLUMNS
 
 FIRST_SCENE = 5000
 """Far from the test scenes that figures of the model cards come from."""

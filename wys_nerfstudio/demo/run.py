@@ -21,12 +21,12 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
-from wys_nerfstudio.checkpoint import CAPTURED_SCENE
 from wys_nerfstudio.demo.scene import write_demo_scene
 from wys_nerfstudio.demo.score import load_captured_scene, render_views, score
-from wys_nerfstudio.pictures import read_png, spread, to_uint8
+from wys_nerfstudio.evaluation.ground_truth import GroundTruth
 from wys_nerfstudio.pipeline import WysPipeline
-from wys_nerfstudio.truth import Truth
+from wys_nerfstudio.training.checkpoint import CAPTURED_SCENE
+from wys_nerfstudio.utils.visualization import evenly_spaced, read_png, to_uint8
 
 FRAMES = 18
 FRAMES_PER_SECOND = 10
@@ -68,7 +68,7 @@ def run_demo(output: Path, instruction: str, recipe: Path | None) -> None:
     write_animation(output / "turntable.gif", frames)
     shutil.copy2(run / "wys" / "contact_sheet.png", output / "contact_sheet.png")
 
-    truth = Truth.find(scene, instruction)
+    truth = GroundTruth.find(scene, instruction)
     if truth is not None:
         paths = [dataset.image_filenames[i] for dataset, i in _scored_views(pipeline)]
         views, names = [read_png(path) for path in paths], [path.name for path in paths]
@@ -96,7 +96,7 @@ def _train(options: Sequence[str]) -> None:
 
 def _scored_views(pipeline: WysPipeline) -> list[tuple[InputDataset, int]]:
     data = pipeline.datamanager
-    training = [(data.train_dataset, i) for i in spread(SCORED_VIEWS, len(data.train_dataset))]
+    training = [(data.train_dataset, i) for i in evenly_spaced(SCORED_VIEWS, len(data.train_dataset))]
     return [*training, *((data.eval_dataset, i) for i in range(len(data.eval_dataset)))]
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from wys_nerfstudio.demo.instructions import CAPTION, EDITS
-from wys_nerfstudio.demo.training_data import render_edits
+from wys_nerfstudio.demo.render import render_edits
 from wys_nerfstudio.demo.world import DEMO_SEEDS, Camera, Scene, look_at, sample_scenes
 
 GOLDEN_TURN = math.pi * (3 - math.sqrt(5))

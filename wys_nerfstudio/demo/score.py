@@ -13,10 +13,10 @@ from rich.table import Table
 from torch import Tensor
 
 from wys_nerfstudio import relevance
-from wys_nerfstudio.checkpoint import CAPTURED_SCENE, model_state, read_checkpoint
-from wys_nerfstudio.metrics import average_precision, intersection_over_union, psnr
+from wys_nerfstudio.evaluation.ground_truth import GroundTruth
+from wys_nerfstudio.evaluation.metrics import average_precision, intersection_over_union, psnr
 from wys_nerfstudio.pipeline import WysPipeline
-from wys_nerfstudio.truth import Truth
+from wys_nerfstudio.training.checkpoint import CAPTURED_SCENE, model_state, read_checkpoint
 
 
 def load_captured_scene(pipeline: WysPipeline, run: Path) -> None:
@@ -73,7 +73,7 @@ class Score:
 
 
 def score(
-    truth: Truth,
+    truth: GroundTruth,
     captured: list[Float[Tensor, "h w 3"]],
     names: list[str],
     before: list[dict[str, Tensor]],

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 import tyro
 
-from wys_nerfstudio import metrics
 from wys_nerfstudio.config import wys_tiny
 from wys_nerfstudio.demo.instructions import BY_SLUG, EDITS
 from wys_nerfstudio.demo.pictures import held_out_views
 from wys_nerfstudio.editing import EMBEDDED, LocalEditSettings, edit_image, load_editor
-from wys_nerfstudio.pictures import contact_sheet, heat, save_png
+from wys_nerfstudio.evaluation import metrics
+from wys_nerfstudio.utils.visualization import apply_colormap, contact_sheet, save_png
 
 SLUGS = ("ball-blue", "block-red", "panda", "polar-bear", "hat")
 TINY = wys_tiny.config.pipeline
@@ -39,7 +39,7 @@ def main(options: Options) -> None:
         guidance_scale=TINY.guidance_scale,  # type: ignore
         image_guidance_scale=TINY.image_guidance_scale,  # type: ignore
         mask_threshold=TINY.mask_threshold,  # type: ignore
-        relevance_draws=TINY.relevance_draws,  # type: ignore
+        relevance_num_samples=TINY.relevance_num_samples,  # type: ignore
         relevance_outlier_factor=TINY.relevance_outlier_factor,  # type: ignore
         diffusion_steps=50,
     )
@@ -56,7 +56,7 @@ def main(options: Options) -> None:
         ]
         figures.append([metrics.psnr(e.edited, truth, m) for e in edits for m in (changed, ~changed)])
         if number < len(chosen):
-            relevance, mask = heat(edits[0].relevance), edits[0].mask.float()[..., None].expand(-1, -1, 3)
+            relevance, mask = apply_colormap(edits[0].relevance), edits[0].mask.float()[..., None].expand(-1, -1, 3)
             rows.append((instruction, [before, relevance, mask, edits[0].edited, edits[1].edited, truth]))
     titles = ["captured", "relevance", "mask", "local edit", "sds", "truth"]
     save_png(options.out, contact_sheet(titles, rows, min_height=128))

@@ -4,16 +4,16 @@ The only place that knows diffusers, and it knows nothing of nerfstudio. Importi
 transformers are loaded by `load_editor`.
 """
 
+from wys_nerfstudio.editing.edit import EditSettings, edit_images, relevance_maps
 from wys_nerfstudio.editing.editor import Editor
-from wys_nerfstudio.editing.images import EditSettings, edit_images, relevance_maps
 from wys_nerfstudio.editing.loading import EMBEDDED, load_editor
-from wys_nerfstudio.editing.local import LocalEdit, LocalEditSettings, edit_image
+from wys_nerfstudio.editing.local import ImageEditOutput, LocalEditSettings, edit_image
 
 __all__ = [
     "EMBEDDED",
     "EditSettings",
     "Editor",
-    "LocalEdit",
+    "ImageEditOutput",
     "LocalEditSettings",
     "edit_image",
     "edit_images",

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from wys_nerfstudio.editing.denoise import noise_from_velocity
-from wys_nerfstudio.errors import WysError
+from wys_nerfstudio.editing.sampling import v_to_epsilon
+from wys_nerfstudio.utils.errors import WysError
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Editor:
     """transformers' CLIPTextModel."""
     tokenizer: Any
     """transformers' CLIPTokenizer."""
-    alphas: Tensor
+    alphas_cumprod: Tensor
     """Cumulative products of the noise schedule, float32, one per training timestep."""
     final_alpha: Tensor
     """Level after the last denoising step."""
@@ -52,7 +52,7 @@ class Editor:
     @property
     def num_train_timesteps(self) -> int:
         """Length of the diffusion."""
-        return len(self.alphas)
+        return len(self.alphas_cumprod)
 
     @property
     def latent_factor(self) -> int:
@@ -65,14 +65,14 @@ class Editor:
         return self.latent_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @property
-    def native_long_side(self) -> int:
+    def native_resolution(self) -> int:
         """The longer side, in pixels, of the images that the editor was made for."""
         size = self.unet.config.sample_size
         return self.latent_factor * (size if isinstance(size, int) else max(size))
 
-    def editing_size(self, height: int, width: int, long_side: int) -> tuple[int, int]:
+    def editing_size(self, height: int, width: int, resolution: int) -> tuple[int, int]:
         """Height and width at which an image is edited: its own proportions, rounded to multiples of `side_multiple`."""
-        scale = long_side / max(height, width)
+        scale = resolution / max(height, width)
         multiple = self.side_multiple
         return max(1, round(height * scale / multiple)) * multiple, max(1, round(width * scale / multiple)) * multiple
 
@@ -155,7 +155,7 @@ class Editor:
         timestep = torch.full((len(inputs),), t, device=inputs.device)
         prediction = self._predict(inputs, timestep, text.to(self._weight.dtype)).float()
         if self.prediction_type == "v_prediction":
-            return noise_from_velocity(prediction, latents.float(), self.alphas[t])
+            return v_to_epsilon(prediction, latents.float(), self.alphas_cumprod[t])
         return prediction
 
     def _predict(self, inputs: Tensor, timestep: Tensor, text: Tensor) -> Tensor:

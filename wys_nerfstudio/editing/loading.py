@@ -12,8 +12,8 @@ import torch
 
 from wys_nerfstudio.editing.editor import Editor
 from wys_nerfstudio.editing.sdxl import as_sdxl_editor
-from wys_nerfstudio.errors import WysError
-from wys_nerfstudio.quiet import no_bar_for_files
+from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.log_filters import no_progress_bar_for_local_files
 
 EMBEDDED = "embedded"
 """Name of the small editor of toy pictures that comes with the package."""
@@ -86,7 +86,7 @@ def load_editor(
         unet: Any = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **weights)
         vae: Any = AutoencoderKL.from_pretrained(source, subfolder="vae", **weights)
         text_weights: dict[str, Any] = {"dtype": weights["torch_dtype"], "use_safetensors": use_safetensors}
-        with no_bar_for_files(source):
+        with no_progress_bar_for_local_files(source):
             text_encoder: Any = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **text_weights)
         tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
         scheduler: Any = DDIMScheduler.from_pretrained(source, subfolder="scheduler")
@@ -131,7 +131,7 @@ def load_editor(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
-        alphas=scheduler.alphas_cumprod.float().to(device),
+        alphas_cumprod=scheduler.alphas_cumprod.float().to(device),
         final_alpha=scheduler.final_alpha_cumprod.float().to(device),
         prediction_type=prediction_type,
     )

@@ -8,11 +8,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from wys_nerfstudio import relevance
-from wys_nerfstudio.editing.denoise import Report, silent
+from wys_nerfstudio.editing.edit import EditSettings, edit_images, relevance_maps, sds_edit_images
 from wys_nerfstudio.editing.editor import Editor
-from wys_nerfstudio.editing.images import EditSettings, edit_images, relevance_maps, sds_edit_images
-from wys_nerfstudio.errors import WysError
-from wys_nerfstudio.schedule import edit_seed
+from wys_nerfstudio.editing.sampling import ProgressCallback, edit_seed, no_progress
+from wys_nerfstudio.utils.errors import WysError
 
 
 @dataclass
@@ -29,11 +28,11 @@ class LocalEditSettings(EditSettings):
     """Denoising steps."""
     relevance_noise_level: float = 0.8
     """Noise level at which the editor is asked what is relevant (t_rel), as a share of the diffusion."""
-    relevance_draws: int = 1
+    relevance_num_samples: int = 1
     """Noise draws averaged in the relevance map; more is less noisy."""
     relevance_outlier_factor: float = relevance.OUTLIER_FACTOR
     """Relevance is clamped at Q3 + this many interquartile ranges; more suits editors whose maps are clean and small."""
-    long_side: Optional[int] = None
+    resolution: Optional[int] = None
     """Longer side in pixels at which the picture is edited; by default the editor's own (512 for InstructPix2Pix)."""
     method: Literal["local", "sds"] = "local"
     """Denoise under the mask, or descend along the signed relevance (supplement E; worse pictures)."""
@@ -55,16 +54,16 @@ class LocalEditSettings(EditSettings):
                 raise WysError(
                     f"--{name.replace('_', '-')} must be a finite number of at least 0, not {getattr(self, name)}."
                 )
-        counts = {"diffusion_steps": self.diffusion_steps, "relevance_draws": self.relevance_draws}
-        if self.long_side is not None:
-            counts["long_side"] = self.long_side
+        counts = {"diffusion_steps": self.diffusion_steps, "relevance_num_samples": self.relevance_num_samples}
+        if self.resolution is not None:
+            counts["resolution"] = self.resolution
         for name, value in counts.items():
             if value < 1:
                 raise WysError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
 
 
 @dataclass(frozen=True)
-class LocalEdit:
+class ImageEditOutput:
     """A picture after an instruction, and what confined the edit."""
 
     edited: Float[Tensor, "h w 3"]
@@ -83,8 +82,8 @@ def edit_image(
     *,
     mask: Optional[Bool[Tensor, "mask_h mask_w"]] = None,
     seed: int = 0,
-    report: Report = silent,
-) -> LocalEdit:
+    report: ProgressCallback = no_progress,
+) -> ImageEditOutput:
     """Edits one picture where the instruction is about, and nowhere else (the paper's section on images).
 
     Args:
@@ -111,27 +110,27 @@ def edit_image(
     if mask is not None and mask.shape != image.shape[:2]:
         raise WysError(f"The mask has {mask.shape[1]}x{mask.shape[0]} pixels and the picture {width}x{height}.")
 
-    draws = settings.relevance_draws
+    num_samples = settings.relevance_num_samples
     raw = relevance_maps(
         editor,
         image[None],
         instruction,
         noise_level=settings.relevance_noise_level,
-        draws=draws,
+        num_samples=num_samples,
         seeds=[edit_seed(seed, -1)],
-        long_side=settings.long_side,
+        resolution=settings.resolution,
     )
     factor = settings.relevance_outlier_factor
-    relevance_map = relevance.at_pixels(next(raw), height, width, outlier_factor=factor)[0].to(image.device)
+    relevance_map = relevance.upsample(next(raw), height, width, outlier_factor=factor)[0].to(image.device)
     if mask is None:
         mask = relevance.threshold(relevance_map, settings.mask_threshold)
     if not mask.any():
-        return LocalEdit(image, relevance_map, mask)
+        return ImageEditOutput(image, relevance_map, mask)
 
     captured, seeds = image[None], [edit_seed(seed, 0)]
 
     def step_done(done: int, total: int) -> None:
-        report(draws + done, draws + total)
+        report(num_samples + done, num_samples + total)
 
     if settings.method == "sds":
         edited = sds_edit_images(editor, captured, mask[None], instruction, settings, seeds=seeds, report=step_done)
@@ -147,4 +146,4 @@ def edit_image(
             seeds=seeds,
             report=step_done,
         )
-    return LocalEdit(edited[0], relevance_map, mask)
+    return ImageEditOutput(edited[0], relevance_map, mask)

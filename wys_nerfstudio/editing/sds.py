@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from wys_nerfstudio.editing.denoise import NoisePredictor, Report, add_noise, silent
+from wys_nerfstudio.editing.sampling import NoisePredictor, ProgressCallback, add_noise, no_progress
 
 
 def sds_gradient(
@@ -50,15 +50,15 @@ def sds_gradient(
     return torch.autograd.grad(latents, variable, grad_outputs=weight * difference)[0]
 
 
-def sds_descend(
+def sds_optimize(
     start: Float[Tensor, "b c h w"],
     mask: Optional[Bool[Tensor, "b h w"]],
     noise: Float[Tensor, "steps b c h w"],
     timesteps: Sequence[int],
-    alphas: Float[Tensor, " train_timesteps"],
+    alphas_cumprod: Float[Tensor, " train_timesteps"],
     signed_relevance: NoisePredictor,
     step_size: float,
-    report: Report = silent,
+    report: ProgressCallback = no_progress,
 ) -> Float[Tensor, "b c h w"]:
     """Descends from clean latents along eq. 13. The latents themselves are optimised, so E is the identity.
 
@@ -77,7 +77,7 @@ def sds_descend(
     """
     latents = start
     for i, t in enumerate(timesteps):
-        gradient = sds_gradient(latents, lambda x: x, signed_relevance, noise[i], t, alphas[t])
+        gradient = sds_gradient(latents, lambda x: x, signed_relevance, noise[i], t, alphas_cumprod[t])
         if mask is not None:
             gradient = gradient * mask[:, None]
         latents = latents - step_size * gradient

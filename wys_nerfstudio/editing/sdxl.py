@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wys_nerfstudio.editing.editor import Editor
-from wys_nerfstudio.errors import WysError
-from wys_nerfstudio.quiet import no_bar_for_files
+from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.log_filters import no_progress_bar_for_local_files
 
 
 @dataclass
@@ -63,7 +63,7 @@ def as_sdxl_editor(editor: Editor, source: str, use_safetensors: Optional[bool])
 
     weights: dict[str, Any] = {"dtype": editor.unet.dtype, "use_safetensors": use_safetensors}
     try:
-        with no_bar_for_files(source):
+        with no_progress_bar_for_local_files(source):
             encoder: Any = CLIPTextModelWithProjection.from_pretrained(source, subfolder="text_encoder_2", **weights)
         tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer_2")
         index: Any = DiffusionPipeline.load_config(source)

@@ -1,0 +1,314 @@
+"""The command line: parsing, short forms, recipes, what is refused before anything starts, what config.yml keeps."""
+
+import dataclasses
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+import yaml
+from conftest import sentence_of
+from nerfstudio.configs.method_configs import AnnotatedBaseConfigUnion, all_methods
+from nerfstudio.plugins.types import MethodSpecification
+
+from wys_nerfstudio.pipeline import WysPipelineConfig
+from wys_nerfstudio.trainer import WysTrainerConfig
+from wys_nerfstudio.utils.recipes import recipe_arguments
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
+
+
+@pytest.fixture(autouse=True)
+def scene_in_the_current_folder(ring_scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nerfstudio looks when there is no --data."""
+    monkeypatch.chdir(ring_scene)
+
+
+def parse(*arguments: str) -> WysTrainerConfig:
+    return tyro.cli(AnnotatedBaseConfigUnion, args=list(arguments))  # type: ignore
+
+
+def resolve(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> WysTrainerConfig:
+    """Parses as ns-train does, then does what its script does before config.yml is written."""
+    given = [str(argument) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["ns-train", *given])
+    config = parse(*given)
+    if config.data is not None:
+        config.pipeline.datamanager.data = config.data
+    config.set_timestamp()
+    return config
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
+    return sentence_of(lambda: resolve(monkeypatch, *arguments))
+
+
+@pytest.mark.parametrize("name", ["wys", "wys-small", "wys-tiny"])
+def test_methods_are_registered_under_their_own_name(name: str) -> None:
+    (entry,) = importlib.metadata.entry_points(group="nerfstudio.method_configs", name=name)
+    specification = entry.load()
+    assert isinstance(specification, MethodSpecification) and specification.description
+    assert all_methods[name] is specification.config
+    assert specification.config.method_name == name
+    groups = set(specification.config.optimizers)
+    assert groups == {"proposal_networks", "fields", "camera_opt", "relevance"}
+
+
+def test_the_small_method_edits_alike_with_less_memory() -> None:
+    """It differs in how much is worked on at once, and in nothing that makes an edit."""
+    large, small = (vars(all_methods[name].pipeline).copy() for name in ("wys", "wys-small"))
+    model, rays = ("eval_num_rays_per_chunk",), ("train_num_rays_per_batch", "edit_num_rays_per_batch")
+    parts = [(large, small, ("relevance_batch_size",))]
+    parts += [(vars(large.pop("model")), vars(small.pop("model")), model)]
+    parts += [(vars(large.pop("datamanager")), vars(small.pop("datamanager")), (*rays, "eval_num_rays_per_batch"))]
+    for first, second, smaller in parts:
+        differ = {name for name in first if first[name] != second[name]} - {"images_on_gpu"}
+        assert differ == set(smaller)
+        assert all(second[name] < first[name] for name in smaller)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "nested"),
+    [
+        ("--instruction", "Turn the bear into a panda", "instruction"),
+        ("--base-run", "some/run", "base_run"),
+        ("--editor", "some/folder", "editor"),
+        ("--mask-threshold", "0.25", "mask_threshold"),
+        ("--guidance-scale", "12.5", "guidance_scale"),
+        ("--image-guidance-scale", "0.8", "image_guidance_scale"),
+        ("--localization", "none", "localization"),
+    ],
+)
+def test_short_forms_mean_the_nested_options(option: str, value: str, nested: str) -> None:
+    long = f"--pipeline.{nested.replace('_', '-')}"
+    short_value = getattr(parse("wys", option, value).pipeline, nested)
+    assert short_value == getattr(parse("wys", long, value).pipeline, nested)
+    assert str(short_value) == value
+    assert short_value != getattr(all_methods["wys"].pipeline, nested), "the registered default must stay as it is"
+
+
+def test_help_shows_every_option_with_its_sentence() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "nerfstudio.scripts.train", "wys", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"COLUMNS": "100", "PATH": "", "HOME": "/nonexistent", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    text = " ".join(done.stdout.replace("│", " ").split())
+    for option in dataclasses.fields(WysPipelineConfig):
+        if option.name in ("_target", "datamanager", "model", "resume_from", "resumed_steps", "cli_settings"):
+            continue
+        assert f"--pipeline.{option.name.replace('_', '-')}" in text, option.name
+    for sentence in (
+        "What to change, in words",
+        "Folder or config.yml of a nerfacto or wys run whose scene is edited",
+        "Pixels of at least this relevance are edited (tau)",
+        "Weight of the perceptual loss on edited views",
+        "Rays per step while the scene is edited",
+        "YAML file of options",
+        "Stop after this many steps in all",
+    ):
+        assert sentence in text
+    assert "resume-from" not in text
+
+
+def test_every_option_has_a_docstring() -> None:
+    """The docstring under an option is its help, so an option without one is a hole in the help."""
+    import ast
+    import inspect
+
+    from wys_nerfstudio import datamanager, model, pipeline, trainer
+
+    for module in (datamanager, model, pipeline, trainer):
+        for node in ast.parse(inspect.getsource(module)).body:
+            if not (isinstance(node, ast.ClassDef) and node.name.endswith("Config")):
+                continue
+            for option, following in zip(node.body, [*node.body[1:], ast.Pass()]):
+                if isinstance(option, ast.AnnAssign) and ast.unparse(option.target) != "_target":
+                    documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                    assert documented, f"{node.name}.{ast.unparse(option.target)}"
+
+
+@pytest.mark.parametrize("recipe", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_parse_through_the_command_line(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = "wys-tiny" if recipe.stem.startswith("demo") else "wys"
+    content = yaml.safe_load(recipe.read_text())
+    typed = [] if "instruction" in content else ["--instruction", "make it red"]
+    typed += ["--pipeline.masks-dir", str(tmp_path)] if recipe.stem == "masks" else []
+    config = resolve(monkeypatch, method, "--recipe", recipe, *typed)
+    assert config.pipeline.instruction == content.get("instruction", "make it red")
+    assert config.pipeline.localization == content.get("localization", "relevance-field")
+    config.pipeline.check()
+    for option in ("guidance-scale", "image-guidance-scale", "mask-threshold"):
+        if option in content:
+            assert getattr(config.pipeline, option.replace("-", "_")) == content[option]
+
+
+def test_the_ablations_have_recipes() -> None:
+    recipes = [yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("relevance-map", "masks", "none")]
+    assert recipes == [{"localization": name} for name in ("relevance-map", "masks", "none")]
+
+
+@pytest.mark.parametrize(("scene", "guidance"), [("bear", 6.5), ("face", 7.5), ("farm", 12.5), ("fangzhou", 6.5)])
+def test_recipes_hold_the_settings_of_the_supplement(scene: str, guidance: float) -> None:
+    content = yaml.safe_load((CONFIGS / f"{scene}.yaml").read_text())
+    assert (content["guidance-scale"], content["image-guidance-scale"], content["mask-threshold"]) == (
+        guidance,
+        1.5,
+        0.5,
+    )
+
+
+@pytest.mark.parametrize("typed", ["0.5", "0.35"])
+def test_what_is_typed_wins_over_the_recipe_even_if_it_is_the_default(
+    typed: str, ring_scene: Path, tmp_path: Path, monkeypatch
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("instruction: from the recipe\nmask-threshold: 0.4\npipeline.edit-steps: 77\n")
+    config = resolve(monkeypatch, "wys", "--mask-threshold", typed, "--recipe", recipe)
+    assert config.pipeline.mask_threshold == float(typed)
+    assert config.pipeline.edit_steps == 77
+    assert config.pipeline.instruction == "from the recipe"
+    config = resolve(monkeypatch, "wys", "--recipe", recipe, "--pipeline.instruction", "typed", "--data", ring_scene)
+    assert config.pipeline.instruction == "typed"
+    assert config.pipeline.datamanager.data == ring_scene
+
+
+def test_recipe_must_be_there_be_yaml_be_flat_and_known(tmp_path: Path, monkeypatch) -> None:
+    recipe = tmp_path / "r.yaml"
+    assert "cannot be read" in refusal(monkeypatch, "wys", "--recipe", recipe)
+    recipe.write_text("a: [1")
+    assert "no valid YAML" in refusal(monkeypatch, "wys", "--recipe", recipe)
+    recipe.write_text("- a\n- b\n")
+    assert 'lines of "option: value"' in refusal(monkeypatch, "wys", "--recipe", recipe)
+    recipe.write_text("instruction: x\nno-such-option: 3\n")
+    assert "does not know" in refusal(monkeypatch, "wys", "--recipe", recipe)
+    recipe.write_text("instruction: x\nmask-threshold: high\n")
+    assert "does not fit it" in refusal(monkeypatch, "wys", "--recipe", recipe)
+
+
+def test_recipe_arguments_are_what_one_would_type(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("instruction: make it snow\nmask-threshold: 0\nmixed-precision: false\n")
+    expected = ["--instruction", "make it snow", "--mask-threshold", "0", "--mixed-precision", "False"]
+    assert recipe_arguments(recipe) == expected
+
+
+def test_prompt_is_the_instruction_or_refused(monkeypatch) -> None:
+    assert resolve(monkeypatch, "wys", "--prompt", "make it snow").pipeline.instruction == "make it snow"
+    sentence = refusal(monkeypatch, "wys", "--prompt", "make it snow", "--instruction", "make it night")
+    assert "--prompt and --instruction" in sentence
+
+
+def test_device_and_backend_are_what_the_machine_has(monkeypatch, capsys) -> None:
+    config = resolve(monkeypatch, "wys", "--instruction", "x")
+    assert config.machine.device_type == "cpu"
+    assert config.pipeline.model.implementation == "torch"
+    said = capsys.readouterr().out
+    assert "running on the CPU. Try ns-train wys-tiny" in said and said.count("tiny-cuda-nn") == 1
+    resolve(monkeypatch, "wys-tiny", "--instruction", "x")
+    said = capsys.readouterr().out
+    assert "running on the CPU." in said and "Try" not in said
+
+
+def test_steps_are_those_of_the_phases_or_those_that_are_typed(monkeypatch, tmp_path: Path) -> None:
+    phases = ["--pipeline.reconstruct-steps=5", "--pipeline.localize-steps=3", "--pipeline.edit-steps=2"]
+    assert resolve(monkeypatch, "wys", "--instruction", "x", *phases).max_num_iterations == 10
+    based = resolve(monkeypatch, "wys", "--instruction", "x", *phases, "--base-run", tmp_path)
+    assert based.max_num_iterations == 5
+    everywhere = resolve(monkeypatch, "wys", "--instruction", "x", *phases, "--localization", "none")
+    assert everywhere.max_num_iterations == 7
+    assert resolve(monkeypatch, "wys", "--instruction", "x", "--max-num-iterations=4").max_num_iterations == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["no instruction", "--instruction"]),
+        (["--instruction", "  "], ["no instruction"]),
+        (["--mask-threshold", "1.5"], ["--mask-threshold must be between 0 and 1, not 1.5"]),
+        (["--mask-threshold", "-0.1"], ["--mask-threshold must be between 0 and 1"]),
+        (["--mask-threshold", "nan"], ["--mask-threshold must be between 0 and 1"]),
+        (["--pipeline.relevance-noise-level", "1"], ["--pipeline.relevance-noise-level must be above 0 and below 1"]),
+        (["--pipeline.min-strength", "0"], ["--pipeline.min-strength must be above 0"]),
+        (["--pipeline.min-strength", "0.9", "--pipeline.max-strength", "0.5"], ["swap them"]),
+        (["--pipeline.relevance-outlier-factor", "-1"], ["--pipeline.relevance-outlier-factor must be at least 0"]),
+        (
+            ["--pipeline.model.relevance-expectile", "1"],
+            ["--pipeline.model.relevance-expectile must be above 0 and below 1"],
+        ),
+        (["--pipeline.edit-every", "0"], ["--pipeline.edit-every must be at least 1, not 0"]),
+        (["--pipeline.edit-count", "0"], ["--pipeline.edit-count must be at least 1"]),
+        (["--pipeline.diffusion-steps", "0"], ["--pipeline.diffusion-steps must be at least 1"]),
+        (["--pipeline.relevance-num-samples", "0"], ["--pipeline.relevance-num-samples must be at least 1"]),
+        (["--pipeline.edit-steps", "0"], ["--pipeline.edit-steps must be at least 1"]),
+        (["--pipeline.localize-steps", "0"], ["--pipeline.localize-steps above 0"]),
+        (["--localization", "masks"], ["--pipeline.masks-dir", "give both or none"]),
+        (["--pipeline.masks-dir", "m"], ["--localization masks", "give both or none"]),
+        (["--pipeline.model.predict-normals", "True"], ["--pipeline.model.predict-normals is not supported"]),
+        (["--pipeline.datamanager.edit-patch-size", "16"], ["at least 32", "--pipeline.model.lpips-loss-mult 0"]),
+        (["--data", "nowhere/at/all"], ["no data at", "--data"]),
+        (["--load-dir", "nowhere/at/all"], ["no checkpoint in", "--load-dir"]),
+    ],
+)
+def test_options_that_cannot_work_are_refused_in_a_sentence(
+    arguments: list[str], words: list[str], monkeypatch
+) -> None:
+    given = arguments if not arguments or "--instruction" in arguments else ["--instruction", "x", *arguments]
+    sentence = refusal(monkeypatch, "wys", *given)
+    assert all(word in sentence for word in words), sentence
+
+
+def test_refusals_come_without_traceback_and_leave_nothing_behind(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "nerfstudio.scripts.train",
+            "wys",
+            "--output-dir",
+            str(tmp_path / "out"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("wys: There is no instruction")
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_config_survives_yaml(monkeypatch) -> None:
+    config = resolve(monkeypatch, "wys-tiny", "--instruction", "make it snow", "--mask-threshold", "0.4")
+    again = yaml.load(yaml.dump(config), Loader=yaml.Loader)
+    assert again == config
+    assert again.pipeline.instruction == "make it snow" and again.pipeline.editor == "embedded"
+
+
+def test_wys_command_lists_its_subcommands() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "wys_nerfstudio.cli.main", "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "demo" in done.stdout and "demo-scene" in done.stdout
+
+
+def test_the_wys_command_says_nothing_of_deprecations_in_nerfstudio(tmp_path: Path) -> None:
+    arguments = ["compare", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "wys_nerfstudio.cli.main", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and done.stderr.strip().startswith("wys: There is no config.yml")
+
+
+def test_demo_scene_of_an_impossible_size_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    arguments = ["demo-scene", str(tmp_path / "scene"), "--width", "50"]
+    done = subprocess.run(
+        [sys.executable, "-m", "wys_nerfstudio.cli.main", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and done.stderr.strip().startswith("wys: ") and "multiples of 8" in done.stderr
+    assert not (tmp_path / "scene").exists()

@@ -1,0 +1,208 @@
+"""`wys sweep` through its command line: its table against slow twins, going on after a stop, and what it refuses."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_wys, sentence_of
+from PIL import Image
+
+from wys_nerfstudio.cli import sweep
+from wys_nerfstudio.cli.sweep_plots import mean_points
+from wys_nerfstudio.cli.sweep_table import SweepResult, read_cases
+from wys_nerfstudio.editing import LocalEditSettings, edit_image, load_editor
+from wys_nerfstudio.evaluation.clip import load_clip
+from wys_nerfstudio.utils.image_io import read_image
+
+ENTRIES = [
+    {"image": "a.png", "instruction": "paint the ball red", "caption_before": "a ball", "caption_after": "a red ball"},
+    {"image": "b.jpg", "instruction": "give it a hat", "caption_before": "a bear", "caption_after": "a bear of snow"},
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two pictures and a list of their edits."""
+    (tmp_path / "in").mkdir()
+    for number, (name, shape) in enumerate({"a.png": (24, 40, 3), "b.jpg": (32, 32, 3)}.items()):
+        pixels = np.random.default_rng(number).integers(0, 256, shape, dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "in" / name)
+    (tmp_path / "in" / "list.json").write_text(json.dumps(ENTRIES))
+    return tmp_path
+
+
+@pytest.fixture
+def quick(editor_folder: Path, clip_folder: Path) -> list[str]:
+    options = ["--editor", str(editor_folder), "--clip", str(clip_folder), "--diffusion-steps", "2", "--device", "cpu"]
+    return [*options, "--mask-thresholds", "0", "0.5", "--image-guidance-scales", "1.0", "1.8"]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    run_wys(monkeypatch, "sweep", *arguments)
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
+    return sentence_of(lambda: run(monkeypatch, *arguments))
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "sweep.csv").open(encoding="utf8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a * b).sum() / (a.norm() * b.norm()))
+
+
+def test_the_table_says_of_every_edit_what_its_slow_twin_says(folder, monkeypatch, quick, editor_folder, clip_folder):
+    run(monkeypatch, folder / "in" / "list.json", "-o", folder / "out", "--seed", 3, *quick)
+    rows = table(folder / "out")
+    assert len(rows) == 2 * 2 * 2
+    editor, clip = load_editor(str(editor_folder)), load_clip(str(clip_folder))
+    for number, entry in enumerate(ENTRIES):
+        rgb = read_image(folder / "in" / entry["image"]).rgb
+        texts = clip.embed_texts([entry["caption_before"], entry["caption_after"]])
+        for tau in (0.0, 0.5):
+            for scale in (1.0, 1.8):
+                (row,) = [
+                    r
+                    for r in rows
+                    if (int(r["case"]), float(r["mask_threshold"]), float(r["image_guidance_scale"]))
+                    == (number, tau, scale)
+                ]
+                settings = LocalEditSettings(mask_threshold=tau, image_guidance_scale=scale, diffusion_steps=2)
+                edited = edit_image(editor, rgb, entry["instruction"], settings, seed=3).edited
+                written = read_image(folder / "out" / row["file"]).rgb
+                assert (written - edited).abs().max() <= 0.5 / 255 + 1e-6
+                before, after = clip.embed_images(torch.stack([rgb, edited]))
+                assert float(row["image_similarity"]) == pytest.approx(cosine(before, after), abs=1e-5)
+                assert float(row["text_image_similarity"]) == pytest.approx(cosine(after, texts[1]), abs=1e-5)
+                direction = cosine(after - before, texts[1] - texts[0])
+                assert float(row["direction_similarity"]) == pytest.approx(direction, abs=1e-4)
+                assert row["instruction"] == entry["instruction"] and row["image"] == entry["image"]
+    for name in ("curves.png", "grids/000.png", "grids/001.png"):
+        with Image.open(folder / "out" / name) as drawn:
+            assert min(drawn.size) > 100 and np.asarray(drawn.convert("L")).std() > 5
+    with Image.open(folder / "out" / rows[0]["file"]) as first:
+        assert json.loads(first.text["wys-nerfstudio"])["instruction"] == ENTRIES[0]["instruction"]  # type: ignore
+
+
+def test_a_stopped_sweep_goes_on_and_a_finished_one_needs_no_editor(folder, monkeypatch, quick, capsys):
+    arguments = [folder / "in" / "list.json", "-o", folder / "out", *quick]
+    whole = [folder / "in" / "list.json", "-o", folder / "whole", *quick]
+    edit, count = sweep.edit_image, 0
+
+    def stops_after_three(*args, **options):
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+        return edit(*args, **options)
+
+    monkeypatch.setattr(sweep, "edit_image", stops_after_three)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, *arguments)
+    assert len(table(folder / "out")) == 3
+    assert not list(folder.rglob("*.partial"))
+    first = (folder / "out" / table(folder / "out")[0]["file"]).stat().st_mtime_ns
+    run(monkeypatch, *arguments)
+    assert count == 4 + 5, "what was done is not done again"
+    assert "5/5" in capsys.readouterr().out
+    assert (folder / "out" / table(folder / "out")[0]["file"]).stat().st_mtime_ns == first
+    run(monkeypatch, *whole)
+    assert (folder / "out" / "sweep.csv").read_bytes() == (folder / "whole" / "sweep.csv").read_bytes()
+
+    monkeypatch.setattr(sweep, "load_editor", None)
+    (folder / "out" / "curves.png").unlink()
+    run(monkeypatch, *arguments)
+    assert (folder / "out" / "curves.png").is_file()
+
+
+def test_another_request_in_the_same_folder_is_refused(folder, monkeypatch, quick):
+    arguments = [folder / "in" / "list.json", "-o", folder / "out", *quick]
+    run(monkeypatch, *arguments)
+    before = (folder / "out" / "sweep.csv").read_bytes()
+    sentence = f'"{folder / "out"}" holds the sweep of another list or of other settings: give -o another folder'
+    assert sentence in refusal(monkeypatch, *arguments, "--seed", 1)
+    assert sentence in refusal(monkeypatch, *arguments, "--guidance-scale", 3)
+    Image.new("RGB", (24, 40)).save(folder / "in" / "a.png")
+    assert sentence in refusal(monkeypatch, *arguments)
+    assert (folder / "out" / "sweep.csv").read_bytes() == before
+
+
+def test_lists_of_all_three_kinds_are_read_alike(folder):
+    wanted = read_cases(folder / "in" / "list.json")
+    assert [case.instruction for case in wanted] == [entry["instruction"] for entry in ENTRIES]
+    lines = [",".join(ENTRIES[0]), *(",".join(entry.values()) for entry in ENTRIES)]
+    (folder / "in" / "list.csv").write_text("\n".join(lines), "utf-8-sig")
+    text = "".join("- " + "\n  ".join(f"{key}: {value}" for key, value in entry.items()) + "\n" for entry in ENTRIES)
+    (folder / "in" / "list.yaml").write_text(text)
+    assert read_cases(folder / "in" / "list.csv") == wanted == read_cases(folder / "in" / "list.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("none.csv", None, "There is no list"),
+        ("list.txt", "a", "is no list of edits: wys sweep takes a .csv, .yaml or .json list with image, instruction"),
+        ("list.json", "{", "cannot be read"),
+        ("list.json", "[]", "There are no edits in"),
+        ("list.json", '{"image": "a.png"}', "There are no edits in"),
+        ("list.json", '["a.png"]', 'Edit 1 of "{file}" has no image'),
+        ("list.csv", "image,instruction\na.png,make it red\n", 'Edit 1 of "{file}" has no caption_before'),
+        ("list.csv", "image,instruction,caption_before,caption_after\na.png, ,a,b\n", "has no instruction"),
+        ("list.csv", "image,instruction,caption_before,caption_after\nc.png,x,a,b\n", "There is no picture"),
+    ],
+)
+def test_lists_that_cannot_work_are_refused(folder, monkeypatch, quick, name, text, sentence):
+    file = folder / "in" / name
+    if text is not None:
+        file.write_text(text)
+    assert sentence.format(file=file) in refusal(monkeypatch, file, "-o", folder / "out", *quick)
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--mask-thresholds", "0.5", "1.5"], "--mask-threshold must be between 0 and 1, not 1.5"),
+        (["--mask-thresholds", "0.5", "0.5"], "--mask-thresholds takes one or more numbers that differ"),
+        (["--image-guidance-scales"], "--image-guidance-scales takes one or more numbers that differ"),
+        (["--diffusion-steps", "0"], "--diffusion-steps must be at least 1, not 0"),
+        (["--device", "cuda:9"], 'The device "cuda:9" cannot be used here'),
+        (["--clip", "nobody/no-clip"], 'The CLIP "nobody/no-clip" could not be loaded'),
+        (["--editor", "nowhere"], 'There is no editor folder "nowhere"'),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(folder, monkeypatch, quick, options, sentence):
+    given = [*quick, *options]
+    assert sentence in refusal(monkeypatch, folder / "in" / "list.json", "-o", folder / "out", *given)
+    assert not (folder / "out" / "sweep.csv").exists()
+
+
+def test_a_caption_that_clip_cannot_read_is_refused_before_the_first_edit(folder, monkeypatch, quick):
+    entries = [ENTRIES[0], {**ENTRIES[1], "caption_after": "ball " * 11}]
+    (folder / "in" / "list.json").write_text(json.dumps(entries))
+    sentence = refusal(monkeypatch, folder / "in" / "list.json", "-o", folder / "out", *quick)
+    assert "has 13 tokens and the CLIP" in sentence
+    assert not (folder / "out" / "edits").exists()
+
+
+def test_curves_are_means_over_the_cases():
+    def row(case: int, tau: float, scale: float, direction: float, image: float) -> SweepResult:
+        return SweepResult(case, "a.png", "x", tau, scale, direction, image, 0.0, "")
+
+    rows = [
+        row(0, 0.0, 1.0, 0.2, 0.5),
+        row(0, 0.0, 2.0, 0.1, 0.8),
+        row(1, 0.0, 1.0, 0.4, 0.7),
+        row(1, 0.0, 2.0, 0.1, 1.0),
+    ]
+    rows += [row(case, 0.5, scale, 0.0, 1.0) for case in (0, 1) for scale in (1.0, 2.0)]
+    curves = mean_points(rows)
+    assert list(curves) == [0.0, 0.5]
+    assert np.allclose(curves[0.0], [(1.0, 0.3, 0.6), (2.0, 0.1, 0.9)])
+    assert np.allclose(curves[0.5], [(1.0, 0.0, 1.0), (2.0, 0.0, 1.0)])

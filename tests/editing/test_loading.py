@@ -1,0 +1,324 @@
+"""From a name to an editor, what is never read, and every sentence of refusal. Full-size networks on the meta device."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_editor_folder
+
+from wys_nerfstudio.editing import EMBEDDED, Editor, load_editor
+from wys_nerfstudio.editing.loading import PARTS, editor_source, resolve_dtype
+from wys_nerfstudio.utils.errors import WysError
+
+
+@pytest.fixture
+def copy(editor_folder: Path, tmp_path: Path) -> Path:
+    """The untrained editor, to be damaged."""
+    return shutil.copytree(editor_folder, tmp_path / "editor")
+
+
+def test_an_editor_loads_frozen_in_eval_mode_on_the_cpu_in_full_precision(editor_folder):
+    editor = load_editor(str(editor_folder))
+    assert editor.name == str(editor_folder)
+    assert editor.device == torch.device("cpu")
+    for network in (editor.unet, editor.vae, editor.text_encoder):
+        assert not network.training
+        assert not any(p.requires_grad for p in network.parameters())
+        assert {p.dtype for p in network.parameters()} == {torch.float32}
+
+
+def test_the_noise_schedule_is_the_repositorys_although_the_scheduler_is_of_another_class(editor_folder):
+    editor = load_editor(str(editor_folder))
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    torch.testing.assert_close(editor.alphas_cumprod.double(), (1 - betas).cumprod(0), atol=1e-5, rtol=1e-4)
+    assert editor.num_train_timesteps == 1000
+    assert float(editor.final_alpha) == 1
+    assert editor.prediction_type == "epsilon"
+
+
+def test_only_five_parts_are_read_and_never_the_safety_checker(copy):
+    for part in ("safety_checker", "feature_extractor"):
+        (copy / part).mkdir()
+        for file in ("config.json", "model.safetensors", "preprocessor_config.json"):
+            (copy / part / file).write_text("this is broken")
+    (copy / "model_index.json").write_text("this is broken too")
+    shutil.rmtree(copy / "raw_tokenizer")
+    editor = load_editor(str(copy))
+    assert sorted(PARTS) == ["scheduler", "text_encoder", "tokenizer", "unet", "vae"]
+    assert editor.encode_text("make it red").shape == (1, 40, 32)
+
+
+def test_an_editor_folder_is_never_written_to(copy):
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    load_editor(str(copy))
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_folder_without_a_part_is_refused_by_the_parts_name(copy, part):
+    shutil.rmtree(copy / part)
+    with pytest.raises(WysError, match=f'editor folder "{copy}" has no {part}: --editor needs an InstructPix2Pix'):
+        load_editor(str(copy))
+
+
+def test_all_missing_parts_are_named_together(copy):
+    shutil.rmtree(copy / "unet")
+    shutil.rmtree(copy / "scheduler")
+    with pytest.raises(WysError, match="has no unet and no scheduler"):
+        load_editor(str(copy))
+
+
+def test_a_checkpoint_that_is_no_instruct_pix2pix_is_refused(tmp_path):
+    folder = build_editor_folder(tmp_path / "plain", in_channels=4)
+    with pytest.raises(
+        WysError, match="is no InstructPix2Pix checkpoint: its UNet takes 4 input channels, not 8.*--editor"
+    ):
+        load_editor(str(folder))
+
+
+def test_an_editor_that_predicts_the_image_itself_is_refused(copy):
+    path = copy / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "sample"}))
+    with pytest.raises(WysError, match='predicts "sample"; --editor takes one that predicts epsilon or v_prediction'):
+        load_editor(str(copy))
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "nothing", "a/b/c", "~/no/such/editor"])
+def test_a_folder_that_is_not_there_is_refused(name):
+    with pytest.raises(WysError, match=f'no editor folder "{name}": give --editor a folder.*hub id.*"embedded"'):
+        load_editor(name)
+
+
+def test_names_of_the_hub_stay_as_they_are():
+    assert editor_source("timbrooks/instruct-pix2pix") == "timbrooks/instruct-pix2pix"
+
+
+def test_the_embedded_editor_lies_beside_the_package():
+    import wys_nerfstudio
+
+    folder = Path(wys_nerfstudio.__file__).parent / "demo" / "editor"
+    if folder.is_dir():
+        assert editor_source(EMBEDDED) == str(folder)
+    else:
+        with pytest.raises(WysError, match='no editor folder "embedded"'):
+            editor_source(EMBEDDED)
+
+
+def test_an_unreachable_hub_id_names_the_ways_out(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    sentence = (
+        'editor "nobody/no-such-editor" could not be loaded from its hub id .is there a network.*--editor embedded'
+    )
+    with pytest.raises(WysError, match=sentence):
+        load_editor("nobody/no-such-editor")
+
+
+PICKLES = [("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")]
+
+
+@pytest.mark.parametrize(("part", "name"), PICKLES)
+def test_pickled_weights_are_read_only_when_that_is_asked_for(copy, editor_folder, part, name):
+    from safetensors.torch import load_file
+
+    (weights,) = (copy / part).glob("*.safetensors")
+    torch.save(load_file(weights), copy / part / f"{name}.bin")
+    weights.unlink()
+    with pytest.raises(WysError, match=f"has its {part} as a pickle .*--pipeline.editor-allow-pickle True"):
+        load_editor(str(copy))
+    wanted, read = (getattr(load_editor(str(f), allow_pickle=True), part).state_dict() for f in (editor_folder, copy))
+    assert wanted and all(torch.equal(wanted[key], read[key]) for key in wanted)
+
+
+@pytest.mark.parametrize(("part", "name"), PICKLES)
+def test_a_pickle_that_runs_something_is_refused_even_when_pickles_are_asked_for(copy, tmp_path, part, name):
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "proof"),)
+
+    (weights,) = (copy / part).glob("*.safetensors")
+    weights.unlink()
+    torch.save({"weight": Malicious()}, copy / part / f"{name}.bin")
+    with pytest.raises(WysError, match="could not be loaded from its folder"):
+        load_editor(str(copy), allow_pickle=True)
+    assert not (tmp_path / "proof").exists()
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_damaged_weights_are_refused(copy, part):
+    (weights,) = (copy / part).glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(WysError, match="could not be loaded from its folder.*--editor"):
+        load_editor(str(copy))
+
+
+@pytest.mark.parametrize("file", ["unet/config.json", "scheduler/scheduler_config.json"])
+def test_damaged_configs_are_refused(copy, file):
+    (copy / file).write_text("{")
+    with pytest.raises(WysError, match="could not be loaded from its folder.*--editor"):
+        load_editor(str(copy))
+
+
+def test_loading_leaves_diffusers_logging_as_it_was(editor_folder, copy):
+    from diffusers.utils import logging
+
+    shutil.rmtree(copy / "unet")
+    (copy / "unet").mkdir()
+    before = logging.get_verbosity()
+    logging.set_verbosity_info()
+    try:
+        load_editor(str(editor_folder))
+        assert logging.get_verbosity() == logging.INFO
+        with pytest.raises(WysError):
+            load_editor(str(copy))
+        assert logging.get_verbosity() == logging.INFO
+    finally:
+        logging.set_verbosity(before)
+
+
+def test_precisions_are_resolved():
+    assert resolve_dtype("auto", "cpu") == torch.float32
+    assert resolve_dtype("float16", "cpu") == torch.float16
+    assert resolve_dtype("bfloat16", "cuda:1") == torch.bfloat16
+    assert resolve_dtype("float32", torch.device("cuda")) == torch.float32
+
+
+def test_a_precision_reaches_the_networks_and_results_stay_in_full_precision(editor_folder):
+    editor = load_editor(str(editor_folder), dtype="bfloat16")
+    assert {n.dtype for n in (editor.unet, editor.vae, editor.text_encoder)} == {torch.bfloat16}
+    assert editor.alphas_cumprod.dtype == torch.float32
+    latents = editor.encode_images(torch.rand(1, 16, 24, 3))
+    assert (latents.dtype, latents.shape) == (torch.float32, (1, 4, 4, 6))
+    noise = editor.predict_noise(latents, 10, latents, editor.encode_text("make it red"))
+    assert (noise.dtype, noise.shape) == (torch.float32, latents.shape)
+    assert (editor.decode(latents).dtype, editor.decode(latents).shape) == (torch.float32, (1, 16, 24, 3))
+
+
+# ------------------------------------------------------------------------------------------------------------ instructions
+
+
+@pytest.fixture(scope="module")
+def editor(editor_folder: Path) -> Editor:
+    return load_editor(str(editor_folder))
+
+
+def test_a_too_long_instruction_is_refused_with_its_number_of_tokens(editor):
+    # 38 letters are 38 tokens here, and start and end are two more.
+    assert editor.encode_text("a " * 38).shape == (1, 40, 32)
+    with pytest.raises(WysError, match="instruction has 41 tokens and the text encoder.*takes 40: shorten it"):
+        editor.encode_text("a " * 39)
+
+
+def test_instructions_have_states_of_their_own_and_keep_them(editor):
+    texts = ["make the bear red", "make the ball red", ""]
+    first = [editor.encode_text(text) for text in texts]
+    assert all(torch.equal(editor.encode_text(text), states) for text, states in zip(texts, first))
+    assert not any(torch.allclose(first[i], first[j], atol=1e-3) for i, j in [(0, 1), (0, 2), (1, 2)])
+
+
+def whole_word_editor(editor: Editor, folder: Path) -> Editor:
+    """The editor with a tokenizer that knows four words and nothing smaller."""
+    from dataclasses import replace
+
+    from transformers import CLIPTokenizer
+
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|unknown|>"}
+    words, merges = {value: i for i, value in enumerate(special.values())}, []
+    for word in ("make", "it", "red", "blue"):
+        pieces = [*word[:-1], f"{word[-1]}</w>"]
+        while len(pieces) > 1:
+            merges.append(f"{pieces[0]} {pieces[1]}")
+            pieces[:2] = [pieces[0] + pieces[1]]
+            words.setdefault(pieces[0], len(words))
+        for letter in (*word[:-1], f"{word[-1]}</w>"):
+            words.setdefault(letter, len(words))
+    (folder / "vocab.json").write_text(json.dumps(words))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    files = (str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokenizer = CLIPTokenizer(*files, **special, pad_token="<|endoftext|>", model_max_length=40)
+    return replace(editor, tokenizer=tokenizer)
+
+
+def test_words_that_a_whole_word_tokenizer_has_never_seen_are_refused_with_those_it_knows(editor, tmp_path):
+    limited = whole_word_editor(editor, tmp_path)
+    assert limited.encode_text("make it red").shape == (1, 40, 32)
+    assert limited.encode_text("").shape == (1, 40, 32)
+    # The letters of "tired" are pieces of the words that were seen.
+    for instruction in ("make it zzz", "make it tired"):
+        sentence = f'"{instruction}" has words that the editor .* has never seen; it knows: (a, )?([a-z]{{2,}}, )*[a-z]{{2,}}[.]'
+        with pytest.raises(WysError, match=f"{sentence} .*--editor timbrooks/"):
+            limited.encode_text(instruction)
+
+
+def test_a_tokenizer_that_spells_words_out_takes_any_word(editor):
+    assert editor.encode_text("make it zzz").shape == (1, 40, 32)
+
+
+# --------------------------------------------------------------------------------------------- the full-size architecture
+
+
+@pytest.fixture(scope="module")
+def full_size() -> Editor:
+    """timbrooks/instruct-pix2pix without its weights: shapes only."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=64,
+            in_channels=8,
+            cross_attention_dim=768,
+            block_out_channels=(320, 640, 1280, 1280),
+            attention_head_dim=8,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            latent_channels=4,
+            sample_size=256,
+        )
+        alphas_cumprod = torch.linspace(1, 0, 1000)
+    return Editor("full", unet, vae, None, None, alphas_cumprod, alphas_cumprod[0], "epsilon")
+
+
+def test_the_full_size_editor_has_stable_diffusions_geometry(full_size):
+    assert sum(p.numel() for p in full_size.unet.parameters()) == 859_532_484
+    assert (full_size.latent_factor, full_size.side_multiple, full_size.native_resolution) == (8, 64, 512)
+    assert full_size.num_train_timesteps == 1000
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "wanted"),
+    [
+        (1080, 1920, (256, 512)),
+        (1920, 1080, (512, 256)),
+        (512, 512, (512, 512)),
+        (994, 738, (512, 384)),
+        (100, 4000, (64, 512)),
+    ],
+)
+def test_editing_sizes_of_the_full_size_editor(full_size, height, width, wanted):
+    assert full_size.editing_size(height, width, full_size.native_resolution) == wanted
+
+
+def test_the_full_size_networks_take_and_give_the_right_shapes(full_size):
+    with torch.device("meta"):
+        latents = full_size.encode_images(torch.rand(2, 256, 512, 3))
+        assert latents.shape == (2, 4, 32, 64)
+        noise = full_size.predict_noise(latents, 500, latents, torch.rand(2, 77, 768))
+        assert noise.shape == (2, 4, 32, 64)
+        assert full_size.decode(latents).shape == (2, 256, 512, 3)
+    assert noise.device.type == "meta"
+
+
+def test_sizes_follow_a_unet_of_two_sample_sizes(full_size):
+    from dataclasses import replace
+    from types import SimpleNamespace
+
+    config = SimpleNamespace(sample_size=(48, 80), block_out_channels=(1, 1, 1))
+    editor = replace(full_size, unet=SimpleNamespace(config=config))
+    assert (editor.native_resolution, editor.side_multiple) == (640, 32)

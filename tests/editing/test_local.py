@@ -1,0 +1,267 @@
+"""Local edits of single pictures: against diffusers' own pipeline, under masks, repeatable."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_editor_folder
+from test_edit import pictures
+
+from wys_nerfstudio import relevance
+from wys_nerfstudio.editing import (
+    EMBEDDED,
+    Editor,
+    LocalEditSettings,
+    edit_image,
+    load_editor,
+    relevance_maps,
+    sampling,
+)
+from wys_nerfstudio.editing.edit import seeded_noise
+from wys_nerfstudio.editing.sampling import edit_seed
+from wys_nerfstudio.evaluation.metrics import psnr
+from wys_nerfstudio.utils.errors import WysError
+
+INSTRUCTION = "turn the bear into a panda"
+FEW_STEPS = LocalEditSettings(guidance_scale=3.0, diffusion_steps=4)
+
+
+@pytest.fixture(scope="module")
+def editor(editor_folder: Path) -> Editor:
+    return load_editor(str(editor_folder))
+
+
+# -------------------------------------------------------------------------------------- against diffusers' own pipeline
+
+
+def editor_of_random_weights(tmp_path: Path, channels: tuple[int, ...], cross: int, heads: int) -> Editor:
+    """An editor with Stable Diffusion 1.5's types and number of blocks; the text encoder stays a small one."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    small = load_editor(str(build_editor_folder(tmp_path / "small")))
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=64,
+        in_channels=8,
+        block_out_channels=channels,
+        cross_attention_dim=cross,
+        attention_head_dim=heads,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(*(width * 2 // 5 // 16 * 16 for width in channels[:3]), channels[2] * 2 // 5 // 16 * 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        norm_num_groups=16,
+        sample_size=512,
+        scaling_factor=0.18215,
+    )
+    config = {**small.text_encoder.config.to_dict(), "hidden_size": cross, "num_attention_heads": 8}
+    text_encoder = CLIPTextModel(CLIPTextConfig(**config))
+    for network in (unet, vae, text_encoder):
+        network.eval().requires_grad_(False)
+    return replace(small, unet=unet, vae=vae, text_encoder=text_encoder)
+
+
+def diffusers_edit(editor: Editor, picture: torch.Tensor, settings: LocalEditSettings, listing: dict[str, Any]):
+    """The edit by diffusers' StableDiffusionInstructPix2PixPipeline and DDIMScheduler, and the timesteps it took."""
+    from diffusers import DDIMScheduler, StableDiffusionInstructPix2PixPipeline
+
+    betas = 1 - editor.alphas_cumprod / torch.cat([torch.ones(1), editor.alphas_cumprod[:-1]])
+    scheduler = DDIMScheduler(
+        trained_betas=betas.numpy(),
+        prediction_type=editor.prediction_type,
+        clip_sample=False,
+        set_alpha_to_one=float(editor.final_alpha) == 1,
+        **listing,
+    )
+
+    class Pipeline(StableDiffusionInstructPix2PixPipeline):
+        # Below an image guidance scale of 1, hence at the paper's 0.8, diffusers guides by nothing at all.
+        do_classifier_free_guidance = True  # type: ignore
+
+    kind = StableDiffusionInstructPix2PixPipeline if settings.image_guidance_scale >= 1 else Pipeline
+    pipeline = kind(
+        vae=editor.vae,
+        text_encoder=editor.text_encoder,
+        tokenizer=editor.tokenizer,
+        unet=editor.unet,
+        scheduler=scheduler,
+        safety_checker=None,  # type: ignore
+        feature_extractor=None,  # type: ignore
+        image_encoder=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    clean = editor.encode_images(picture[None]) * editor.vae.config.scaling_factor
+    noise = seeded_noise([edit_seed(0, 0)], clean.shape[1:], editor.device)
+    alpha = editor.alphas_cumprod[editor.num_train_timesteps - 1]
+    edited = pipeline(
+        prompt=INSTRUCTION,
+        image=picture[None].permute(0, 3, 1, 2),
+        num_inference_steps=settings.diffusion_steps,
+        guidance_scale=settings.guidance_scale,
+        image_guidance_scale=settings.image_guidance_scale,
+        latents=alpha.sqrt() * clean + (1 - alpha).sqrt() * noise,
+        output_type="pt",
+    ).images
+    return edited[0].permute(1, 2, 0), pipeline.scheduler.timesteps.tolist()
+
+
+def equal_listing(steps: int) -> dict[str, Any]:
+    """Diffusers' "leading" timesteps with this offset are ours if 999 is a multiple of the number of steps."""
+    assert 999 % steps == 0
+    return {"timestep_spacing": "leading", "steps_offset": 999 // steps}
+
+
+def compare(editor: Editor, picture: torch.Tensor, settings: LocalEditSettings) -> float:
+    """PSNR of our edit at tau 0 to diffusers' at the same timesteps, both ending on timestep 0's level."""
+    ours = replace(editor, final_alpha=editor.alphas_cumprod[0])
+    theirs, timesteps = diffusers_edit(ours, picture, settings, equal_listing(settings.diffusion_steps))
+    assert timesteps == sampling.timesteps(999, settings.diffusion_steps, 1000)
+    result = edit_image(ours, picture, INSTRUCTION, settings)
+    assert result.mask.all()
+    assert psnr(result.edited, picture) < 30  # there was something to get wrong
+    return psnr(result.edited, theirs)
+
+
+def toy_picture() -> torch.Tensor:
+    from wys_nerfstudio.demo.training.evaluate_editor import INDEX, render_split
+    from wys_nerfstudio.demo.world import VALIDATION_SEEDS
+
+    return render_split(VALIDATION_SEEDS[:1])[0, INDEX["no-change"]].float() / 255
+
+
+PLAIN = LocalEditSettings(mask_threshold=0.0)
+
+
+@pytest.mark.parametrize("image_guidance_scale", [0.8, 1.5])
+def test_threshold_zero_is_diffusers_own_instruct_pix2pix_on_the_embedded_editor(image_guidance_scale):
+    settings = replace(PLAIN, diffusion_steps=27, image_guidance_scale=image_guidance_scale)
+    assert compare(load_editor(EMBEDDED), toy_picture(), settings) >= 40
+
+
+def test_diffusers_standard_timesteps_differ_by_no_more_than_rounding():
+    """100 steps, the paper's number: DDIM's "trailing" list is ours but for single units of 1000."""
+    embedded, picture = load_editor(EMBEDDED), toy_picture()
+    theirs, timesteps = diffusers_edit(embedded, picture, PLAIN, {"timestep_spacing": "trailing"})
+    assert max(abs(a - b) for a, b in zip(timesteps, sampling.timesteps(999, 100, 1000), strict=True)) == 1
+    assert psnr(edit_image(embedded, picture, INSTRUCTION, PLAIN).edited, theirs) >= 40
+
+
+def test_threshold_zero_is_diffusers_own_instruct_pix2pix_on_stable_diffusions_blocks(tmp_path):
+    random_editor = editor_of_random_weights(tmp_path, (64, 128, 128, 128), 64, 8)
+    assert compare(random_editor, pictures(1, 64, 64)[0], replace(PLAIN, diffusion_steps=3, resolution=64)) >= 40
+
+
+@pytest.mark.skipif("WYS_FULL_SIZE" not in os.environ, reason="WYS_FULL_SIZE=1: 4 GB of memory, minutes on a CPU")
+def test_threshold_zero_is_diffusers_own_instruct_pix2pix_at_full_size(tmp_path):
+    full = editor_of_random_weights(tmp_path, (320, 640, 1280, 1280), 768, 8)
+    assert sum(weights.numel() for weights in full.unet.parameters()) > 8.5e8
+    figure = compare(full, pictures(1, 64, 64)[0], replace(PLAIN, diffusion_steps=3, resolution=64))
+    print(f"PSNR to diffusers' pipeline at full size: {figure:.1f} dB")
+    assert figure >= 40
+
+
+# ------------------------------------------------------------------------------------------------------------ local edits
+
+
+@pytest.mark.parametrize("method", ["local", "sds"])
+@pytest.mark.parametrize(("height", "width"), [(37, 45), (71, 33)])
+def test_outside_its_mask_the_edit_is_the_input_bit_for_bit(editor, method, height, width):
+    image = pictures(1, height, width)[0]
+    result = edit_image(editor, image, INSTRUCTION, replace(FEW_STEPS, method=method))
+    assert result.mask.any() and not result.mask.all()
+    assert torch.equal(result.edited[~result.mask], image[~result.mask])
+    assert psnr(result.edited, image, result.mask) < 50
+    assert float(result.edited.min()) >= 0 and float(result.edited.max()) <= 1
+
+
+def test_map_and_mask_are_the_papers_as_scenes_have_them(editor):
+    image = pictures(1, 37, 45)[0]
+    result = edit_image(editor, image, INSTRUCTION, FEW_STEPS, seed=4)
+    raw = next(relevance_maps(editor, image[None], INSTRUCTION, seeds=[edit_seed(4, -1)]))
+    assert torch.equal(result.relevance, relevance.resize(relevance.normalize(raw), 37, 45)[0].clamp(0, 1))
+    assert torch.equal(result.mask, result.relevance >= 0.4)
+
+
+def test_draws_and_outlier_factor_are_those_that_are_asked_for(editor):
+    image = pictures(1, 37, 45)[0]
+    settings = replace(FEW_STEPS, relevance_num_samples=3, relevance_outlier_factor=0.2)
+    result = edit_image(editor, image, INSTRUCTION, settings, seed=4)
+    raw = next(relevance_maps(editor, image[None], INSTRUCTION, seeds=[edit_seed(4, -1)], num_samples=3))
+    wanted = relevance.upsample(raw, 37, 45, outlier_factor=0.2)[0]
+    assert torch.equal(result.relevance, wanted)
+    assert not torch.equal(wanted, relevance.upsample(raw, 37, 45)[0])
+
+
+@pytest.mark.parametrize("method", ["local", "sds"])
+def test_ones_own_mask_is_used(editor, method):
+    image = pictures(1, 37, 45)[0]
+    mask = torch.zeros(37, 45, dtype=torch.bool)
+    mask[10:20, 5:40] = True
+    result = edit_image(editor, image, INSTRUCTION, replace(FEW_STEPS, method=method), mask=mask)
+    assert torch.equal(result.mask, mask)
+    assert torch.equal(result.edited[~mask], image[~mask])
+    assert not torch.isclose(result.edited[mask], image[mask]).all(dim=-1).any()
+
+
+@pytest.mark.parametrize("method", ["local", "sds"])
+def test_seeds_reproduce(editor, method):
+    image, settings = pictures(1)[0], replace(FEW_STEPS, method=method, mask_threshold=0.0)
+    first, again, other = (edit_image(editor, image, INSTRUCTION, settings, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(first.edited, again.edited) and torch.equal(first.relevance, again.relevance)
+    assert not torch.equal(first.edited, other.edited) and not torch.equal(first.relevance, other.relevance)
+
+
+@pytest.mark.parametrize("method", ["local", "sds"])
+def test_progress_is_reported_to_the_end(editor, method):
+    seen = []
+    settings = replace(FEW_STEPS, method=method, relevance_num_samples=2)
+    edit_image(editor, pictures(1)[0], INSTRUCTION, settings, report=lambda *done: seen.append(done))
+    assert seen == [(3, 6), (4, 6), (5, 6), (6, 6)]
+
+
+def test_where_nothing_is_relevant_nothing_is_edited(editor):
+    image = pictures(1)[0]
+    result = edit_image(editor, image, INSTRUCTION, FEW_STEPS, mask=torch.zeros(32, 32, dtype=torch.bool))
+    assert torch.equal(result.edited, image)
+
+
+def test_a_gradient_step_is_in_proportion_to_the_guidance_scale(editor):
+    image = pictures(1)[0]
+    settings = replace(FEW_STEPS, method="sds", mask_threshold=0.0, guidance_scale=0.0)
+    still, little = (
+        edit_image(editor, image, INSTRUCTION, replace(settings, guidance_scale=scale)).edited for scale in (0.0, 1e-3)
+    )
+    codes = editor.encode_images(image[None])
+    torch.testing.assert_close(still, editor.decode(codes)[0], atol=1e-5, rtol=0)
+    assert not torch.equal(still, little)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mask_threshold": 1.5}, "--mask-threshold must be between 0 and 1"),
+        ({"mask_threshold": float("nan")}, "--mask-threshold must be between 0 and 1"),
+        ({"relevance_noise_level": 0.0}, "--relevance-noise-level must be above 0 and below 1"),
+        ({"relevance_outlier_factor": -1.0}, "--relevance-outlier-factor must be at least 0"),
+        ({"diffusion_steps": 0}, "--diffusion-steps must be at least 1"),
+        ({"relevance_num_samples": 0}, "--relevance-num-samples must be at least 1"),
+        ({"resolution": 0}, "--resolution must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(editor, changes, words):
+    with pytest.raises(WysError, match=words):
+        edit_image(editor, pictures(1)[0], INSTRUCTION, replace(FEW_STEPS, **changes))
+
+
+def test_an_empty_instruction_and_a_mask_of_another_size_are_refused(editor):
+    with pytest.raises(WysError, match="There is no instruction"):
+        edit_image(editor, pictures(1)[0], "  ")
+    with pytest.raises(WysError, match="The mask has 31x32 pixels and the picture 32x32"):
+        edit_image(editor, pictures(1)[0], INSTRUCTION, mask=torch.ones(32, 31, dtype=torch.bool))

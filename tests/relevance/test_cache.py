@@ -1,0 +1,55 @@
+"""Relevance maps are found again by what they are of, and by nothing less."""
+
+import pytest
+import torch
+
+from wys_nerfstudio.relevance.cache import RelevanceRequest, find_maps, save_maps
+
+NAMES = ["frame_00", "frame_01", "frame_02"]
+REQUEST = {
+    "editor": "tiny",
+    "instruction": "make it red",
+    "noise_level": 0.8,
+    "num_samples": 1,
+    "seed": 3,
+    "resolution": None,
+}
+
+
+@pytest.fixture
+def kept(tmp_path) -> torch.Tensor:
+    raw = torch.rand(len(NAMES), 4, 5)
+    save_maps(tmp_path / "relevance", RelevanceRequest(**REQUEST), NAMES, raw)
+    return raw
+
+
+def test_kept_maps_are_found_again(kept, tmp_path):
+    found = find_maps(tmp_path / "relevance", RelevanceRequest(**REQUEST), NAMES)
+    assert found is not None
+    assert torch.equal(found, kept)
+    assert [path.name for path in (tmp_path / "relevance").iterdir()] == ["maps.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"editor": "x"},
+        {"instruction": "x"},
+        {"noise_level": 0.7},
+        {"num_samples": 2},
+        {"seed": 4},
+        {"resolution": 256},
+        {"reference": "0123456789abcdef"},
+    ],
+)
+def test_maps_of_another_request_are_not_taken(kept, tmp_path, change):
+    assert find_maps(tmp_path / "relevance", RelevanceRequest(**{**REQUEST, **change}), NAMES) is None
+
+
+@pytest.mark.parametrize("names", [NAMES[:2], NAMES[::-1], [*NAMES, "frame_03"]])
+def test_maps_of_other_views_are_not_taken(kept, tmp_path, names):
+    assert find_maps(tmp_path / "relevance", RelevanceRequest(**REQUEST), names) is None
+
+
+def test_a_folder_without_maps_has_none(tmp_path):
+    assert find_maps(tmp_path / "nothing", RelevanceRequest(**REQUEST), NAMES) is None

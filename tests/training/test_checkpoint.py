@@ -1,0 +1,346 @@
+"""Finding, reading and taking base runs; what a resumed run reads. Nothing in a run's folder is ever executed."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
+from nerfstudio.models.nerfacto import NerfactoModelConfig
+from test_model import SIZES, VIEWS, build
+
+from wys_nerfstudio.model import WysModel
+from wys_nerfstudio.training.checkpoint import (
+    checkpoint_name,
+    find_checkpoint,
+    is_wys,
+    load_base,
+    model_state,
+    read_checkpoint,
+    read_run_config,
+    register_safe_globals,
+    run_folder,
+    save_checkpoint_file,
+)
+from wys_nerfstudio.utils.errors import WysError
+
+TRANSFORM = {"transform": [[1.0, 0, 0, 0.5], [0, 1.0, 0, 0], [0, 0, 1.0, 0]], "scale": 0.25}
+
+
+def write_run(folder: Path, state: dict[str, torch.Tensor], step: int = 9, config: object = None) -> Path:
+    """A run's folder as nerfstudio leaves it."""
+    (folder / "nerfstudio_models").mkdir(parents=True, exist_ok=True)
+    checkpoint = {"step": step, "pipeline": {f"_model.{key}": value for key, value in state.items()}}
+    torch.save(checkpoint, folder / "nerfstudio_models" / f"step-{step:09d}.ckpt")
+    (folder / "config.yml").write_text(yaml.dump(config or {"method_name": "nerfacto"}))
+    (folder / "dataparser_transforms.json").write_text(json.dumps(TRANSFORM))
+    return folder
+
+
+def nerfacto_state(model: WysModel) -> dict[str, torch.Tensor]:
+    """The model's scene as nerfacto would save it, LPIPS included; all its numbers are moved."""
+    state = {k: v + 0.5 if v.is_floating_point() else v for k, v in model.state_dict().items() if "relevance" not in k}
+    return {**state, "lpips.net.net.slice1.0.weight": torch.zeros(4)}
+
+
+# ----------------------------------------------------------------------------------------------------- finding and reading
+
+
+def test_a_run_is_found_by_its_folder_its_config_its_checkpoints_or_one_of_these(tmp_path):
+    run = write_run(tmp_path / "run", {}, step=9)
+    write_run(run, {}, step=20000)
+    newest, older = (run / "nerfstudio_models" / f"step-{step:09d}.ckpt" for step in (20000, 9))
+    for path in (run, run / "config.yml", run / "nerfstudio_models", newest):
+        assert find_checkpoint(path, "--base-run") == newest
+    assert find_checkpoint(older, "--base-run") == older
+    assert run_folder(newest) == run
+
+
+@pytest.mark.parametrize("name", ["nothing", "empty", "empty/file.txt", "gone.ckpt"])
+def test_a_path_without_a_checkpoint_is_refused_with_its_option(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "file.txt").touch()
+    sentence = f'no checkpoint in "{tmp_path / name}": --load-dir takes the folder or the config.yml of a finished'
+    with pytest.raises(WysError, match=sentence):
+        find_checkpoint(tmp_path / name, "--load-dir")
+
+
+class Malicious:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.proof),)
+
+
+def test_a_checkpoint_that_holds_an_object_is_refused_and_not_unpickled(tmp_path):
+    path, proof = tmp_path / "step-000000001.ckpt", tmp_path / "proof"
+    torch.save({"step": 1, "pipeline": {}, "optimizers": Malicious(proof)}, path)
+    with pytest.raises(WysError, match=f'checkpoint "{path}" could not be read'):
+        read_checkpoint(path)
+    assert not proof.exists()
+    torch.load(path, weights_only=False)
+    assert proof.exists()  # the file would have done it
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"\x80\x04garbage", pickle.dumps({"step": 1})[:-3]])
+def test_a_damaged_checkpoint_is_refused(tmp_path, content):
+    path = tmp_path / "step-000000001.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(WysError, match="could not be read"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"step": 1}, {"pipeline": {}}])
+def test_another_kind_of_file_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(WysError, match='x.ckpt" is no nerfstudio checkpoint: it has no "pipeline"'):
+        read_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_learning_rates_that_are_numpy_numbers_are_read(tmp_path):
+    register_safe_globals()
+    state = {"step": 1, "pipeline": {}, "schedulers": {"fields": {"_last_lr": [np.float64(0.0123)]}}}
+    torch.save(state, tmp_path / "x.ckpt")
+    assert read_checkpoint(tmp_path / "x.ckpt")["schedulers"]["fields"]["_last_lr"] == [0.0123]
+
+
+def test_the_models_state_has_no_prefixes_and_nothing_of_other_parts():
+    one, two = torch.zeros(1), torch.ones(1)
+    pipeline = {"_model.field.a": one, "_model.module.field.b": two, "datamanager.c": one}
+    assert model_state({"pipeline": pipeline}) == {"field.a": one, "field.b": two}
+
+
+def test_a_run_of_this_method_is_told_by_its_relevance_head():
+    assert is_wys({"pipeline": {f"_model.{key}": value for key, value in build().state_dict().items()}})
+    assert not is_wys({"pipeline": {f"_model.{key}": value for key, value in nerfacto_state(build()).items()}})
+
+
+# -------------------------------------------------------------------------------------------------------------- config.yml
+
+
+def test_a_config_is_read_as_plain_data(tmp_path):
+    config = NerfactoModelConfig(log2_hashmap_size=17)
+    (tmp_path / "config.yml").write_text(
+        yaml.dump({"method_name": "nerfacto", "pipeline": {"model": config}, "data": tmp_path, "pair": (1, 2)})
+    )
+    plain = read_run_config(tmp_path)
+    assert plain["method_name"] == "nerfacto"
+    assert plain["pipeline"]["model"]["log2_hashmap_size"] == 17
+    assert plain["pipeline"]["model"]["implementation"] == config.implementation
+    assert plain["pair"] == [1, 2]
+    assert Path(*plain["data"]) == tmp_path  # its parts, or from Python 3.13 on the whole
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '!!python/object/apply:os.mkdir ["{proof}"]',
+        '!!python/object/new:os.mkdir ["{proof}"]',
+        "!!python/object/apply:os.mkdir {{args: [{proof}]}}",
+    ],
+)
+def test_nothing_in_a_config_is_executed(tmp_path, line):
+    proof = tmp_path / "proof"
+    text = f"method_name: nerfacto\npipeline: {line.format(proof=proof)}\n"
+    (tmp_path / "config.yml").write_text(text)
+    assert read_run_config(tmp_path)["method_name"] == "nerfacto"
+    assert not proof.exists()
+    yaml.load(text, Loader=yaml.UnsafeLoader)
+    assert proof.exists()  # the file would have done it
+
+
+@pytest.mark.parametrize("content", [None, "", "[1, 2]", "{unclosed", "just words", "? [1, 2]\n: 3"])
+def test_a_missing_or_damaged_config_is_empty(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.yml").write_text(content)
+    assert read_run_config(tmp_path) == {}
+
+
+# --------------------------------------------------------------------------------------------------------------- base runs
+
+
+@pytest.mark.parametrize("poses", ["off", "SO3xR3"])
+def test_a_nerfacto_runs_scene_is_taken_exactly_and_the_relevance_head_left_alone(tmp_path, poses):
+    model = build(camera_optimizer=CameraOptimizerConfig(mode=poses))
+    state, before = nerfacto_state(model), {k: v.clone() for k, v in model.state_dict().items()}
+    load_base(model, write_run(tmp_path, state), TRANSFORM)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key] if "relevance" in key or key not in state else state[key]), key
+    assert torch.equal(model.field.mlp_head.layers[0].weight, state["field.mlp_head.layers.0.weight"])
+
+
+def test_a_run_of_this_method_can_be_a_base_but_its_relevance_is_not_taken(tmp_path):
+    model, other = build(), build()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+        other.field.relevance_hull.relevance.fill_(0.5)
+    head = [p.clone() for p in model.field.relevance_parameters()]
+    load_base(model, write_run(tmp_path, other.state_dict()))
+    assert all(torch.equal(a, b) for a, b in zip(model.field.scene_parameters(), other.field.scene_parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(model.field.relevance_parameters(), head))
+    assert not model.field.relevance_hull.known
+
+
+def test_a_base_with_another_relevance_input_is_taken(tmp_path):
+    other = build(relevance_input="geometry")
+    load_base(build(relevance_input="hashgrid"), write_run(tmp_path, other.state_dict()))
+
+
+def test_the_bases_poses_are_taken_where_this_run_has_some(tmp_path):
+    with_poses, without = (build(camera_optimizer=CameraOptimizerConfig(mode=mode)) for mode in ("SO3xR3", "off"))
+    fresh = build(camera_optimizer=CameraOptimizerConfig(mode="SO3xR3"))
+    with torch.no_grad():
+        with_poses.camera_optimizer.pose_adjustment.fill_(0.25)
+    load_base(fresh, write_run(tmp_path / "a", with_poses.state_dict()))
+    assert bool((fresh.camera_optimizer.pose_adjustment == 0.25).all())
+    sentence = "has learned pose corrections, which this run would drop: add --pipeline.model.camera-optimizer.mode"
+    refused(without, write_run(tmp_path / "b", with_poses.state_dict()), sentence)
+
+
+def refused(model: WysModel, run: Path, sentence: str, transform: dict | None = None) -> None:
+    """The run is refused with a sentence that names it, and nothing of it has got into the model."""
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(WysError, match=sentence) as caught:
+        load_base(model, run, transform)
+    assert f'"{run}"' in str(caught.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_tiny_cuda_nn_run_is_refused_with_two_ways_out(tmp_path):
+    state = nerfacto_state(build())
+    state = {k: v for k, v in state.items() if not k.startswith("field.mlp_base.")}
+    state["field.mlp_base.model.params"] = torch.zeros(1000)
+    refused(build(), write_run(tmp_path, state), "tiny-cuda-nn.*Install it.*--pipeline.model.implementation torch")
+
+
+def test_a_tiny_cuda_nn_hash_grid_is_told_too(tmp_path):
+    state = nerfacto_state(build())
+    del state["field.mlp_base.model.0.hash_table"]
+    state["field.mlp_base.model.0.tcnn_encoding.params"] = torch.zeros(1000)
+    refused(build(), write_run(tmp_path, state), "tiny-cuda-nn.*Install it.*--pipeline.model.implementation torch")
+
+
+def config_of(**model: object) -> dict:
+    return {"method_name": "nerfacto", "pipeline": {"model": {**SIZES, **model}}}
+
+
+def test_a_scene_of_another_shape_is_refused_with_the_bases_flags_from_its_config(tmp_path):
+    other = build(hidden_dim_color=16, log2_hashmap_size=9)
+    run = write_run(tmp_path, nerfacto_state(other), config=config_of(hidden_dim_color=16, log2_hashmap_size=9))
+    flags = "--pipeline.model.log2-hashmap-size 9 --pipeline.model.hidden-dim-color 16"
+    refused(
+        build(),
+        run,
+        f"not a scene of this shape: field.* there and .* here. Give this run the base's settings: {flags}",
+    )
+
+
+def test_a_scene_with_other_parts_is_refused_with_the_bases_flags(tmp_path):
+    other = build(use_appearance_embedding=False)
+    run = write_run(tmp_path, nerfacto_state(other), config=config_of(use_appearance_embedding=False))
+    sentence = "embedding_appearance.* is only in this model.*--pipeline.model.use-appearance-embedding False"
+    refused(build(), run, sentence)
+
+
+@pytest.mark.parametrize("config", [{"method_name": "splatfacto"}, {"method_name": "splatfacto", "pipeline": "odd"}])
+def test_a_run_of_another_method_is_refused_by_its_name(tmp_path, config):
+    run = write_run(tmp_path, {"gauss_params.means": torch.zeros(5, 3)}, config=config)
+    refused(
+        build(), run, "not a scene of this shape.*--base-run takes a nerfacto or wys run.* this is a splatfacto run"
+    )
+
+
+def test_renamed_weights_are_refused_by_the_first_name(tmp_path):
+    state = nerfacto_state(build())
+    state["field.aaa"] = state.pop("field.mlp_head.layers.0.weight")
+    refused(build(), write_run(tmp_path, state), "field.aaa is only in the base")
+
+
+def test_a_scene_of_other_views_is_refused_with_both_numbers(tmp_path):
+    state = nerfacto_state(build())
+    state["field.embedding_appearance.embedding.weight"] = torch.zeros(VIEWS + 3, 4)
+    sentence = f"trained on {VIEWS + 3} views and this data has {VIEWS}: use the same --data"
+    refused(build(), write_run(tmp_path, state), sentence)
+
+
+def test_poses_of_other_views_are_refused_too(tmp_path):
+    model = build(camera_optimizer=CameraOptimizerConfig(mode="SO3xR3"), use_appearance_embedding=False)
+    state = nerfacto_state(model)
+    state["camera_optimizer.pose_adjustment"] = torch.zeros(VIEWS - 1, 6)
+    refused(model, write_run(tmp_path, state), f"trained on {VIEWS - 1} views and this data has {VIEWS}")
+
+
+def test_a_grid_of_another_resolution_is_refused_although_its_shapes_are_equal(tmp_path):
+    run = write_run(tmp_path, nerfacto_state(build(max_res=64)))
+    refused(build(), run, "field.max_res 64 and this model 32: .*--pipeline.model.max-res 64")
+    proposals = [{**arguments, "max_res": 8} for arguments in SIZES["proposal_net_args_list"]]
+    run = write_run(tmp_path / "proposals", nerfacto_state(build(proposal_net_args_list=proposals)))
+    refused(build(), run, "proposal_networks.0.*max_res 8 and this model 16: .*--pipeline.model.proposal-net-args-list")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("base_res", 8), ("average_init_density", 0.01), ("disable_scene_contraction", True)]
+)
+def test_settings_that_no_weight_shows_are_compared_by_the_config(tmp_path, option, value):
+    run = write_run(tmp_path, nerfacto_state(build()), config=config_of(**{option: value}))
+    flag = f"--pipeline.model.{option.replace('_', '-')} {value}"
+    refused(build(), run, f"other settings than this run: add {flag}")
+
+
+@pytest.mark.parametrize("change", [{"scale": 0.26}, {"transform": [[1.0, 0, 0, 0.6], [0, 1.0, 0, 0], [0, 0, 1.0, 0]]}])
+def test_cameras_in_another_place_or_scale_are_refused(tmp_path, change):
+    sentence = "saw the cameras in another place or scale: use the same --data"
+    refused(build(), write_run(tmp_path, nerfacto_state(build())), sentence, {**TRANSFORM, **change})
+
+
+# ----------------------------------------------------------------------------------------------------------------- writing
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("only_latest", [True, False])
+def test_the_newest_checkpoint_and_the_one_before_it_are_kept(tmp_path, only_latest):
+    folder = tmp_path / "nerfstudio_models"
+    for step in (5, 20, 7, 1000000000):  # from 20 the run went back to 5
+        save_checkpoint_file(folder, {"step": step, "pipeline": {}}, only_latest)
+    kept = (7, 1000000000) if only_latest else (5, 7, 20, 1000000000)
+    assert set(names(folder)) == {checkpoint_name(step) for step in kept}
+    assert list((tmp_path / "wys").iterdir()) == []
+
+
+def test_going_back_leaves_no_newer_checkpoint_behind(tmp_path):
+    folder = tmp_path / "nerfstudio_models"
+    for step in (5, 10, 7):
+        save_checkpoint_file(folder, {"step": step, "pipeline": {}}, only_latest=True)
+    assert names(folder) == [checkpoint_name(5), checkpoint_name(7)]
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_sentence(tmp_path, capsys):
+    run = write_run(write_run(write_run(tmp_path, {}, step=5), {}, step=10), {}, step=20)
+    folder = run / "nerfstudio_models"
+    whole = (folder / checkpoint_name(20)).read_bytes()
+    (folder / checkpoint_name(20)).write_bytes(whole[: len(whole) // 2])
+    (folder / checkpoint_name(10)).write_bytes(b"")
+    assert find_checkpoint(run, "--load-dir") == folder / checkpoint_name(5)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("could not be read") == said.count("The one before it is used.") == 2
+    (folder / checkpoint_name(5)).write_bytes(whole[:9])
+    with pytest.raises(WysError, match="could not be read"):
+        read_checkpoint(find_checkpoint(run, "--load-dir"))
+
+
+def test_an_older_checkpoint_is_found_by_its_step(tmp_path):
+    run = write_run(write_run(tmp_path, {}, step=5), {}, step=10)
+    assert find_checkpoint(run, "--load-dir", 5).name == checkpoint_name(5)
+    with pytest.raises(WysError, match="no checkpoint of step 7 .*--load-step can be 10, 5"):
+        find_checkpoint(run, "--load-dir", 7)

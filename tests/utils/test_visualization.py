@@ -1,0 +1,104 @@
+"""PNG files, heat maps and the contact sheet."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib import colormaps
+from PIL import Image
+
+from wys_nerfstudio.utils.visualization import (
+    apply_colormap,
+    contact_sheet,
+    evenly_spaced,
+    read_png,
+    to_uint8,
+    write_png,
+)
+
+
+def test_to_uint8_is_the_inverse_of_dividing_by_255():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert to_uint8(levels.float() / 255).tolist() == levels.tolist()
+
+
+def test_to_uint8_rounds_and_clamps():
+    assert to_uint8(torch.tensor([-1.0, 0.0, 0.4 / 255, 0.6 / 255, 254.6 / 255, 1.0, 7.0])).tolist() == [
+        *(0, 0, 0, 1, 255, 255, 255)
+    ]
+
+
+def test_what_write_png_writes_read_png_reads(tmp_path):
+    image = torch.randint(0, 256, (7, 5, 3)).float() / 255
+    write_png(tmp_path / "new" / "folder" / "view.png", image)
+    assert torch.equal(read_png(tmp_path / "new" / "folder" / "view.png"), image)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 1)])
+def test_grey_pictures_are_written_with_one_channel(tmp_path, shape):
+    write_png(tmp_path / "mask.png", torch.linspace(0, 1, 24).reshape(shape))
+    with Image.open(tmp_path / "mask.png") as image:
+        assert (image.mode, image.size) == ("L", (6, 4))
+        assert np.array(image).ravel().tolist() == [round(255 * i / 23) for i in range(24)]
+
+
+def test_writing_replaces_the_old_picture_and_leaves_nothing_else_behind(tmp_path):
+    write_png(tmp_path / "a.b.png", torch.zeros(2, 2, 3))
+    write_png(tmp_path / "a.b.png", torch.ones(2, 2, 3))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.b.png"]
+    assert bool((read_png(tmp_path / "a.b.png") == 1).all())
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one_whole(tmp_path):
+    write_png(tmp_path / "view.png", torch.ones(2, 2, 3))
+    with pytest.raises((TypeError, ValueError)):
+        write_png(tmp_path / "view.png", torch.zeros(2, 2, 3, 5))
+    assert bool((read_png(tmp_path / "view.png") == 1).all())
+
+
+def test_heat_is_the_inferno_colormap_on_a_fixed_scale():
+    relevance = torch.tensor([[0.0, 0.25, 1.0], [0.5, -3.0, 2.0]])
+    result = apply_colormap(relevance)
+    for y in range(2):
+        for x in range(3):
+            colour = colormaps["inferno"](min(max(float(relevance[y, x]), 0.0), 1.0))[:3]
+            assert result[y, x].tolist() == pytest.approx(colour, abs=1e-6)
+
+
+def test_heat_gets_brighter_with_relevance():
+    assert (apply_colormap(torch.linspace(0, 1, 20)[None]).sum(dim=-1)[0].diff() > 0).all()
+
+
+def test_a_contact_sheet_shows_every_picture_enlarged_by_whole_factors():
+    torch.manual_seed(0)
+    pictures = torch.randint(0, 256, (2, 3, 8, 10, 3)).float() / 255
+    rows = [(f"view {i}", list(pictures[i])) for i in range(2)]
+    sheet = np.array(contact_sheet(["a", "b", "c"], rows, min_height=20))
+    for i in range(2):
+        for j in range(3):
+            top, left = 18 + i * (24 + 18 + 4), 4 + j * (30 + 4)
+            cell = sheet[top : top + 24, left : left + 30]
+            assert cell[1::3, 1::3].tolist() == to_uint8(pictures[i, j]).tolist()
+            assert cell.tolist() == cell[1::3, 1::3].repeat(3, 0).repeat(3, 1).tolist()
+
+
+def test_a_contact_sheet_has_titles_and_names():
+    rows = [("a view's name", [torch.ones(16, 64, 3)] * 2)]
+    plain, named = (
+        np.array(contact_sheet(titles, [(name, rows[0][1])], min_height=16))
+        for titles, name in ((["", ""], ""), (["captured", "edited"], "a view's name"))
+    )
+    assert (plain == 255).all()
+    assert (named[:18, 4:68] < 128).any()
+    assert (named[:18, 72:] < 128).any()
+    assert (named[18 + 16 :, :68] < 200).any()
+
+
+@given(st.integers(0, 40), st.integers(0, 40))
+def test_spread_takes_distinct_evenly_spaced_indices(count, total):
+    chosen = evenly_spaced(count, total)
+    assert len(chosen) == min(count, total)
+    assert all(0 <= i < total for i in chosen)
+    gaps = {b - a for a, b in zip(chosen, chosen[1:])}
+    assert not gaps or (min(gaps) >= 1 and max(gaps) - min(gaps) <= 1)

@@ -1,0 +1,1 @@
+"""The `wys` command, one module per subcommand."""

@@ -1,0 +1,203 @@
+"""`wys edit-image`: picture files in, edited files out, each with its relevance map, its mask and a comparison."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Optional
+
+import torch
+import tyro
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from wys_nerfstudio.editing import ImageEditOutput, LocalEditSettings, edit_image, load_editor
+from wys_nerfstudio.editing.editor import resize_images
+from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.image_io import (
+    ImageFile,
+    extra_file,
+    find_images,
+    place_outputs,
+    provenance,
+    read_image,
+    read_mask,
+    write_image,
+)
+from wys_nerfstudio.utils.visualization import apply_colormap, contact_sheet, save_png, write_png
+
+_SHEET_LONG_SIDE = 512
+
+
+@dataclass
+class EditImage:
+    """Edits pictures by an instruction, only where the instruction is about. Beside each edited picture OUT.png come
+    OUT_relevance.png, OUT_mask.png and OUT_side_by_side.png; pixels outside the mask are the input's, bit for bit."""
+
+    # One list, because a list of files before the instruction would swallow it.
+    words: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar='IN... "INSTRUCTION"')]
+    """Pictures (PNG, JPEG, WebP) or folders of pictures, and at last what to change: "turn the bear into a panda"."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """A .png file for a single picture, a folder for several."""
+    editor: str = "timbrooks/instruct-pix2pix"
+    """InstructPix2Pix-type checkpoint: a hub id, a local folder in diffusers format, or "embedded" for the small editor of
+    toy pictures that comes with the package."""
+    editor_allow_pickle: bool = False
+    """Take an editor's .bin files where it has no safetensors files; torch's weights-only loader reads them."""
+    mask: Path | None = None
+    """A picture of the input's size, bright where it may be edited, instead of the mask that the relevance map gives."""
+    seed: int = 0
+    """Seed of the noise; equal seeds give equal edits."""
+    device: str | None = None
+    """Where the editor runs, such as cuda:1; by default the GPU if there is one, else the CPU."""
+    settings: Annotated[LocalEditSettings, tyro.conf.arg(name="")] = field(default_factory=LocalEditSettings)
+    """How to edit."""
+
+    def main(self) -> None:
+        """Edits the pictures."""
+        if len(self.words) < 2:
+            raise WysError(
+                'wys edit-image takes pictures and an instruction: wys edit-image IN.png "turn the bear into a panda" '
+                "-o OUT.png."
+            )
+        *inputs, instruction = self.words
+        outputs = edit_files(
+            [Path(path) for path in inputs],
+            instruction,
+            self.output,
+            self.settings,
+            editor_name=self.editor,
+            allow_pickle=self.editor_allow_pickle,
+            mask_file=self.mask,
+            seed=self.seed,
+            device=self.device,
+        )
+        print(f"Wrote {', '.join(str(file) for file in outputs)}; the comparison is in *_side_by_side.png.")
+
+
+def edit_files(
+    given: Sequence[Path],
+    instruction: str,
+    output: Path,
+    settings: LocalEditSettings,
+    *,
+    editor_name: str,
+    allow_pickle: bool = False,
+    mask_file: Optional[Path] = None,
+    seed: int = 0,
+    device: Optional[str] = None,
+) -> list[Path]:
+    """Edits picture files and shows a progress bar. All that can be refused is refused before the editor is loaded.
+
+    Args:
+        given: Files and folders.
+        instruction: What to change.
+        output: A .png file for a single picture, else a folder.
+        settings: How to edit.
+        editor_name: As in `load_editor`.
+        allow_pickle: As in `load_editor`.
+        mask_file: A mask for all pictures, instead of theirs.
+        seed: Of the noise, the same for every picture, so that a picture is edited alike whatever its company.
+        device: The editor's; by default the GPU if there is one, else the CPU.
+
+    Returns:
+        The edited files.
+
+    Raises:
+        WysError: If any of this cannot work.
+    """
+    settings.check()
+    if not instruction.strip():
+        raise WysError('There is no instruction: say what to change, for instance "turn the bear into a panda".')
+    # Not Path.exists, which fails on a text that is too long for a file name.
+    if os.path.exists(instruction):
+        raise WysError(f'The instruction comes after the pictures, and "{instruction}" is a file: say what to change.')
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    refuse_device(device)
+    pictures = find_images(given)
+    mask = None if mask_file is None else read_mask(mask_file)
+    for path in pictures:
+        height, width = read_image(path).size
+        if mask is not None and mask.shape != (height, width):
+            raise WysError(
+                f'The mask "{mask_file}" has {mask.shape[1]}x{mask.shape[0]} pixels and "{path}" {width}x{height}: a mask '
+                "has the size of its picture."
+            )
+    outputs = place_outputs(given, pictures, output)
+    make_folder(outputs[0].parent)
+
+    made = {**asdict(settings), "seed": seed, "mask": None if mask_file is None else mask_file.name}
+    origin = provenance(instruction, editor_name, made)
+    editor = load_editor(editor_name, device, allow_pickle=allow_pickle)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn()) as bar:
+        steps = settings.relevance_num_samples + settings.diffusion_steps
+        task = bar.add_task("", total=len(pictures) * steps)
+        for i, (path, file) in enumerate(zip(pictures, outputs)):
+            bar.update(task, description=f"{path.name} ({i + 1} of {len(pictures)})")
+            picture = read_image(path)
+            edit = edit_image(
+                editor,
+                picture.rgb,
+                instruction,
+                settings,
+                mask=mask,
+                seed=seed,
+                report=lambda done, _: bar.update(task, completed=i * steps + done),
+            )
+            _write(file, path.name, picture, edit, instruction, origin)
+            bar.update(task, completed=(i + 1) * steps)
+            if not edit.mask.any():
+                bar.print(
+                    f"{path.name}: nothing is relevant at this threshold, so nothing was edited; lower --mask-threshold.",
+                    markup=False,
+                    highlight=False,
+                )
+    return outputs
+
+
+def refuse_device(device: str) -> None:
+    """Refuses a device that is not here.
+
+    Raises:
+        WysError: If it is not.
+    """
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise WysError(f'The device "{device}" cannot be used here: --device takes cpu, cuda or cuda:1.') from error
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder for results.
+
+    Raises:
+        WysError: If it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WysError(f'The folder "{folder}" cannot be made ({error.strerror}): give -o another place.') from error
+    if not os.access(folder, os.W_OK):
+        raise WysError(f'The folder "{folder}" cannot be written to: give -o another place.')
+
+
+def _write(
+    file: Path, name: str, picture: ImageFile, edit: ImageEditOutput, instruction: str, origin: dict[str, str]
+) -> None:
+    write_image(file, edit.edited, like=picture, origin=origin)
+    write_png(extra_file(file, "relevance"), edit.relevance)
+    write_png(extra_file(file, "mask"), edit.mask.float())
+    save_png(extra_file(file, "side_by_side"), side_by_side(picture, edit, f"{name}: {instruction}"), texts=origin)
+
+
+def side_by_side(picture: ImageFile, edit: ImageEditOutput, name: str) -> Image.Image:
+    """Input, relevance in colours, mask and edited picture beside each other, large pictures reduced."""
+    cells = torch.stack(
+        [picture.rgb, apply_colormap(edit.relevance), edit.mask[..., None].expand(-1, -1, 3).float(), edit.edited]
+    )
+    height, width = picture.size
+    scale = min(1.0, _SHEET_LONG_SIDE / max(height, width))
+    cells = resize_images(cells, max(1, round(height * scale)), max(1, round(width * scale)))
+    titles = ["captured", "relevance", "mask", "edited"]
+    return contact_sheet(titles, [(name, list(cells))], min_height=160 if scale == 1 else 1)

@@ -1,0 +1,39 @@
+"""The `wys` command: what the method offers beside ns-train."""
+
+from typing import Annotated, Union
+
+import tyro
+
+from wys_nerfstudio.cli.ablate import Ablate
+from wys_nerfstudio.cli.compare import Compare
+from wys_nerfstudio.cli.demo import Demo
+from wys_nerfstudio.cli.demo_pictures import DemoPictures
+from wys_nerfstudio.cli.demo_scene import DemoScene
+from wys_nerfstudio.cli.edit_image import EditImage
+from wys_nerfstudio.cli.sweep import Sweep
+from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.log_filters import ignore_warnings
+
+Command = Union[
+    Annotated[Demo, tyro.conf.subcommand("demo")],
+    Annotated[DemoScene, tyro.conf.subcommand("demo-scene")],
+    Annotated[DemoPictures, tyro.conf.subcommand("demo-pictures")],
+    Annotated[EditImage, tyro.conf.subcommand("edit-image")],
+    Annotated[Sweep, tyro.conf.subcommand("sweep")],
+    Annotated[Ablate, tyro.conf.subcommand("ablate")],
+    Annotated[Compare, tyro.conf.subcommand("compare")],
+]
+
+
+def entrypoint() -> None:
+    """Entry point of the `wys` console script."""
+    ignore_warnings()
+    command = tyro.cli(Command, prog="wys", description=__doc__)  # type: ignore
+    try:
+        command.main()
+    except WysError as error:
+        raise SystemExit(f"wys: {error}") from error
+
+
+if __name__ == "__main__":
+    entrypoint()

@@ -1,0 +1,196 @@
+"""`wys sweep`: edits over a grid of mask thresholds and image guidance scales, and what CLIP says of them.
+
+The study behind Fig. 6, 12 and 13 of the paper: does a mask keep more of the picture than more image guidance does, at the
+same strength of the edit? Each edit is one of `edit_image`; the measures are InstructPix2Pix's, in `metrics`.
+"""
+
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Optional
+
+import torch
+import tyro
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from wys_nerfstudio import relevance
+from wys_nerfstudio.cli.edit_image import make_folder, refuse_device
+from wys_nerfstudio.cli.sweep_plots import draw_curves, draw_grid
+from wys_nerfstudio.cli.sweep_table import SweepCase, SweepResult, open_sweep, read_cases, write_table
+from wys_nerfstudio.editing import Editor, LocalEditSettings, edit_image, load_editor
+from wys_nerfstudio.evaluation import metrics
+from wys_nerfstudio.evaluation.clip import ClipEncoder, load_clip
+from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.image_io import provenance, read_image, write_image
+
+
+@dataclass
+class SweepSettings:
+    """The grid, and how its edits are made. The defaults are those of the paper's Fig. 12."""
+
+    mask_thresholds: tuple[float, ...] = (0.0, 0.3, 0.4, 0.5, 0.6)
+    """Values of tau, a curve each; 0 is plain InstructPix2Pix."""
+    image_guidance_scales: tuple[float, ...] = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2)
+    """Values of S_I, the points of a curve."""
+    guidance_scale: float = 7.5
+    """How strongly edits follow the instruction (S_T)."""
+    diffusion_steps: int = 100
+    """Denoising steps of an edit."""
+    relevance_num_samples: int = 1
+    """Noise draws averaged in a relevance map; more is less noisy."""
+    relevance_outlier_factor: float = relevance.OUTLIER_FACTOR
+    """Relevance is clamped at Q3 + this many interquartile ranges; more suits editors whose maps are clean and small."""
+
+    def check(self) -> None:
+        """Refuses a grid or settings that cannot work.
+
+        Raises:
+            WysError: For the first such.
+        """
+        for name, values in (
+            ("mask-thresholds", self.mask_thresholds),
+            ("image-guidance-scales", self.image_guidance_scales),
+        ):
+            if not values or len(set(values)) < len(values):
+                raise WysError(f"--{name} takes one or more numbers that differ: --{name} 0.5 1.0.")
+        for threshold in self.mask_thresholds:
+            self.edit(threshold, self.image_guidance_scales[0]).check()
+
+    def edit(self, mask_threshold: float, image_guidance_scale: float) -> LocalEditSettings:
+        """The settings of one edit."""
+        return LocalEditSettings(
+            guidance_scale=self.guidance_scale,
+            image_guidance_scale=image_guidance_scale,
+            mask_threshold=mask_threshold,
+            diffusion_steps=self.diffusion_steps,
+            relevance_num_samples=self.relevance_num_samples,
+            relevance_outlier_factor=self.relevance_outlier_factor,
+        )
+
+
+@dataclass
+class Sweep:
+    """Edits a list of pictures over a grid of mask thresholds and image guidance scales, asks CLIP what became of them, and
+    draws the trade-off (the paper's Fig. 6, 12 and 13). A sweep that was stopped goes on where it was."""
+
+    edits: tyro.conf.Positional[Path]
+    """A .csv, .yaml or .json list with image (from the list's folder on), instruction, caption_before, caption_after."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder for sweep.csv, curves.png, grids/ and edits/."""
+    editor: str = "timbrooks/instruct-pix2pix"
+    """InstructPix2Pix-type checkpoint: a hub id, a local folder in diffusers format, or "embedded"."""
+    clip: str = "openai/clip-vit-large-patch14"
+    """CLIP that is asked: a hub id, a local folder, or "embedded" for the toy world's own."""
+    seed: int = 0
+    """Seed of the noise."""
+    device: str | None = None
+    """Where editor and CLIP run, such as cuda:1; by default the GPU if there is one, else the CPU."""
+    settings: Annotated[SweepSettings, tyro.conf.arg(name="")] = field(default_factory=SweepSettings)
+    """The grid, and how to edit."""
+
+    def main(self) -> None:
+        """Runs the sweep."""
+        rows = run_sweep(
+            self.edits,
+            self.output,
+            self.settings,
+            editor_name=self.editor,
+            clip_name=self.clip,
+            seed=self.seed,
+            device=self.device,
+        )
+        print(f"{len(rows)} edits; see {self.output}/sweep.csv, {self.output}/curves.png and {self.output}/grids/.")
+
+
+def run_sweep(
+    list_file: Path,
+    output: Path,
+    settings: SweepSettings,
+    *,
+    editor_name: str,
+    clip_name: str,
+    seed: int = 0,
+    device: Optional[str] = None,
+) -> list[SweepResult]:
+    """Makes the edits of a sweep that are not there yet and shows a progress bar.
+
+    Leaves `edits/`, `sweep.csv`, `curves.png` and `grids/` in the folder. An edit is done when its row is in the table; a
+    sweep that was stopped goes on from there.
+
+    Args:
+        list_file: As of `read_cases`.
+        output: The folder.
+        settings: Grid and edits.
+        editor_name: As in `load_editor`.
+        clip_name: As in `load_clip`.
+        seed: Of the noise, the same for every edit, so that neighbours in the grid differ by their settings alone.
+        device: Of editor and CLIP; by default the GPU if there is one, else the CPU.
+
+    Returns:
+        All rows, case by case.
+
+    Raises:
+        WysError: If any of this cannot work; captions and instructions are read before the first edit.
+    """
+    settings.check()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    refuse_device(device)
+    cases = read_cases(list_file)
+    make_folder(output)
+    grid = list(product(range(len(cases)), settings.mask_thresholds, settings.image_guidance_scales))
+    asked = {**asdict(settings), "editor": editor_name, "clip": clip_name, "seed": seed}
+    rows = {row.key: row for row in open_sweep(output, cases, asked)}
+
+    todo = [key for key in grid if key not in rows]
+    if todo:
+        clip = load_clip(clip_name, device)
+        for case in cases:
+            clip.embed_texts([case.caption_before, case.caption_after])
+        editor = load_editor(editor_name, device)
+        for case in cases:
+            editor.encode_text(case.instruction)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, TimeRemainingColumn()) as bar:
+            task = bar.add_task("", total=len(todo))
+            for number, threshold, scale in todo:
+                case = cases[number]
+                bar.update(task, description=f"{case.image.name}, tau {threshold:g}, S_I {scale:g}")
+                edit_settings = settings.edit(threshold, scale)
+                row = _edit(number, case, edit_settings, editor, clip, output, seed)
+                rows[row.key] = row
+                write_table(output, [rows[key] for key in grid if key in rows])
+                bar.advance(task)
+    done = [rows[key] for key in grid]
+    draw_curves(done, output / "curves.png")
+    for number, case in enumerate(cases):
+        draw_grid(case, [row for row in done if row.case == number], output, output / "grids" / f"{number:03d}.png")
+    return done
+
+
+def _edit(
+    number: int,
+    case: SweepCase,
+    settings: LocalEditSettings,
+    editor: Editor,
+    clip: ClipEncoder,
+    output: Path,
+    seed: int,
+) -> SweepResult:
+    picture = read_image(case.image)
+    edited = edit_image(editor, picture.rgb, case.instruction, settings, seed=seed).edited
+    name = f"edits/{number:03d}_tau_{settings.mask_threshold:g}_si_{settings.image_guidance_scale:g}.png"
+    origin = provenance(case.instruction, editor.name, {**asdict(settings), "seed": seed})
+    write_image(output / name, edited, like=picture, origin=origin)
+    before, after = clip.embed_images(torch.stack([picture.rgb, edited])).split(1)
+    text_before, text_after = clip.embed_texts([case.caption_before, case.caption_after])
+    return SweepResult(
+        case=number,
+        image=case.image.name,
+        instruction=case.instruction,
+        mask_threshold=settings.mask_threshold,
+        image_guidance_scale=settings.image_guidance_scale,
+        direction_similarity=metrics.direction_similarity(before, after, text_before, text_after).item(),
+        image_similarity=metrics.image_similarity(before, after).item(),
+        text_image_similarity=metrics.text_image_similarity(after, text_after).item(),
+        file=name,
+    )

@@ -1,0 +1,82 @@
+"""The pictures of a sweep: the trade-off curves of the paper's Fig. 6 and 12, the grid of edits of Fig. 13."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxtyping import Float
+from torch import Tensor
+
+from wys_nerfstudio.cli.sweep_table import SweepCase, SweepResult
+from wys_nerfstudio.editing.editor import resize_images
+from wys_nerfstudio.utils.atomic_io import atomic_write
+from wys_nerfstudio.utils.image_io import read_image
+from wys_nerfstudio.utils.visualization import contact_sheet, save_png
+
+_CELL = 192
+"""Longer side of a picture in the grid, in pixels, where the picture is larger."""
+
+
+def mean_points(rows: Sequence[SweepResult]) -> dict[float, list[tuple[float, float, float]]]:
+    """The curves, means over all cases.
+
+    Returns:
+        Per tau a list of (S_I, direction similarity, image similarity), in the order of the rows.
+    """
+    curves: dict[float, list[tuple[float, float, float]]] = {}
+    for tau in dict.fromkeys(row.mask_threshold for row in rows):
+        for scale in dict.fromkeys(row.image_guidance_scale for row in rows):
+            some = [row for row in rows if (row.mask_threshold, row.image_guidance_scale) == (tau, scale)]
+            direction = sum(row.direction_similarity for row in some) / len(some)
+            image = sum(row.image_similarity for row in some) / len(some)
+            curves.setdefault(tau, []).append((scale, direction, image))
+    return curves
+
+
+def draw_curves(rows: Sequence[SweepResult], file: Path) -> None:
+    """A line per tau: image similarity over direction similarity, a point per S_I; up and to the right is better."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    curves = mean_points(rows)
+    for tau, points in curves.items():
+        _, directions, images = zip(*points)
+        label = f"τ = {tau:g}" + (" (InstructPix2Pix)" if tau == 0 else "")
+        axes.plot(directions, images, marker="o", markersize=4, label=label)
+    # All lines have the same image guidance scales, so one of them is marked.
+    for scale, direction, image in next(iter(curves.values())):
+        axes.annotate(f"{scale:g}", (direction, image), fontsize=7, xytext=(-4, -10), textcoords="offset points")
+    cases = len({row.case for row in rows})
+    axes.set_xlabel("CLIP text-image direction similarity")
+    axes.set_ylabel("CLIP image similarity")
+    axes.set_title(f"{cases} edit{'s' if cases > 1 else ''}; small numbers: image guidance scale S_I", fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    atomic_write(file, buffer.getbuffer())
+
+
+def draw_grid(case: SweepCase, rows: Sequence[SweepResult], folder: Path, file: Path) -> None:
+    """The edits of one picture: a row per tau, a column per S_I, the input at the left.
+
+    Args:
+        case: The edit.
+        rows: Its rows.
+        folder: The sweep's.
+        file: Where the grid goes.
+    """
+    scales = list(dict.fromkeys(row.image_guidance_scale for row in rows))
+    captured = _cell(case.image)
+    lines = []
+    for tau in dict.fromkeys(row.mask_threshold for row in rows):
+        edits = [_cell(folder / row.file) for row in rows if row.mask_threshold == tau]
+        lines.append((f"tau = {tau:g}: {case.instruction}", [captured, *edits]))
+    save_png(file, contact_sheet(["input", *(f"S_I = {scale:g}" for scale in scales)], lines, min_height=96))
+
+
+def _cell(path: Path) -> Float[Tensor, "h w 3"]:
+    rgb = read_image(path).rgb
+    scale = min(1.0, _CELL / max(rgb.shape[:2]))
+    return resize_images(rgb[None], round(rgb.shape[0] * scale), round(rgb.shape[1] * scale))[0]

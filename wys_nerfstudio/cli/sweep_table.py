@@ -1,0 +1,147 @@
+"""The files of a sweep: the list of edits that it takes, and the table that it leaves.
+
+Here: reading and refusing the list, the table's rows, and what a folder was begun for. Not here: edits, measures, pictures.
+"""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from wys_nerfstudio.utils.atomic_io import write_text
+from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.image_io import read_image
+
+COLUMNS = ("image", "instruction", "caption_before", "caption_after")
+TABLE = "sweep.csv"
+REQUEST = "sweep.json"
+
+
+@dataclass(frozen=True)
+class SweepCase:
+    """One edit of a list."""
+
+    image: Path
+    """The picture."""
+    instruction: str
+    """What to change."""
+    caption_before: str
+    """What the picture shows."""
+    caption_after: str
+    """What it shows when the edit has worked."""
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """One line of the table: a case at one threshold and one image guidance scale."""
+
+    case: int
+    """Number of the case in the list, from 0 on."""
+    image: str
+    """Name of its picture."""
+    instruction: str
+    """What was asked for."""
+    mask_threshold: float
+    """tau."""
+    image_guidance_scale: float
+    """S_I."""
+    direction_similarity: float
+    """Did it change as the captions did? (x axis of Fig. 6 and 12)"""
+    image_similarity: float
+    """Is it still the same picture? (y axis)"""
+    text_image_similarity: float
+    """Does it show what the caption says?"""
+    file: str
+    """The edited picture, from the sweep's folder on."""
+
+    @property
+    def key(self) -> tuple[int, float, float]:
+        """Case, tau and S_I."""
+        return self.case, self.mask_threshold, self.image_guidance_scale
+
+
+def read_cases(file: Path) -> list[SweepCase]:
+    """Reads a list of edits; pictures are named from the list's own folder on.
+
+    Args:
+        file: A CSV table, or YAML or JSON with a list of mappings, with the columns or keys of COLUMNS.
+
+    Raises:
+        WysError: If it cannot be read, lacks something, or a picture cannot be edited.
+    """
+    how = f"wys sweep takes a .csv, .yaml or .json list with {', '.join(COLUMNS)}"
+    if not file.is_file():
+        raise WysError(f'There is no list "{file}": {how}.')
+    try:
+        text = file.read_text("utf-8-sig")
+        if file.suffix.lower() == ".csv":
+            entries: Any = list(csv.DictReader(io.StringIO(text)))
+        elif file.suffix.lower() in (".yaml", ".yml", ".json"):
+            entries = yaml.safe_load(text)  # JSON is YAML
+        else:
+            raise WysError(f'"{file}" is no list of edits: {how}.')
+    except (OSError, ValueError, csv.Error, yaml.YAMLError) as error:
+        raise WysError(f'The list "{file}" cannot be read ({" ".join(str(error).split())}): {how}.') from error
+    if not isinstance(entries, list) or not entries:
+        raise WysError(f'There are no edits in "{file}": {how}.')
+    cases = []
+    for number, entry in enumerate(entries, start=1):
+        values = entry if isinstance(entry, dict) else {}
+        for column in COLUMNS:
+            if not isinstance(values.get(column), str) or not values[column].strip():
+                raise WysError(f'Edit {number} of "{file}" has no {column}: {how}.')
+        case = SweepCase(file.parent / values["image"], *(values[column] for column in COLUMNS[1:]))
+        read_image(case.image)
+        cases.append(case)
+    return cases
+
+
+def open_sweep(folder: Path, cases: Sequence[SweepCase], settings: dict[str, Any]) -> list[SweepResult]:
+    """Begins a sweep in a folder, or finds what it has come to there.
+
+    Args:
+        folder: Where it goes; made if need be.
+        cases: What is edited.
+        settings: Everything else that the table depends on.
+
+    Returns:
+        The rows that are done.
+
+    Raises:
+        WysError: If the folder holds another sweep.
+    """
+    digests = [hashlib.sha256(case.image.read_bytes()).hexdigest() for case in cases]
+    wanted = {
+        "cases": [{**asdict(case), "image": case.image.name, "sha256": digest} for case, digest in zip(cases, digests)],
+        "settings": settings,
+    }
+    text = json.dumps(wanted, indent=1, ensure_ascii=False)
+    file = folder / REQUEST
+    if file.is_file():
+        if file.read_text("utf8") != text:
+            raise WysError(
+                f'"{folder}" holds the sweep of another list or of other settings: give -o another folder, or delete it.'
+            )
+    else:
+        write_text(file, text)
+    if not (folder / TABLE).is_file():
+        return []
+    with (folder / TABLE).open(encoding="utf8", newline="") as table:
+        numbers = {field.name: field.type for field in fields(SweepResult)}
+        lines = csv.DictReader(table)
+        return [SweepResult(**{name: numbers[name](value) for name, value in line.items()}) for line in lines]  # type: ignore
+
+
+def write_table(folder: Path, rows: Sequence[SweepResult]) -> None:
+    """Writes the table, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(SweepResult)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    write_text(folder / TABLE, text.getvalue())

@@ -1,0 +1,113 @@
+"""First stage of the demo editor's training: the autoencoder, and the latents of the whole data set.
+
+Not here: the denoiser (`train_editor.py`) and the pictures (`training_data.py`).
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torch.nn import functional as F
+
+from wys_nerfstudio.demo.training.networks import build_vae
+from wys_nerfstudio.demo.training.optimizers import MuonAndAdamW, autocast
+
+BATCH = 24
+MUON_RATE = 2e-3
+ADAMW_RATE = 2e-3
+KL_WEIGHT = 1e-6
+L1_WEIGHT = 0.05
+
+
+def to_network(pictures: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b 3 h w"]:
+    """Stored pictures in the networks' range [-1, 1]."""
+    return (pictures.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
+
+
+def train_vae(
+    files: Sequence[Path], *, seed: int, seconds: float, log: list[dict], vae: AutoencoderKL | None = None
+) -> AutoencoderKL:
+    """Trains the autoencoder for a given time; the learning rate falls to zero by its end.
+
+    Args:
+        files: pictures by size, each "scenes edits h w 3".
+        seed: of weights and batches.
+        seconds: wall-clock budget.
+        vae: one to go on with; a new one by default.
+        log: gets a line every 100 steps.
+
+    Returns:
+        The autoencoder; its latents have unit spread after multiplication with its scaling factor.
+    """
+    torch.manual_seed(seed)
+    draw = np.random.default_rng(seed)
+    arrays = [np.load(file, mmap_mode="c") for file in files]
+    share = np.array([a.shape[0] for a in arrays], float)
+    vae = vae or build_vae()
+    optimizer = MuonAndAdamW([vae], muon_rate=MUON_RATE, adamw_rate=ADAMW_RATE)
+    start, step, errors = time.monotonic(), 0, []
+    while (progress := (time.monotonic() - start) / seconds) < 1:
+        array = arrays[draw.choice(len(arrays), p=share / share.sum())]
+        which = draw.integers(array.shape[0], size=BATCH), draw.integers(array.shape[1], size=BATCH)
+        target = to_network(torch.from_numpy(array[which]))
+        with autocast():
+            posterior = vae.encode(target).latent_dist  # type: ignore
+            output = vae.decode(posterior.sample()).sample.float()  # type: ignore
+        squared = F.mse_loss(output, target)
+        loss = squared + L1_WEIGHT * F.l1_loss(output, target) + KL_WEIGHT * posterior.kl().sum() / target.numel()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(min(1, step / 50) * 0.5 * (1 + math.cos(math.pi * progress)))
+        errors.append(squared.item() / 4)
+        step += 1
+        if step % 100 == 0:
+            psnr = -10 * math.log10(float(np.mean(errors[-100:])))
+            log.append({"step": step, "samples": step * BATCH, "seconds": time.monotonic() - start, "psnr": psnr})
+            print(f"vae: step {step}, {psnr:.2f} dB, {100 * progress:.0f} %", flush=True)
+    vae.eval()
+    with torch.inference_mode():
+        sample = to_network(torch.from_numpy(arrays[0][:40].reshape(-1, *arrays[0].shape[2:])[::3]))
+        vae.register_to_config(scaling_factor=1 / float(vae.encode(sample).latent_dist.mode().std()))  # type: ignore
+    return vae
+
+
+@torch.inference_mode()
+def encode_data_set(vae: AutoencoderKL, files: Sequence[Path], folder: Path) -> list[Path]:
+    """Encodes all pictures and their mirror images once, as the unscaled modes that InstructPix2Pix conditions on.
+
+    Args:
+        vae: the trained autoencoder.
+        files: pictures by size.
+        folder: where the latents go, one .npy per size, fp16, "2*scenes edits 4 h/4 w/4", the mirrored scenes last; what
+            is there is kept.
+
+    Returns:
+        The latents' files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    vae.to(memory_format=torch.channels_last)  # type: ignore
+    latents = []
+    for file in files:
+        latents.append(folder / file.name)
+        if latents[-1].exists():
+            continue
+        pictures = np.load(file, mmap_mode="c")
+        scenes, edits, height, width, _ = pictures.shape
+        codes = np.empty((2, scenes, edits, 4, height // 4, width // 4), np.float16)
+        for scene in range(0, scenes, 4):
+            batch = to_network(torch.from_numpy(pictures[scene : scene + 4].reshape(-1, height, width, 3)))
+            for side, views in enumerate((batch, batch.flip(-1))):
+                with autocast():
+                    mode = vae.encode(views.to(memory_format=torch.channels_last)).latent_dist.mode()  # type: ignore
+                codes[side, scene : scene + 4] = mode.float().numpy().reshape(-1, *codes.shape[2:])
+        part = latents[-1].with_suffix(".part")
+        with part.open("wb") as stream:
+            np.save(stream, codes.reshape(2 * scenes, *codes.shape[2:]))
+        part.rename(latents[-1])
+    return latents

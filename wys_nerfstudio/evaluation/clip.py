@@ -1,0 +1,102 @@
+"""CLIP, the judge of the paper's measures: pictures and sentences as directions in one space.
+
+Here: loading a CLIP and asking it. What is computed from its answers is in `metrics`. Importing this module is cheap;
+transformers is loaded by `load_clip`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from wys_nerfstudio.editing.loading import EMBEDDED
+from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.log_filters import no_progress_bar_for_local_files
+
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_SPREAD = (0.26862954, 0.26130258, 0.27577711)
+"""Mean and standard deviation of the pixels that CLIP was trained on, the same for all of its sizes."""
+
+
+@dataclass
+class ClipEncoder:
+    """A CLIP behind the two questions that measures ask."""
+
+    name: str
+    """What the user called it."""
+    model: Any
+    """transformers' CLIPModel."""
+    tokenizer: Any
+    """transformers' CLIPTokenizer."""
+
+    @torch.no_grad()
+    def embed_images(self, images: Float[Tensor, "b h w 3"]) -> Float[Tensor, "b d"]:
+        """Unit vectors of RGB pictures in [0, 1]: the shorter side is resized to CLIP's size, the middle is cut out."""
+        pixels = prepare_pixels(images.to(self.model.device), self.model.config.vision_config.image_size)
+        seen = self.model.vision_model(pixel_values=pixels.to(self.model.dtype)).pooler_output
+        return F.normalize(self.model.visual_projection(seen).float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
+        """Unit vectors of sentences.
+
+        Raises:
+            WysError: If one is longer than CLIP reads.
+        """
+        limit = self.model.config.text_config.max_position_embeddings
+        for text in texts:
+            count = len(self.tokenizer(text).input_ids)
+            if count > limit:
+                raise WysError(
+                    f'The caption "{text}" has {count} tokens and the CLIP "{self.name}" takes {limit}: shorten it.'
+                )
+        tokens = self.tokenizer(list(texts), padding="max_length", max_length=limit, return_tensors="pt")
+        tokens = tokens.to(self.model.device)
+        read = self.model.text_model(tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
+        return F.normalize(self.model.text_projection(read).float(), dim=-1)
+
+
+def prepare_pixels(images: Float[Tensor, "b h w 3"], size: int) -> Float[Tensor, "b 3 size size"]:
+    """Pictures in [0, 1] as CLIP's own image processor would hand them over."""
+    height, width = images.shape[1:3]
+    scale = size / min(height, width)
+    resized = (max(size, int(height * scale)), max(size, int(width * scale)))
+    pixels = F.interpolate(
+        images.permute(0, 3, 1, 2), size=resized, mode="bicubic", align_corners=False, antialias=True
+    )
+    top, left = (resized[0] - size) // 2, (resized[1] - size) // 2
+    pixels = pixels[:, :, top : top + size, left : left + size].clamp(0, 1)
+    mean, spread = (torch.tensor(values).to(pixels)[:, None, None] for values in (PIXEL_MEAN, PIXEL_SPREAD))
+    return (pixels - mean) / spread
+
+
+def load_clip(name: str, device: "str | torch.device" = "cpu") -> ClipEncoder:
+    """Loads a CLIP; the first call imports transformers.
+
+    Args:
+        name: Hub id such as openai/clip-vit-base-patch32, a local folder, or "embedded" for the toy world's own.
+        device: Where it goes.
+
+    Raises:
+        WysError: If it can't be had.
+    """
+    from safetensors import SafetensorError
+    from transformers import CLIPModel, CLIPTokenizer
+
+    source = str(Path(__file__).parent.parent / "demo" / "clip") if name == EMBEDDED else name
+    try:
+        with no_progress_bar_for_local_files(source):
+            model: Any = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+        tokenizer = CLIPTokenizer.from_pretrained(source)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise WysError(
+            f'The CLIP "{name}" could not be loaded: {first_line}. Give a local folder with a CLIP in transformers format '
+            f'and safetensors, or "{EMBEDDED}" for the small one of toy pictures that comes with the package.'
+        ) from error
+    return ClipEncoder(name, model.to(device).eval().requires_grad_(False), tokenizer)

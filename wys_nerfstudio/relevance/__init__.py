@@ -1,0 +1,34 @@
+"""Relevance: maps of one view, their fusion in space, and where an edit may change a view.
+
+The functions of `maps` are re-exported here; they need torch only.
+"""
+
+from wys_nerfstudio.relevance.maps import (
+    OUTLIER_FACTOR,
+    clamp_outliers,
+    composite,
+    dilate,
+    expectile_loss,
+    latent_mask,
+    min_max,
+    noise_difference,
+    normalize,
+    resize,
+    threshold,
+    upsample,
+)
+
+__all__ = [
+    "OUTLIER_FACTOR",
+    "upsample",
+    "clamp_outliers",
+    "composite",
+    "expectile_loss",
+    "dilate",
+    "latent_mask",
+    "min_max",
+    "noise_difference",
+    "normalize",
+    "resize",
+    "threshold",
+]

@@ -1,0 +1,1 @@
+"""A training run: phases, edits, checkpoints, history, resuming, interruption, several processes."""

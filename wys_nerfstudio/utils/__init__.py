@@ -1,0 +1,1 @@
+"""Files, images, logging and other helpers that know nothing of scenes or editors."""

@@ -1,0 +1,145 @@
+"""What is wrong with a captured scene in nerfstudio's format, said before its parser stumbles over it; masks of its views."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from nerfstudio.cameras.cameras import CAMERA_MODEL_TO_TYPE
+from PIL import Image
+from torch import Tensor
+
+from wys_nerfstudio.utils.errors import WysError
+
+INTRINSICS = ("fl_x", "fl_y", "cx", "cy", "w", "h")
+DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
+
+
+def check_capture(data: Path, downscale_factor: Optional[int] = None) -> None:
+    """Checks a `transforms.json` and that each of its views is a picture.
+
+    Args:
+        data: The scene's folder, or its .json file.
+        downscale_factor: As for nerfstudio's parser: views are in `images_2` and so on.
+
+    Raises:
+        WysError: For the first thing that is wrong.
+    """
+    file = data if data.suffix == ".json" else data / "transforms.json"
+    if not file.is_file():
+        raise WysError(
+            f'There is no "{file}": ns-process-data makes it; data in another format are named at the end of the command, '
+            "for instance colmap."
+        )
+    meta = _read(file)
+    frames = meta.get("frames")
+    if not isinstance(frames, list) or not frames or not all(isinstance(frame, dict) for frame in frames):
+        raise WysError(f'"{file}" has no list of "frames" in it: make it again with ns-process-data.')
+    model = meta.get("camera_model", "OPENCV")
+    if not isinstance(model, str) or model not in CAMERA_MODEL_TO_TYPE:
+        raise WysError(f'"{file}" has the camera_model {model}; it can be {", ".join(CAMERA_MODEL_TO_TYPE)}.')
+    for number, frame in enumerate(frames):
+        _check_frame(file, number, meta, frame)
+    folder = file.parent
+    for name in (frame["file_path"] for frame in frames):
+        path = folder / (f"images_{downscale_factor}/{Path(name).name}" if (downscale_factor or 1) > 1 else name)
+        check_image(path, f'"{file}"')
+
+
+def check_image(path: Path, named_by: str, whole: bool = False) -> None:
+    """Refuses a file that is no picture.
+
+    Args:
+        path: The file.
+        named_by: What says that it should be one, for the error's sentence.
+        whole: Decode all of it instead of its head.
+
+    Raises:
+        WysError: If it is not there or cannot be read.
+    """
+    if not path.is_file():
+        raise WysError(f'There is no picture "{path}", which {named_by} names.')
+    if path.suffix == ".npy":  # nerfstudio reads these, too
+        return
+    try:
+        with Image.open(path) as image:
+            if whole:
+                image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        size = path.stat().st_size
+        raise WysError(f'"{path}" ({size} bytes) cannot be read as a picture: put a whole one in its place.') from error
+
+
+def read_masks(folder: Path, views: Sequence[Path], height: int, width: int) -> Bool[Tensor, "n h w"]:
+    """One mask per view from a folder; a mask's file has its view's name. Bright is inside.
+
+    Args:
+        folder: Where the masks are.
+        views: The views' files.
+        height: Height of the views; masks of other sizes are resized.
+        width: Width of the views.
+
+    Raises:
+        WysError: If a view has no mask.
+    """
+    masks = []
+    offered = sorted(folder.iterdir()) if folder.is_dir() else []
+    for path in views:
+        found = [mask for mask in offered if mask.stem == path.stem]
+        if not found:
+            raise WysError(
+                f'There is no mask for the view {path.name} in "{folder}": --pipeline.masks-dir needs one image per view, '
+                f"named as the view, for instance {path.stem}.png."
+            )
+        check_image(found[0], "--pipeline.masks-dir", whole=True)
+        with Image.open(found[0]) as image:
+            resized = image.convert("L").resize((width, height), Image.Resampling.NEAREST)
+        masks.append(torch.from_numpy(np.array(resized)) > 127)
+    return torch.stack(masks)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(file.read_text("utf8"))
+    except OSError as error:
+        raise WysError(f'"{file}" cannot be read: {error.strerror}.') from error
+    except (ValueError, RecursionError) as error:
+        raise WysError(f'"{file}" is no valid JSON: {str(error).splitlines()[0]}.') from error
+    if not isinstance(meta, dict):
+        raise WysError(f'"{file}" is no capture: it has no "frames" in it.')
+    return meta
+
+
+def _check_frame(file: Path, number: int, meta: dict[str, Any], frame: dict[str, Any]) -> None:
+    name = frame.get("file_path")
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise WysError(f'In "{file}" frame {number} has no "file_path".')
+    matrix = frame.get("transform_matrix")
+    if not _is_matrix(matrix):
+        raise WysError(f'In "{file}" the "transform_matrix" of {name} is not 4 x 4 finite numbers.')
+    for key in INTRINSICS:
+        value = meta.get(key, frame.get(key))
+        if value is None:
+            raise WysError(f'In "{file}" neither the top nor the frame of {name} has "{key}".')
+        if not _is_number(value) or (value <= 0 and key not in ("cx", "cy")):
+            raise WysError(f'In "{file}" the "{key}" of {name} is {json.dumps(value)[:40]}, which cannot be.')
+    for key in DISTORTION:
+        value = meta.get(key, frame.get(key, 0))
+        if not _is_number(value):
+            raise WysError(f'In "{file}" the "{key}" of {name} is {json.dumps(value)[:40]}, which cannot be.')
+
+
+def _is_number(value: Any) -> bool:
+    # Beyond these numbers there is no float32 left.
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30 and math.isfinite(value)
+    )
+
+
+def _is_matrix(matrix: Any) -> bool:
+    rows = isinstance(matrix, list) and len(matrix) == 4 and all(isinstance(row, list) for row in matrix)
+    return rows and all(len(row) == 4 and all(map(_is_number, row)) for row in matrix)

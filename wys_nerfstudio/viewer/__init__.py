@@ -1,0 +1,1 @@
+"""The panel in nerfstudio's viewer and the commands that it issues."""
