@@ -285,7 +285,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         instruction: str,
         settings: EditSettings,
         *,
-        start_timestep: int,
+        strength: float,
         seeds: Sequence[int],
     ) -> Float[Tensor, "b h w 3"]:
         """Edits views: from the current renders, on condition of the reference views, which also hold outside the masks.
@@ -297,7 +297,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             masks: Where they may change.
             instruction: What to change.
             settings: Guidance, steps, resolution.
-            start_timestep: Timestep that the renders are noised to.
+            strength: Noise that the renders start from, as in `edit_images`.
             seeds: One per view.
         """
         reference = self.reference_views(views)
@@ -308,7 +308,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             masks.to(reference.device),
             instruction,
             settings,
-            start_timestep=start_timestep,
+            strength=strength,
             seeds=seeds,
         )
 

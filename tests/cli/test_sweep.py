@@ -1,4 +1,4 @@
-"""`wys sweep` through its command line: its table against slow twins, going on after a stop, and what it refuses."""
+"""`wys sweep` through its command line: its table against slow references, going on after a stop, and what it refuses."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ from PIL import Image
 from wys_nerfstudio.cli import sweep
 from wys_nerfstudio.cli.sweep_plots import mean_points
 from wys_nerfstudio.cli.sweep_table import SweepResult, read_cases
-from wys_nerfstudio.editing import LocalEditSettings, edit_image, load_editor
+from wys_nerfstudio.editing import EditSettings, edit_image, load_editor
 from wys_nerfstudio.evaluation.clip import load_clip
 from wys_nerfstudio.utils.image_io import read_image
 
@@ -57,7 +57,9 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a * b).sum() / (a.norm() * b.norm()))
 
 
-def test_the_table_says_of_every_edit_what_its_slow_twin_says(folder, monkeypatch, quick, editor_folder, clip_folder):
+def test_the_table_says_of_every_edit_what_its_slow_reference_says(
+    folder, monkeypatch, quick, editor_folder, clip_folder
+):
     run(monkeypatch, folder / "in" / "list.json", "-o", folder / "out", "--seed", 3, *quick)
     rows = table(folder / "out")
     assert len(rows) == 2 * 2 * 2
@@ -73,7 +75,7 @@ def test_the_table_says_of_every_edit_what_its_slow_twin_says(folder, monkeypatc
                     if (int(r["case"]), float(r["mask_threshold"]), float(r["image_guidance_scale"]))
                     == (number, tau, scale)
                 ]
-                settings = LocalEditSettings(mask_threshold=tau, image_guidance_scale=scale, diffusion_steps=2)
+                settings = EditSettings(mask_threshold=tau, image_guidance_scale=scale, diffusion_steps=2)
                 edited = edit_image(editor, rgb, entry["instruction"], settings, seed=3).edited
                 written = read_image(folder / "out" / row["file"]).rgb
                 assert (written - edited).abs().max() <= 0.5 / 255 + 1e-6

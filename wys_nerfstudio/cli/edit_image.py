@@ -11,7 +11,7 @@ import tyro
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from wys_nerfstudio.editing import ImageEditOutput, LocalEditSettings, edit_image, load_editor
+from wys_nerfstudio.editing import EditSettings, ImageEditOutput, edit_image, load_editor
 from wys_nerfstudio.editing.editor import resize_images
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.image_io import (
@@ -50,7 +50,7 @@ class EditImage:
     """Seed of the noise; equal seeds give equal edits."""
     device: str | None = None
     """Where the editor runs, such as cuda:1; by default the GPU if there is one, else the CPU."""
-    settings: Annotated[LocalEditSettings, tyro.conf.arg(name="")] = field(default_factory=LocalEditSettings)
+    settings: Annotated[EditSettings, tyro.conf.arg(name="")] = field(default_factory=EditSettings)
     """How to edit."""
 
     def main(self) -> None:
@@ -79,7 +79,7 @@ def edit_files(
     given: Sequence[Path],
     instruction: str,
     output: Path,
-    settings: LocalEditSettings,
+    settings: EditSettings,
     *,
     editor_name: str,
     allow_pickle: bool = False,
@@ -143,7 +143,7 @@ def edit_files(
                 settings,
                 mask=mask,
                 seed=seed,
-                report=lambda done, _: bar.update(task, completed=i * steps + done),
+                on_progress=lambda done, _: bar.update(task, completed=i * steps + done),
             )
             _write(file, path.name, picture, edit, instruction, origin)
             bar.update(task, completed=(i + 1) * steps)

@@ -17,7 +17,7 @@ from wys_nerfstudio import relevance
 from wys_nerfstudio.cli.edit_image import make_folder, refuse_device
 from wys_nerfstudio.cli.sweep_plots import draw_curves, draw_grid
 from wys_nerfstudio.cli.sweep_table import SweepCase, SweepResult, open_sweep, read_cases, write_table
-from wys_nerfstudio.editing import Editor, LocalEditSettings, edit_image, load_editor
+from wys_nerfstudio.editing import Editor, EditSettings, edit_image, load_editor
 from wys_nerfstudio.evaluation import metrics
 from wys_nerfstudio.evaluation.clip import ClipEncoder, load_clip
 from wys_nerfstudio.utils.errors import WysError
@@ -56,9 +56,9 @@ class SweepSettings:
         for threshold in self.mask_thresholds:
             self.edit(threshold, self.image_guidance_scales[0]).check()
 
-    def edit(self, mask_threshold: float, image_guidance_scale: float) -> LocalEditSettings:
+    def edit(self, mask_threshold: float, image_guidance_scale: float) -> EditSettings:
         """The settings of one edit."""
-        return LocalEditSettings(
+        return EditSettings(
             guidance_scale=self.guidance_scale,
             image_guidance_scale=image_guidance_scale,
             mask_threshold=mask_threshold,
@@ -170,7 +170,7 @@ def run_sweep(
 def _edit(
     number: int,
     case: SweepCase,
-    settings: LocalEditSettings,
+    settings: EditSettings,
     editor: Editor,
     clip: ClipEncoder,
     output: Path,

@@ -22,7 +22,7 @@ from wys_nerfstudio import relevance
 from wys_nerfstudio.datamanager import WysDataManager
 from wys_nerfstudio.editing import Editor, EditSettings
 from wys_nerfstudio.editing.editor import resize_images
-from wys_nerfstudio.editing.sampling import edit_seed, timesteps
+from wys_nerfstudio.editing.sampling import edit_seed
 from wys_nerfstudio.model import WysModel
 from wys_nerfstudio.training import schedule
 from wys_nerfstudio.training.distributed import gather, main_process_only, rank, shard
@@ -72,8 +72,8 @@ class EditBatch:
     """Numbers of this rank's edits."""
     views: list[int]
     """The view of each."""
-    t: int
-    """Timestep that the renders are noised to."""
+    strength: float
+    """Noise that the renders start from, as a share of the diffusion."""
     starts: list[EditInput]
     """Where each edit begins."""
     instruction: str
@@ -175,11 +175,11 @@ class EditLoop:
         began = time.perf_counter()
         numbers = shard(range(self.edits, self.edits + options.edit_count))
         views = [schedule.view_of_edit(options.seed, number, data.num_views) for number in numbers]
-        t = self._start_timestep(self.edits)
+        strength = self._strength(self.edits)
         self.edits += options.edit_count
         starts = [self.prepare_edit(view) for view in views]
         settings, seconds = options.edit_settings(), time.perf_counter() - began
-        return EditBatch(numbers, views, t, starts, options.instruction, settings, seconds)
+        return EditBatch(numbers, views, strength, starts, options.instruction, settings, seconds)
 
     @torch.no_grad()  # which is a matter of each thread
     def _make(self, job: EditBatch) -> list[EditResult]:
@@ -194,14 +194,15 @@ class EditLoop:
                 torch.stack([job.starts[i].mask for i in chosen]),
                 job.instruction,
                 job.settings,
-                start_timestep=job.t,
+                strength=job.strength,
                 seeds=[edit_seed(self._options.seed, job.numbers[i]) for i in chosen],
             )
             images = dict(zip(chosen, edited.cpu()))
-        steps = len(timesteps(job.t, job.settings.diffusion_steps, self._editor().num_train_timesteps))
+        levels = self._editor().noise_levels(job.strength, job.settings.diffusion_steps)
+        first, steps = levels[0].time, len(levels) - 1
         seconds = (job.seconds + time.perf_counter() - began) / max(1, len(job.views))
         return [
-            EditResult(number, job.views[i], job.t, steps, job.starts[i].mask.cpu(), images.get(i), seconds)
+            EditResult(number, job.views[i], int(first), steps, job.starts[i].mask.cpu(), images.get(i), seconds)
             for i, number in enumerate(job.numbers)
         ]
 
@@ -254,14 +255,13 @@ class EditLoop:
         """Relevance and depth of a view as the scene is now, at the size of its latents."""
         editor = self._editor()
         size = self._options.edit_settings().size_for(editor, *self._data.view_size)
-        cells = torch.ones([side // editor.latent_factor for side in size], dtype=torch.bool)
+        cells = torch.ones(editor.latent_size(*size), dtype=torch.bool)
         _, values, depths = self._model.render_pixels(self._data.train_dataset.cameras, view, cells)
         return values.view(cells.shape), depths.view(cells.shape)
 
-    def _start_timestep(self, edit_number: int) -> int:
+    def _strength(self, edit_number: int) -> float:
         options = self._options
-        level = schedule.noise_level_of_edit(options.seed, edit_number, options.min_strength, options.max_strength)
-        return max(1, round(level * (self._editor().num_train_timesteps - 1)))
+        return schedule.noise_level_of_edit(options.seed, edit_number, options.min_strength, options.max_strength)
 
     @main_process_only
     @torch.no_grad()
@@ -314,7 +314,7 @@ class EditLoop:
             start.mask[None],
             instruction,
             options.edit_settings(),
-            start_timestep=self._start_timestep(self.edits),
+            strength=self._strength(self.edits),
             seeds=[edit_seed(options.seed, self.edits)],
         )
         return reference[0].cpu(), start.mask.cpu(), edited[0].cpu()

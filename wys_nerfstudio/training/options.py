@@ -157,6 +157,10 @@ class WysOptions(VanillaPipelineConfig):
             image_guidance_scale=self.image_guidance_scale,
             diffusion_steps=self.diffusion_steps,
             resolution=self.edit_resolution,
+            mask_threshold=self.mask_threshold,
+            relevance_noise_level=self.relevance_noise_level,
+            relevance_num_samples=self.relevance_num_samples,
+            relevance_outlier_factor=self.relevance_outlier_factor,
         )
 
     def relevance_request(self, instruction: str, reference: str) -> RelevanceRequest:
