@@ -182,8 +182,8 @@ def test_what_cannot_work_is_refused_before_the_editor_is_loaded(tmp_path, monke
 @pytest.mark.parametrize(
     ("instruction", "editor", "words"),
     [
-        ("turn the bear into a zebra", "embedded", "words that the editor"),
-        ("give the bear a moustache", "embedded", "words that the editor"),
+        ("turn the bear into a zebra", "embedded", "words outside the vocabulary of the editor"),
+        ("give the bear a moustache", "embedded", "words outside the vocabulary of the editor"),
         ("make the ball blue " * 30, "embedded", "shorten it"),
         (INSTRUCTION, "no/editor/here", "There is no editor folder"),
     ],

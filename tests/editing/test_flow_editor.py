@@ -13,7 +13,7 @@ from test_edit import pictures, some_mask
 from test_local_edit import toy_picture
 
 from wys_nerfstudio import relevance
-from wys_nerfstudio.editing import EMBEDDED, EditSettings, Editor, edit_image, edit_images, load_editor, relevance_maps
+from wys_nerfstudio.editing import EMBEDDED, Editor, EditSettings, edit_image, edit_images, load_editor, relevance_maps
 from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor
 from wys_nerfstudio.evaluation.metrics import psnr
 
@@ -68,9 +68,7 @@ def test_edits_of_the_flow_editor_are_the_same(editor, masked, scales, strength)
     height, width = reference.shape[1:3]
     mask = some_mask(2, height, width) if masked else torch.ones(reference.shape[:3], dtype=torch.bool)
     ours, flows = (
-        edit_images(
-            e, render, reference, mask, INSTRUCTION, EditSettings(*scales, 10), strength=strength, seeds=[5, 6]
-        )
+        edit_images(e, render, reference, mask, INSTRUCTION, EditSettings(*scales, 10), strength=strength, seeds=[5, 6])
         for e in (editor, FlowEditor(editor))
     )
     assert psnr(flows, ours, mask) >= 60

@@ -139,7 +139,7 @@ def test_supported_schedulers_have_the_betas_that_are_read(copy, editor_folder, 
     scheduler.save_pretrained(copy / "scheduler")
     read, wanted = (load_editor(str(folder)) for folder in (copy, editor_folder))
     assert torch.equal(read.alphas_cumprod, scheduler.alphas_cumprod)
-    assert read.noise_levels(1.0, 20) == wanted.noise_levels(1.0, 20)
+    assert read.noise_levels(1.0, 20)[:-1] == wanted.noise_levels(1.0, 20)[:-1]
 
 
 def test_every_editor_is_one_of_the_protocol(editor_folder):
