@@ -146,9 +146,9 @@ def test_the_readmes_lines_of_python_run(tmp_path, monkeypatch, editor_folder):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["in.png"], "takes pictures and an instruction"),
+        (["in.png"], "takes images and an instruction"),
         (["in.png", " "], "There is no instruction"),
-        (["in.png", "b.png"], "The instruction comes after the pictures"),
+        (["in.png", "b.png"], "is a file, not an instruction"),
         (["nowhere.png", INSTRUCTION], 'There is no picture "nowhere.png"'),
         (["text.png", INSTRUCTION], "cannot be read"),
         (["empty", INSTRUCTION], 'There is no picture in the folder "empty"'),
@@ -156,13 +156,13 @@ def test_the_readmes_lines_of_python_run(tmp_path, monkeypatch, editor_folder):
         (["in.png", INSTRUCTION, "--mask-threshold", "1.5"], "--mask-threshold must be between 0 and 1, not 1.5"),
         (["in.png", INSTRUCTION, "--mask", "none.png"], 'There is no mask "none.png"'),
         (["in.png", INSTRUCTION, "--mask", "small.png"], "need at least 16"),
-        (["in.png", INSTRUCTION, "--mask", "b.png"], 'The mask "b.png" has 40x30 pixels and "in.png" 32x24'),
+        (["in.png", INSTRUCTION, "--mask", "b.png"], 'The mask "b.png" has 40x30 pixels, but "in.png" has 32x24'),
         (["in.png", INSTRUCTION, "--output", "out.jpg"], "The edited picture is a PNG file"),
         (["in.png", "b.png", INSTRUCTION], "give -o a folder"),
         (["in.png", INSTRUCTION, "-o", "in.png"], "would overwrite"),
-        (["in.png", INSTRUCTION, "-o", "text.png/out.png"], "cannot be made"),
-        (["in.png", INSTRUCTION, "--device", "cuda:9"], '"cuda:9" cannot be used here'),
-        (["in.png", INSTRUCTION, "--device", "gpu"], '"gpu" cannot be used here'),
+        (["in.png", INSTRUCTION, "-o", "text.png/out.png"], "cannot be created"),
+        (["in.png", INSTRUCTION, "--device", "cuda:9"], '"cuda:9" is not available'),
+        (["in.png", INSTRUCTION, "--device", "gpu"], '"gpu" is not available'),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_editor_is_loaded(tmp_path, monkeypatch, arguments, words):
@@ -182,8 +182,8 @@ def test_what_cannot_work_is_refused_before_the_editor_is_loaded(tmp_path, monke
 @pytest.mark.parametrize(
     ("instruction", "editor", "words"),
     [
-        ("turn the bear into a zebra", "embedded", "words outside the vocabulary of the editor"),
-        ("give the bear a moustache", "embedded", "words outside the vocabulary of the editor"),
+        ("turn the bear into a zebra", "embedded", "words that the editor"),
+        ("give the bear a moustache", "embedded", "words that the editor"),
         ("make the ball blue " * 30, "embedded", "shorten it"),
         (INSTRUCTION, "no/editor/here", "There is no editor folder"),
     ],

@@ -127,7 +127,7 @@ def test_another_request_in_the_same_folder_is_refused(folder, monkeypatch, quic
     arguments = [folder / "in" / "list.json", "-o", folder / "out", *quick]
     run(monkeypatch, *arguments)
     before = (folder / "out" / "sweep.csv").read_bytes()
-    sentence = f'"{folder / "out"}" holds the sweep of another list or of other settings: give -o another folder'
+    sentence = f'"{folder / "out"}" holds a sweep with another list or other settings: give -o another folder'
     assert sentence in refusal(monkeypatch, *arguments, "--seed", 1)
     assert sentence in refusal(monkeypatch, *arguments, "--guidance-scale", 3)
     Image.new("RGB", (24, 40)).save(folder / "in" / "a.png")
@@ -149,7 +149,11 @@ def test_lists_of_all_three_kinds_are_read_alike(folder):
     ("name", "text", "sentence"),
     [
         ("none.csv", None, "There is no list"),
-        ("list.txt", "a", "is no list of edits: wys sweep takes a .csv, .yaml or .json list with image, instruction"),
+        (
+            "list.txt",
+            "a",
+            "is not a list of edits: wys sweep takes a .csv, .yaml or .json list with image, instruction",
+        ),
         ("list.json", "{", "cannot be read"),
         ("list.json", "[]", "There are no edits in"),
         ("list.json", '{"image": "a.png"}', "There are no edits in"),
@@ -171,10 +175,10 @@ def test_lists_that_cannot_work_are_refused(folder, monkeypatch, quick, name, te
     ("options", "sentence"),
     [
         (["--mask-thresholds", "0.5", "1.5"], "--mask-threshold must be between 0 and 1, not 1.5"),
-        (["--mask-thresholds", "0.5", "0.5"], "--mask-thresholds takes one or more numbers that differ"),
-        (["--image-guidance-scales"], "--image-guidance-scales takes one or more numbers that differ"),
+        (["--mask-thresholds", "0.5", "0.5"], "--mask-thresholds takes one or more different numbers"),
+        (["--image-guidance-scales"], "--image-guidance-scales takes one or more different numbers"),
         (["--diffusion-steps", "0"], "--diffusion-steps must be at least 1, not 0"),
-        (["--device", "cuda:9"], 'The device "cuda:9" cannot be used here'),
+        (["--device", "cuda:9"], 'The device "cuda:9" is not available'),
         (["--clip", "nobody/no-clip"], 'The CLIP "nobody/no-clip" could not be loaded'),
         (["--editor", "nowhere"], 'There is no editor folder "nowhere"'),
     ],

@@ -316,7 +316,7 @@ def test_words_that_a_whole_word_tokenizer_has_never_seen_are_refused_with_those
     assert limited.encode_text("").shape == (1, 40, 32)
     # The letters of "tired" are pieces of the words that were seen.
     for instruction in ("make it zzz", "make it tired"):
-        sentence = f'"{instruction}" has words outside the vocabulary of the editor .*, which is: (a, )?([a-z]{{2,}}, )*[a-z]{{2,}}[.]'
+        sentence = f'"{instruction}" has words that the editor .* was not trained on; its words are: (a, )?([a-z]{{2,}}, )*[a-z]{{2,}}[.]'
         with pytest.raises(WysError, match=f"{sentence} .*--editor timbrooks/"):
             limited.encode_text(instruction)
 

@@ -257,7 +257,7 @@ def test_settings_that_cannot_work_are_refused(editor, changes, words):
 
 
 def test_an_empty_instruction_and_a_mask_of_another_size_are_refused(editor):
-    with pytest.raises(WysError, match="The instruction is empty"):
+    with pytest.raises(WysError, match="There is no instruction"):
         edit_image(editor, pictures(1)[0], "  ")
     with pytest.raises(WysError, match="The mask has 31x32 pixels, but the image has 32x32"):
         edit_image(editor, pictures(1)[0], INSTRUCTION, mask=torch.ones(32, 31, dtype=torch.bool))

@@ -264,7 +264,7 @@ def edit_image(
     settings = settings or EditSettings()
     settings.check()
     if not instruction.strip():
-        raise WysError('The instruction is empty. Describe the change, for example "turn the bear into a panda".')
+        raise WysError('There is no instruction: describe what to change, for example "turn the bear into a panda".')
     height, width = image.shape[:2]
     if mask is not None and mask.shape != image.shape[:2]:
         raise WysError(f"The mask has {mask.shape[1]}x{mask.shape[0]} pixels, but the image has {width}x{height}.")

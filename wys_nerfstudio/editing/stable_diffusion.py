@@ -161,7 +161,7 @@ class StableDiffusionEditor:
         ends = {w.removesuffix("</w>") for w in tokenizer.get_vocab() if w.endswith("</w>")}
         known = sorted(word for word in ends if word.isalpha() and (len(word) > 1 or word == "a"))
         raise WysError(
-            f'"{instruction}" has words outside the vocabulary of the editor "{self.name}", which is: {", ".join(known)}. '
+            f'"{instruction}" has words that the editor "{self.name}" was not trained on; its words are: {", ".join(known)}. '
             "For free text choose another editor, for example --editor timbrooks/instruct-pix2pix."
         )
 

@@ -32,11 +32,9 @@ def _at_least(least: int, *names: str) -> dict[str, int]:
 
 # Smallest values of options.
 COUNTS = {
-    **_at_least(
-        1, "edit_every", "edit_count", "edit_steps", "edit_resolution", "diffusion_steps", "relevance_num_samples"
-    ),
+    **_at_least(1, "edit_every", "edit_count", "edit_steps"),
     **_at_least(1, "relevance_batch_size"),
-    **_at_least(0, "reconstruct_steps", "localize_steps", "guidance_scale", "image_guidance_scale"),
+    **_at_least(0, "reconstruct_steps", "localize_steps"),
 }
 DATA_COUNTS = {
     **_at_least(1, "train_num_rays_per_batch", "eval_num_rays_per_batch", "edit_num_rays_per_batch"),
@@ -214,16 +212,8 @@ class WysOptions(VanillaPipelineConfig):
             raise WysError(
                 'There is no instruction: say what to change, as in --instruction "Turn the bear into a panda".'
             )
-        shares = ("mask_threshold", "relevance_noise_level", "min_strength", "max_strength")
-        for name in shares:
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise WysError(f"{_flag(name)} must be between 0 and 1, not {value}.")
-        if not self.relevance_outlier_factor >= 0:
-            raise WysError(
-                f"{_flag('relevance_outlier_factor')} must be at least 0, not {self.relevance_outlier_factor}."
-            )
-        for name in ("relevance_noise_level", "min_strength", "max_strength"):
+        self.edit_settings().check(lambda name: _flag("edit_resolution" if name == "resolution" else name))
+        for name in ("min_strength", "max_strength"):
             if not 0 < getattr(self, name) < 1:
                 raise WysError(f"{_flag(name)} must be above 0 and below 1, not {getattr(self, name)}.")
         if self.min_strength > self.max_strength:
