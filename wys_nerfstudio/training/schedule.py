@@ -1,4 +1,4 @@
-"""What happens when: phases of a run, the order in which views are edited, diffusion timesteps. Pure Python.
+"""What happens when: phases of a run, the order in which views are edited, noise levels of edits. Pure Python.
 
 Nothing here touches a tensor or a file, so a schedule can be printed, compared and tested by itself.
 """
