@@ -150,7 +150,7 @@ def test_views_too_small_are_refused_before_the_first_step(natural, editor_folde
         build_trainer(config)
 
 
-def test_it_is_measured_for_every_view(natural, editor_folder, tmp_path, monkeypatch):
+def test_niqe_is_computed_for_every_view(natural, editor_folder, tmp_path, monkeypatch):
     from test_pipeline import build_trainer, small_config
 
     scene = write_ring_scene(tmp_path / "scene", width=192, height=96, views=3)
