@@ -95,8 +95,8 @@ def test_only_the_contract_files_stand_outside_a_room():
 
 # To be resolved by the scene protocol and the settings object.
 PENDING = {
-    "viewer.commands", "training.edit_loop", "demo.pictures", "training.devices", "training.options",
-    "evaluation.evaluate", "training.run_setup", "training.edit_log",
+    "viewer.commands", "training.edit_loop", "training.devices", "training.options",
+    "training.run_setup", "training.edit_log",
 }  # fmt: skip
 
 

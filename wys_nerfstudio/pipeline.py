@@ -21,7 +21,9 @@ from torch.amp.grad_scaler import GradScaler
 from wys_nerfstudio.datamanager import WysDataManager
 from wys_nerfstudio.editing import Editor, load_editor
 from wys_nerfstudio.evaluation import evaluate
-from wys_nerfstudio.evaluation.niqe import check_niqe
+from wys_nerfstudio.evaluation.ground_truth import GroundTruth
+from wys_nerfstudio.evaluation.lpips import MIN_LPIPS_PATCH, lpips_is_cached
+from wys_nerfstudio.evaluation.niqe import NiqeParams, check_niqe
 from wys_nerfstudio.model import WysModel
 from wys_nerfstudio.training.checkpoint import CAPTURED_SCENE, model_state, read_checkpoint, run_folder
 from wys_nerfstudio.training.devices import same_device
@@ -375,10 +377,32 @@ class WysPipeline(VanillaPipeline):
         results: dict[str, Any] = super().get_average_eval_image_metrics(step, output_path, get_std)
         if self.test_mode != "val":
             self.eval()
-            figures = evaluate.evaluate_edit(self.config, self.scene_model, self.datamanager)
-            views = evaluate.per_view(figures, self.datamanager.view_names)
-            results["edit"] = {"mean": evaluate.means(figures), "views": views}
+            edit_metrics = self.evaluate_edit()
+            views = evaluate.per_view(edit_metrics, self.datamanager.view_names)
+            results["edit"] = {"mean": evaluate.means(edit_metrics), "views": views}
         return results
+
+    @torch.no_grad()
+    def evaluate_edit(self) -> evaluate.Metrics:
+        """Render the training views and compute the metrics of the edit. Requires eval mode."""
+        config, data, model = self.config, self.datamanager, self.scene_model
+        all_views = range(data.num_views)
+        cameras = data.train_dataset.cameras
+        captured = data.captured_views(all_views).cpu()
+        edited = torch.stack([model.render_view(cameras, view)["rgb"].clamp(0, 1).cpu() for view in all_views])
+        perceptual = None
+        if lpips_is_cached(config.model.lpips_weights) and min(data.view_size) >= MIN_LPIPS_PATCH:
+            perceptual = model.perceptual_distance().cpu()
+        return evaluate.evaluate_edit(
+            captured,
+            edited,
+            [path.name for path in data.train_dataset.image_filenames],
+            perceptual,
+            NiqeParams.read(config.niqe_params) if config.niqe_params is not None else None,
+            GroundTruth.find(data.get_datapath(), config.instruction),
+            (config.caption_before, config.caption_after) if config.caption_after else None,
+            config.clip_model,
+        )
 
     # ------------------------------------------------------------------------------------------- the run's folder
 
