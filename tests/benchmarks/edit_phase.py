@@ -74,7 +74,7 @@ def watch_parts(trainer: WysTrainer, stopwatch: Stopwatch) -> None:
     stopwatch.watch(pipeline, "get_train_loss_dict", "forward pass of the steps")
     stopwatch.watch(trainer.optimizers, "optimizer_scaler_step_some", "optimizers")
     stopwatch.watch(pipeline.edit_loop, "edit", "the rest of the edit: masks, files")
-    stopwatch.watch(pipeline.edit_loop, "start_of", "render of the view")
+    stopwatch.watch(pipeline.edit_loop, "prepare_edit", "render of the view")
     stopwatch.watch(editor, "predict_noise", "UNet")
     stopwatch.watch(editor, "encode", "VAE")
     stopwatch.watch(editor, "decode", "VAE")

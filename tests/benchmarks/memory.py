@@ -120,7 +120,7 @@ def main(options: Options) -> None:
     phases = [phase.value for phase in Phase]
     print(f"| peak memory, GiB | {' | '.join(phases)} |")
     print(f"|{'---|' * (len(phases) + 1)}")
-    for method, unclamped_maps in result.items():
+    for method, peaks in result.items():
         print(f"| `{method}` | {' | '.join(f'{peaks[phase]:.1f}' for phase in phases)} |")
 
 

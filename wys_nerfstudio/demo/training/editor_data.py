@@ -1,6 +1,6 @@
 """What the demo editor is trained on: encoded pictures, pairs of edits, tokens of all wordings.
 
-Not here: how pictures are rendered (`training_data.py`) and encoded (`train_vae.py`), and what becomes of them (`train_editor.py`).
+Not here: how pictures are rendered (`data_set.py`) and encoded (`train_vae.py`), and what becomes of them (`train_editor.py`).
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """First stage of the demo editor's training: the autoencoder, and the latents of the whole data set.
 
-Not here: the denoiser (`train_editor.py`) and the pictures (`training_data.py`).
+Not here: the denoiser (`train_editor.py`) and the pictures (`data_set.py`).
 """
 
 import math
