@@ -284,9 +284,9 @@ OPTIONS = [
     case("no instruction", lambda d: setattr(d, "instruction", None), "There is no instruction"),
     case("blank instruction", lambda d: setattr(d, "instruction", " \t "), "There is no instruction"),
     case("instruction too long", lambda d: setattr(d, "instruction", " ".join(WORDS * 3)),
-         r"The instruction has \d+ tokens and the text encoder of .* takes 40: shorten it"),
+         r"The instruction has \d+ tokens, but the text encoder of .* takes at most 40: shorten it"),
     case("non-Latin words for the embedded editor", lambda d: (setattr(d, "editor", "embedded"),
-         setattr(d, "instruction", "снег")) and None, "has words that the editor .embedded. has never seen"),
+         setattr(d, "instruction", "снег")) and None, "has words that the editor .embedded. was not trained on"),
     case("prompt and instruction", lambda d: ["--prompt", "make it red"], "--prompt and --instruction mean the same"),
 ]  # fmt: skip
 
@@ -397,7 +397,7 @@ EDITORS = [
     case("editor with a broken config", lambda d: (d.own_editor() / "unet" / "config.json").write_text("{") and None,
          "could not be loaded from its folder"),
     case("editor without a vocabulary", lambda d: [p.unlink() for p in (d.own_editor() / "tokenizer").iterdir()] and None,
-         "has no whole tokenizer: "),
+         "is incomplete: it has "),
 ]  # fmt: skip
 
 
@@ -439,7 +439,7 @@ def test_an_output_folder_that_will_not_do_is_refused(desk, refused, spoil, sent
         (["none.png", "make it red"], "none.png"),
         (["empty.png", "make it red"], "empty.png"),
         (["good.png", ""], "instruction"),
-        (["good.png"], "takes pictures and an instruction"),
+        (["good.png"], "takes images and an instruction"),
         (["good.png", "make it red", "--editor", "no/folder/here"], "There is no editor folder"),
         (["good.png", "make it red", "--guidance-scale", "nan"], "guidance-scale"),
         (["good.png", "make it red", "--mask-threshold", "2"], "mask-threshold"),

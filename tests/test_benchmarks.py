@@ -24,7 +24,8 @@ import startup
 
 from wys_nerfstudio.config import wys_tiny
 from wys_nerfstudio.demo.scene import write_demo_scene
-from wys_nerfstudio.editing import Editor, EditSettings, edit_images, load_editor, relevance_maps, sampling
+from wys_nerfstudio.editing import EditSettings, edit_images, load_editor, relevance_maps
+from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor
 from wys_nerfstudio.utils.atomic_io import write_tensors
 
 UV = """#!/bin/sh
@@ -64,7 +65,7 @@ def no_writers_of_other_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def editor(editor_folder: Path) -> Editor:
+def editor(editor_folder: Path) -> StableDiffusionEditor:
     return load_editor(str(editor_folder))
 
 
@@ -74,24 +75,26 @@ def pictures() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("scales", [(7.5, 1.5), (1.0, 1.0), (3.0, 1.0)])
-def test_the_slow_way_and_ours_make_the_same_edit(editor: Editor, pictures: torch.Tensor, scales) -> None:
-    start, slow = 700, speed.as_slow(editor)
+def test_the_slow_way_and_ours_make_the_same_edit(
+    editor: StableDiffusionEditor, pictures: torch.Tensor, scales
+) -> None:
+    strength, slow = 700 / 999, speed.as_slow(editor)
     ours = edit_images(
         editor, pictures, pictures.flip(0), torch.ones(3, 32, 40, dtype=torch.bool), "make the ball blue",
-        EditSettings(*scales, diffusion_steps=10), start_timestep=start, seeds=[5, 6, 7],
+        EditSettings(*scales, diffusion_steps=10), strength=strength, seeds=[5, 6, 7],
     )  # fmt: skip
     # The slow way takes all steps wherever it starts, so it is told how many there are from here.
-    steps = len(sampling.timesteps(start, 10, 1000))
+    steps = len(editor.noise_levels(strength, 10)) - 1
     states = speed.slow_states(slow, "make the ball blue")
     for view, seed in enumerate((5, 6, 7)):
         render, captured = pictures[view : view + 1], pictures[2 - view : 3 - view]
         settings = EditSettings(*scales, diffusion_steps=steps)
-        theirs = speed.slow_edit(slow, render, captured, states, settings, start, seed)[0]
+        theirs = speed.slow_edit(slow, render, captured, states, settings, strength, seed)[0]
         assert (theirs - ours[view]).abs().max() < 1e-3
     assert (ours - pictures.flip(0)).abs().mean() > 0.01
 
 
-def test_the_slow_way_and_ours_make_the_same_map(editor: Editor, pictures: torch.Tensor) -> None:
+def test_the_slow_way_and_ours_make_the_same_map(editor: StableDiffusionEditor, pictures: torch.Tensor) -> None:
     slow = speed.as_slow(editor)
     ours = torch.cat(list(relevance_maps(editor, pictures, "make the ball blue", seeds=[1, 2, 3])))
     states = speed.slow_states(slow, "make the ball blue")
@@ -217,7 +220,7 @@ def test_the_benchmark_of_the_edit_phase_tells_its_parts(
 @pytest.mark.slow
 @pytest.mark.parametrize("localized", [False, True])
 def test_the_edit_phase_is_measured_beside_the_slow_way(
-    ring_scene: Path, tiny_base: Path, editor: Editor, tmp_path: Path, localized: bool
+    ring_scene: Path, tiny_base: Path, editor: StableDiffusionEditor, tmp_path: Path, localized: bool
 ) -> None:
     options = speed.Options(ring_scene, instruction="make the ball blue", batch=1, repeats=1)
     options.output = tmp_path / "speed.json"

@@ -286,7 +286,7 @@ def test_editing_views_puts_the_editors_pictures_in_place(data, editor):
     renders = torch.rand(2, HEIGHT, WIDTH, 3)
     masks = torch.zeros(2, HEIGHT, WIDTH, dtype=torch.bool)
     masks[:, 4:20, 8:30] = True
-    chosen = {"start_timestep": 600, "seeds": [1, 2]}
+    chosen = {"strength": 0.6, "seeds": [1, 2]}
     data.set_view(6, torch.zeros(HEIGHT, WIDTH, 3))  # an earlier edit has no say
     for view, image in zip(views, data.edited(editor, views, renders, masks, "make it red", settings, **chosen)):
         data.set_view(view, image)

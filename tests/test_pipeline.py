@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import threading
 from pathlib import Path
 
@@ -142,7 +143,7 @@ def test_the_air_is_searched_from_where_the_views_were_taken(trained: WysTrainer
     assert not torch.equal(corrected, data.train_dataset.cameras.camera_to_worlds)
     assert torch.equal(maps, state[0])
     assert torch.equal(found, relevance.resize(unclamped_maps, *data.view_size))
-    factor = pipeline.editor().latent_factor
+    factor = 32 // pipeline.editor().latent_size(32, 40)[0]
     middle = slice(factor // 2, None, factor)
     for view in (0, 5):
         render = model.render_view(data.train_dataset.cameras, view)["depth"]
@@ -242,7 +243,7 @@ def test_an_edit_begins_as_if_the_whole_view_had_been_rendered(
     torch.testing.assert_close(start.rgb[wanted], whole["rgb"][wanted], atol=1e-5, rtol=0)
     torch.testing.assert_close(start.relevance[wanted], whole["relevance_value"][..., 0][wanted], atol=1e-5, rtol=0)
     captured = (start.rgb == data.captured_views([view])[0]).all(dim=-1)
-    pixels, latents = wanted.numel(), wanted.numel() // pipeline.editor().latent_factor ** 2
+    pixels, latents = wanted.numel(), math.prod(pipeline.editor().latent_size(*wanted.shape))
     assert sum(computed) == pixels - int(captured.sum()) + latents
     assert (localization == "none") == (sum(computed) > pixels)
 

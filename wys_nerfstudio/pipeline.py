@@ -5,7 +5,7 @@ without an autograd graph in memory.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
@@ -21,8 +21,9 @@ from wys_nerfstudio import relevance
 from wys_nerfstudio.datamanager import WysDataManager, WysDataManagerConfig
 from wys_nerfstudio.editing import Editor, EditSettings, load_editor
 from wys_nerfstudio.evaluation import evaluate
-from wys_nerfstudio.evaluation.lpips import MIN_LPIPS_PATCH
-from wys_nerfstudio.evaluation.niqe import check_niqe
+from wys_nerfstudio.evaluation.ground_truth import GroundTruth
+from wys_nerfstudio.evaluation.lpips import MIN_LPIPS_PATCH, lpips_is_cached
+from wys_nerfstudio.evaluation.niqe import NiqeParams, check_niqe
 from wys_nerfstudio.model import WysModel, WysModelConfig
 from wys_nerfstudio.relevance.cache import RelevanceRequest
 from wys_nerfstudio.relevance.localizer import Localization, available_localizations
@@ -38,8 +39,8 @@ from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.viewer.panel import ViewerPanel
 
 MINIMA = {
-    **minimum(1, "edit_steps", "edit_resolution", "diffusion_steps", "relevance_num_samples", "relevance_batch_size"),
-    **minimum(0, "reconstruct_steps", "localize_steps", "relevance_outlier_factor"),
+    **minimum(1, "edit_every", "edit_count", "edit_steps", "relevance_batch_size"),
+    **minimum(0, "reconstruct_steps", "localize_steps"),
 }
 """Smallest allowed values of options."""
 
@@ -132,7 +133,9 @@ class WysPipelineConfig(VanillaPipelineConfig):
             phases = resumed.schedule
             return PhaseSchedule(phases.reconstruct_steps, phases.localize_steps, self.edit_steps)
         localize_steps = 0 if self.localization == "none" else self.localize_steps
-        return PhaseSchedule(0 if self.base_run is not None else self.reconstruct_steps, localize_steps, self.edit_steps)
+        return PhaseSchedule(
+            0 if self.base_run is not None else self.reconstruct_steps, localize_steps, self.edit_steps
+        )
 
     def edit_settings(self, settings: RunSettings) -> EditSettings:
         """Return guidance, steps and resolution of an edit."""
@@ -141,6 +144,10 @@ class WysPipelineConfig(VanillaPipelineConfig):
             image_guidance_scale=settings.image_guidance_scale,
             diffusion_steps=self.diffusion_steps,
             resolution=self.edit_resolution,
+            mask_threshold=settings.mask_threshold,
+            relevance_noise_level=self.relevance_noise_level,
+            relevance_num_samples=self.relevance_num_samples,
+            relevance_outlier_factor=self.relevance_outlier_factor,
         )
 
     def relevance_request(self, instruction: str, reference: str) -> RelevanceRequest:
@@ -185,8 +192,8 @@ class WysPipelineConfig(VanillaPipelineConfig):
             raise WysError(
                 'There is no instruction: say what to change, as in --instruction "Turn the bear into a panda".'
             )
-        settings.validate()
-        for name in ("relevance_noise_level", "min_strength", "max_strength"):
+        self.edit_settings(settings).check(lambda name: flag("edit_resolution" if name == "resolution" else name))
+        for name in ("min_strength", "max_strength"):
             validate_share(flag(name), getattr(self, name), exclusive=True)
         if self.min_strength > self.max_strength:
             raise WysError(
@@ -241,7 +248,9 @@ class WysPipeline(VanillaPipeline):
         if world_size > 1:
             # nerfstudio's own wrapping works on CUDA devices only.
             self._model: Any = wrap_ddp(self.model)
-        self.settings = Settings(RunSettings.from_options(config), available_localizations(config.masks_dir is not None))
+        self.settings = Settings(
+            RunSettings.from_options(config), available_localizations(config.masks_dir is not None)
+        )
         """Options that can change during the run; the config keeps what was typed."""
         self.session = EditSession(
             config,
@@ -300,9 +309,7 @@ class WysPipeline(VanillaPipeline):
             transform = {"transform": outputs.dataparser_transform.tolist(), "scale": outputs.dataparser_scale}
             self.session.start(run, transform)
         callbacks = super().get_training_callbacks(training_callback_attributes)
-        before_step = TrainingCallback(
-            [TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], lambda step: self.session.before_step(step)
-        )
+        before_step = TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], self.session.before_step)
         return [before_step, *callbacks]
 
     def _check_requirements(self) -> None:
@@ -384,16 +391,27 @@ class WysPipeline(VanillaPipeline):
         results: dict[str, Any] = super().get_average_eval_image_metrics(step, output_path, get_std)
         if self.test_mode != "val":
             self.eval()
-            options = replace(self.config, instruction=self.settings.current.instruction)
-            metrics = evaluate.evaluate_edit(options, self.scene_model, self.datamanager)
+            metrics = self.evaluate_edit()
             views = evaluate.per_view(metrics, self.datamanager.view_names)
             results["edit"] = {"mean": evaluate.means(metrics), "views": views}
         return results
 
-    def finish(self, step: int) -> None:
-        """Collective: commit the last edits and write the contact sheet.
-
-        Args:
-            step: The last trained step.
-        """
-        self.session.finish(step)
+    @torch.no_grad()
+    def evaluate_edit(self) -> evaluate.Metrics:
+        """Render the training views and return the metrics of the edit. Requires eval mode."""
+        config, data, model = self.config, self.datamanager, self.scene_model
+        all_views = range(data.num_views)
+        edited = torch.stack([model.render_view(data.cameras, view)["rgb"].clamp(0, 1).cpu() for view in all_views])
+        perceptual = None
+        if lpips_is_cached(config.model.lpips_weights) and min(data.view_size) >= MIN_LPIPS_PATCH:
+            perceptual = model.perceptual_distance().cpu()
+        return evaluate.evaluate_edit(
+            data.captured_views(all_views).cpu(),
+            edited,
+            [path.name for path in data.train_dataset.image_filenames],
+            perceptual,
+            NiqeParams.read(config.niqe_params) if config.niqe_params is not None else None,
+            GroundTruth.find(data.get_datapath(), self.settings.current.instruction),
+            (config.caption_before, config.caption_after) if config.caption_after else None,
+            config.clip_model,
+        )

@@ -76,7 +76,7 @@ def watch_parts(trainer: WysTrainer, stopwatch: Stopwatch) -> None:
     stopwatch.watch(pipeline.edit_loop, "edit", "the rest of the edit: masks, files")
     stopwatch.watch(pipeline.edit_loop, "start_of", "render of the view")
     stopwatch.watch(editor, "predict_noise", "UNet")
-    stopwatch.watch(editor, "encode_images", "VAE")
+    stopwatch.watch(editor, "encode", "VAE")
     stopwatch.watch(editor, "decode", "VAE")
 
 

@@ -32,7 +32,8 @@ import torchmetrics.image  # noqa: F401  as the editor below: once, for all fork
 from conftest import build_editor_folder, write_ring_scene
 from nerfstudio.scripts import train
 
-from wys_nerfstudio.editing import Editor, load_editor
+from wys_nerfstudio.editing import load_editor
+from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor
 from wys_nerfstudio.pipeline import WysPipeline
 from wys_nerfstudio.trainer import WysTrainer
 from wys_nerfstudio.training.checkpoint import read_checkpoint
@@ -91,7 +92,12 @@ class Moments:
 
     def install(self) -> None:
         """Puts events around what a run does."""
-        fsync, replace, iteration, predict = os.fsync, os.replace, WysTrainer.train_iteration, Editor.predict_noise
+        fsync, replace, iteration, predict = (
+            os.fsync,
+            os.replace,
+            WysTrainer.train_iteration,
+            StableDiffusionEditor.predict_noise,
+        )
         enter = WysPipeline.enter_phase
 
         def watched_fsync(descriptor: int) -> None:
@@ -119,12 +125,12 @@ class Moments:
                 trainer.pipeline.controls.requests.put(ViewerCommand("apply", ON_TOP, "make the bear red"))
             return result
 
-        def watched_predict(editor: Editor, *arguments: Any, **named: Any) -> Any:
+        def watched_predict(editor: StableDiffusionEditor, *arguments: Any, **named: Any) -> Any:
             self.happens("editor asked")
             return predict(editor, *arguments, **named)
 
         os.fsync, os.replace = watched_fsync, watched_replace  # type: ignore
-        WysTrainer.train_iteration, Editor.predict_noise = watched_iteration, watched_predict  # type: ignore
+        WysTrainer.train_iteration, StableDiffusionEditor.predict_noise = watched_iteration, watched_predict  # type: ignore
         WysPipeline.enter_phase = watched_enter  # type: ignore
 
 

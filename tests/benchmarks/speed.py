@@ -35,10 +35,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wys_nerfstudio import relevance
 from wys_nerfstudio.config import wys, wys_tiny
-from wys_nerfstudio.editing import EMBEDDED, Editor, EditSettings, edit_images, load_editor, relevance_maps
-from wys_nerfstudio.editing.edit import seeded_noise
-from wys_nerfstudio.editing.editor import resize_images
-from wys_nerfstudio.editing.sampling import add_noise, apply_guidance, ddim_step
+from wys_nerfstudio.editing import EMBEDDED, EditSettings, edit_images, load_editor, relevance_maps
+from wys_nerfstudio.editing.editor import NoiseLevel, resize_images
+from wys_nerfstudio.editing.sampling import add_noise, apply_guidance, seeded_noise
+from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor
 from wys_nerfstudio.trainer import WysTrainer, WysTrainerConfig
 from wys_nerfstudio.training import schedule
 from wys_nerfstudio.training.options import WysOptions
@@ -92,14 +92,14 @@ class Row:
         return self.slow[1] / self.ours[1]
 
 
-# ------------------------------------------------------------------------------------------------------ the slow twin
+# ------------------------------------------------------------------------------------------------------ the slow reference
 
 
-def as_slow(editor: Editor) -> Editor:
+def as_slow(editor: StableDiffusionEditor) -> StableDiffusionEditor:
     """The same networks in single precision and with sliced attention."""
     unet, vae, text_encoder = (copy.deepcopy(net).float() for net in (editor.unet, editor.vae, editor.text_encoder))
     unet.set_attention_slice("auto")
-    return Editor(
+    return StableDiffusionEditor(
         editor.name,
         unet,
         vae,
@@ -111,52 +111,60 @@ def as_slow(editor: Editor) -> Editor:
     )
 
 
-def slow_noise(editor: Editor, latents: Tensor, t: int, condition: Tensor, states: Tensor) -> Sequence[Tensor]:
+def slow_noise(
+    editor: StableDiffusionEditor, latents: Tensor, level: NoiseLevel, condition: Tensor, states: Tensor
+) -> Sequence[Tensor]:
     """With text and image, with the image, with neither: always all three, for one view."""
     conditions = torch.cat([condition, condition, torch.zeros_like(condition)])
     cuda = editor.device.type == "cuda"
     with torch.autocast("cuda", torch.float16) if cuda else nullcontext():
-        return editor.predict_noise(latents.repeat(3, 1, 1, 1), t, conditions, states).float().chunk(3)
+        return editor.predict_noise(latents.repeat(3, 1, 1, 1), level, conditions, states).float().chunk(3)
 
 
-def slow_states(editor: Editor, instruction: str) -> Float[Tensor, "3 tokens width"]:
+def level_at(editor: StableDiffusionEditor, timestep: int) -> NoiseLevel:
+    """The noise level of a timestep."""
+    return editor.noise_levels(timestep / (editor.num_train_timesteps - 1), 1)[0]
+
+
+def slow_states(editor: StableDiffusionEditor, instruction: str) -> Float[Tensor, "3 tokens width"]:
     """Text states of the three branches; they are made once."""
     return torch.cat([editor.encode_text(text) for text in (instruction, "", "")])
 
 
 def slow_edit(
-    editor: Editor,
+    editor: StableDiffusionEditor,
     render: Float[Tensor, "1 h w 3"],
     captured: Float[Tensor, "1 h w 3"],
     states: Float[Tensor, "3 tokens width"],
     settings: EditSettings,
-    t: int,
+    strength: float,
     seed: int,
 ) -> Float[Tensor, "1 h w 3"]:
     """One view, all steps wherever it starts, nothing remembered; there is no mask."""
-    size, scale = settings.size_for(editor, *render.shape[1:3]), editor.vae.config.scaling_factor
-    start, condition = (editor.encode_images(resize_images(x.to(editor.device), *size)) for x in (render, captured))
-    noise = seeded_noise([seed], start.shape[1:], editor.device)
-    latents = add_noise(start * scale, noise, editor.alphas_cumprod[t])
-    steps = settings.diffusion_steps
-    times = [max(1, t - i * t // steps) for i in range(steps)]
-    for now, following in zip(times, [*times[1:], None]):
-        branches = slow_noise(editor, latents, now, condition, states)
-        predicted = apply_guidance(*branches, settings.guidance_scale, settings.image_guidance_scale)
-        cleaner = editor.final_alpha if following is None else editor.alphas_cumprod[following]
-        latents = ddim_step(latents, predicted, editor.alphas_cumprod[now], cleaner)
-    return resize_images(editor.decode(latents / scale), *render.shape[1:3])
+    size = settings.size_for(editor, *render.shape[1:3])
+    start, kept = (editor.encode(resize_images(x.to(editor.device), *size)) for x in (render, captured))
+    noise = seeded_noise([seed], start.latents.shape[1:], editor.device)
+    final = editor.noise_levels(strength, 1)[-1]
+    last, steps = editor.num_train_timesteps - 1, settings.diffusion_steps
+    first = max(1, round(strength * last))
+    levels = [level_at(editor, max(1, first - i * first // steps)) for i in range(steps)]
+    latents = add_noise(start.latents, noise, levels[0])
+    guidance = editor.branches(settings.guidance_scale, settings.image_guidance_scale)
+    for now, following in zip(levels, [*levels[1:], final]):
+        predicted = apply_guidance(slow_noise(editor, latents, now, kept.condition, states), guidance)
+        latents = add_noise(*editor.split(predicted, latents, now), following)
+    return resize_images(editor.decode(latents), *render.shape[1:3])
 
 
 def slow_map(
-    editor: Editor, render: Tensor, captured: Tensor, states: Tensor, settings: EditSettings, seed: int
+    editor: StableDiffusionEditor, render: Tensor, captured: Tensor, states: Tensor, settings: EditSettings, seed: int
 ) -> Float[Tensor, "1 lh lw"]:
     """The release's map of a visit: three branches where two are needed, both pictures encoded anew."""
-    size, scale = settings.size_for(editor, *render.shape[1:3]), editor.vae.config.scaling_factor
-    clean, condition = (editor.encode_images(resize_images(x.to(editor.device), *size)) for x in (captured, render))
-    noise = seeded_noise([seed], clean.shape[1:], editor.device)
-    t = round(0.8 * editor.num_train_timesteps)
-    branches = slow_noise(editor, add_noise(clean * scale, noise, editor.alphas_cumprod[t]), t, condition, states)
+    size = settings.size_for(editor, *render.shape[1:3])
+    clean, kept = (editor.encode(resize_images(x.to(editor.device), *size)) for x in (captured, render))
+    noise = seeded_noise([seed], clean.latents.shape[1:], editor.device)
+    level = editor.noise_level(0.8)
+    branches = slow_noise(editor, add_noise(clean.latents, noise, level), level, kept.condition, states)
     return relevance.noise_difference(branches[0], branches[1])
 
 
@@ -179,22 +187,24 @@ def in_turns(work: str, slow: Callable[[int], None], ours: Callable[[int], None]
     return Row(work, *spread)
 
 
-def editing_rows(editor: Editor, slow: Editor, pictures: Tensor, options: Options, config: WysOptions) -> list[Row]:
+def editing_rows(
+    editor: StableDiffusionEditor, slow: StableDiffusionEditor, pictures: Tensor, options: Options, config: WysOptions
+) -> list[Row]:
     """Edits of all views with a method's settings, from noise levels as its runs draw them, and their relevance maps."""
-    count, last, settings = len(pictures), editor.num_train_timesteps - 1, config.edit_settings()
+    count, settings = len(pictures), config.edit_settings()
     states = slow_states(slow, options.instruction)
     levels = config.min_strength, config.max_strength
     everywhere = torch.ones(pictures.shape[:3], dtype=torch.bool, device=pictures.device)
 
-    def start(turn: int, view: int) -> int:
+    def strength(turn: int, view: int) -> float:
         # Views that are edited together start from the same level, as in a run.
         number = turn * count + view // options.batch
-        return max(1, round(schedule.noise_level_of_edit(0, number, *levels) * last))
+        return schedule.noise_level_of_edit(0, number, *levels)
 
     def edit_slow(turn: int) -> None:
         for view in range(count):
             picture = pictures[view : view + 1]
-            slow_edit(slow, picture, picture, states, settings, start(turn, view), view)
+            slow_edit(slow, picture, picture, states, settings, strength(turn, view), view)
 
     def edit_ours(turn: int) -> None:
         for first in range(0, count, options.batch):
@@ -206,7 +216,7 @@ def editing_rows(editor: Editor, slow: Editor, pictures: Tensor, options: Option
                 everywhere[part],
                 options.instruction,
                 settings,
-                start_timestep=start(turn, first),
+                strength=strength(turn, first),
                 seeds=list(range(first, min(count, first + options.batch))),
             )
 
@@ -265,7 +275,9 @@ def train_steps(trainer: WysTrainer, first: int, count: int) -> None:
         trainer.train_iteration(step)
 
 
-def edit_phase_row(options: Options, run: Path, editor: Editor, slow: Editor, localized: bool) -> Row:
+def edit_phase_row(
+    options: Options, run: Path, editor: StableDiffusionEditor, slow: StableDiffusionEditor, localized: bool
+) -> Row:
     """Steps of the edit phase with their edits, per edited view: five steps and an edit. The other way has no masks."""
     ours, other = build_trainer(options, run, localized), build_trainer(options, run, localized=False)
     for module in other.pipeline.modules():
@@ -297,9 +309,8 @@ def edit_phase_row(options: Options, run: Path, editor: Editor, slow: Editor, lo
                     model.phase = Phase.EDIT
                     captured = data.captured_views([view])
                     level = schedule.noise_level_of_edit(0, number // options.batch, 0.5, 0.98)
-                    t = max(1, round(level * (slow.num_train_timesteps - 1)))
                     slow_map(slow, render, captured, states, settings, number)
-                    data.set_view(view, slow_edit(slow, render, captured, states, settings, t, number)[0])
+                    data.set_view(view, slow_edit(slow, render, captured, states, settings, level, number)[0])
             torch.stack(list(losses.values())).sum().backward()
             other.optimizers.optimizer_step_all()
             other.optimizers.scheduler_step_all(step)
@@ -309,12 +320,12 @@ def edit_phase_row(options: Options, run: Path, editor: Editor, slow: Editor, lo
     return in_turns(f"edit phase of wys-tiny, {what} views", turn_slow, turn_ours, options.repeats, options.batch)
 
 
-def full_size_editor(device: str) -> Editor:
+def full_size_editor(device: str) -> StableDiffusionEditor:
     """InstructPix2Pix's networks with random weights, and the embedded editor's words."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    small = load_editor(EMBEDDED, device)
+    small: Any = load_editor(EMBEDDED, device)
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
@@ -324,23 +335,25 @@ def full_size_editor(device: str) -> Editor:
         CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
     )
     networks = (net.to(device, dtype).eval().requires_grad_(False) for net in (unet, vae, text_encoder))
-    return Editor(FULL_SIZE, *networks, small.tokenizer, small.alphas_cumprod, small.final_alpha, "epsilon")
+    return StableDiffusionEditor(
+        FULL_SIZE, *networks, small.tokenizer, small.alphas_cumprod, small.final_alpha, "epsilon"
+    )
 
 
-def unet_flops(editor: Editor, pictures: Tensor) -> float:
+def unet_flops(editor: StableDiffusionEditor, pictures: Tensor) -> float:
     """Floating-point operations of one branch of one view."""
-    latents = editor.encode_images(pictures[:1])
+    encoding = editor.encode(pictures[:1])
     with FlopCounterMode(display=False) as counter:
-        editor.predict_noise(latents, 500, latents, editor.encode_text(""))
+        editor.predict_noise(encoding.latents, editor.noise_level(0.5), encoding.condition, editor.encode_text(""))
     return float(counter.get_total_flops())
 
 
-def compiled(editor: Editor, pictures: Tensor, options: Options) -> float:
+def compiled(editor: StableDiffusionEditor, pictures: Tensor, options: Options) -> float:
     """Compiles the UNet for the shape of a batch; returns the seconds that it took."""
     editor.unet = torch.compile(editor.unet)
     began = time.perf_counter()
-    latents = editor.encode_images(pictures[: options.batch]).repeat(3, 1, 1, 1)
-    editor.predict_noise(latents, 500, latents, editor.encode_text("").expand(len(latents), -1, -1))
+    latents = editor.encode(pictures[: options.batch]).latents.repeat(3, 1, 1, 1)
+    editor.predict_noise(latents, editor.noise_level(0.5), latents, editor.encode_text("").expand(len(latents), -1, -1))
     return time.perf_counter() - began
 
 

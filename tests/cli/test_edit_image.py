@@ -100,7 +100,7 @@ def test_a_folder_is_edited_picture_by_picture_as_the_function_does(tmp_path, mo
     (folder / "notes.txt").write_text("no picture")
     run(monkeypatch, folder, INSTRUCTION, "-o", tmp_path / "out", "--seed", 5, "--mask-threshold", 0, *quick)
     assert len(list((tmp_path / "out").iterdir())) == 8
-    settings = command.LocalEditSettings(diffusion_steps=2, mask_threshold=0.0)
+    settings = command.EditSettings(diffusion_steps=2, mask_threshold=0.0)
     for name in ("a.png", "b.jpg"):
         picture = read_image(folder / name)
         edit = edit_image(load_editor(str(editor_folder)), picture.rgb, INSTRUCTION, settings, seed=5)
@@ -137,8 +137,8 @@ def test_the_readmes_lines_of_python_run(tmp_path, monkeypatch, editor_folder):
     assert len([line for line in lines.splitlines() if line]) == 5
     monkeypatch.chdir(tmp_path)
     save(Path("bear.jpg"), noise(32, 40, 3))
-    few_steps = command.LocalEditSettings(diffusion_steps=2)
-    monkeypatch.setattr("wys_nerfstudio.editing.local.LocalEditSettings", lambda: few_steps)
+    few_steps = command.EditSettings(diffusion_steps=2)
+    monkeypatch.setattr("wys_nerfstudio.editing.edit.EditSettings", lambda: few_steps)
     exec(lines.replace("timbrooks/instruct-pix2pix", str(editor_folder)).replace('"cuda"', '"cpu"'))
     assert pixels_of(Path("panda.png")).shape == (32, 40, 3)
 
@@ -146,9 +146,9 @@ def test_the_readmes_lines_of_python_run(tmp_path, monkeypatch, editor_folder):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["in.png"], "takes pictures and an instruction"),
+        (["in.png"], "takes images and an instruction"),
         (["in.png", " "], "There is no instruction"),
-        (["in.png", "b.png"], "The instruction comes after the pictures"),
+        (["in.png", "b.png"], "is a file, not an instruction"),
         (["nowhere.png", INSTRUCTION], 'There is no picture "nowhere.png"'),
         (["text.png", INSTRUCTION], "cannot be read"),
         (["empty", INSTRUCTION], 'There is no picture in the folder "empty"'),
@@ -156,13 +156,13 @@ def test_the_readmes_lines_of_python_run(tmp_path, monkeypatch, editor_folder):
         (["in.png", INSTRUCTION, "--mask-threshold", "1.5"], "--mask-threshold must be between 0 and 1, not 1.5"),
         (["in.png", INSTRUCTION, "--mask", "none.png"], 'There is no mask "none.png"'),
         (["in.png", INSTRUCTION, "--mask", "small.png"], "need at least 16"),
-        (["in.png", INSTRUCTION, "--mask", "b.png"], 'The mask "b.png" has 40x30 pixels and "in.png" 32x24'),
+        (["in.png", INSTRUCTION, "--mask", "b.png"], 'The mask "b.png" has 40x30 pixels, but "in.png" has 32x24'),
         (["in.png", INSTRUCTION, "--output", "out.jpg"], "The edited picture is a PNG file"),
         (["in.png", "b.png", INSTRUCTION], "give -o a folder"),
         (["in.png", INSTRUCTION, "-o", "in.png"], "would overwrite"),
-        (["in.png", INSTRUCTION, "-o", "text.png/out.png"], "cannot be made"),
-        (["in.png", INSTRUCTION, "--device", "cuda:9"], '"cuda:9" cannot be used here'),
-        (["in.png", INSTRUCTION, "--device", "gpu"], '"gpu" cannot be used here'),
+        (["in.png", INSTRUCTION, "-o", "text.png/out.png"], "cannot be created"),
+        (["in.png", INSTRUCTION, "--device", "cuda:9"], '"cuda:9" is not available'),
+        (["in.png", INSTRUCTION, "--device", "gpu"], '"gpu" is not available'),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_editor_is_loaded(tmp_path, monkeypatch, arguments, words):
@@ -208,7 +208,7 @@ def test_an_edited_file_says_what_made_it(tmp_path, monkeypatch, quick, editor_f
         made = json.loads(texts["wys-nerfstudio"])
         assert made["instruction"] == instruction
         assert made["editor"] == editor_folder.name, "where somebody's folders lie is nobody's business"
-        settings = command.LocalEditSettings(diffusion_steps=2)
+        settings = command.EditSettings(diffusion_steps=2)
         assert made == {
             **asdict(settings),
             "instruction": instruction,

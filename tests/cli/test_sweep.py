@@ -1,4 +1,4 @@
-"""`wys sweep` through its command line: its table against slow twins, going on after a stop, and what it refuses."""
+"""`wys sweep` through its command line: its table against slow references, going on after a stop, and what it refuses."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ from PIL import Image
 from wys_nerfstudio.cli import sweep
 from wys_nerfstudio.cli.sweep_plots import mean_points
 from wys_nerfstudio.cli.sweep_table import SweepResult, read_cases
-from wys_nerfstudio.editing import LocalEditSettings, edit_image, load_editor
+from wys_nerfstudio.editing import EditSettings, edit_image, load_editor
 from wys_nerfstudio.evaluation.clip import load_clip
 from wys_nerfstudio.utils.image_io import read_image
 
@@ -57,7 +57,9 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a * b).sum() / (a.norm() * b.norm()))
 
 
-def test_the_table_says_of_every_edit_what_its_slow_twin_says(folder, monkeypatch, quick, editor_folder, clip_folder):
+def test_the_table_says_of_every_edit_what_its_slow_reference_says(
+    folder, monkeypatch, quick, editor_folder, clip_folder
+):
     run(monkeypatch, folder / "in" / "list.json", "-o", folder / "out", "--seed", 3, *quick)
     rows = table(folder / "out")
     assert len(rows) == 2 * 2 * 2
@@ -73,7 +75,7 @@ def test_the_table_says_of_every_edit_what_its_slow_twin_says(folder, monkeypatc
                     if (int(r["case"]), float(r["mask_threshold"]), float(r["image_guidance_scale"]))
                     == (number, tau, scale)
                 ]
-                settings = LocalEditSettings(mask_threshold=tau, image_guidance_scale=scale, diffusion_steps=2)
+                settings = EditSettings(mask_threshold=tau, image_guidance_scale=scale, diffusion_steps=2)
                 edited = edit_image(editor, rgb, entry["instruction"], settings, seed=3).edited
                 written = read_image(folder / "out" / row["file"]).rgb
                 assert (written - edited).abs().max() <= 0.5 / 255 + 1e-6
@@ -125,7 +127,7 @@ def test_another_request_in_the_same_folder_is_refused(folder, monkeypatch, quic
     arguments = [folder / "in" / "list.json", "-o", folder / "out", *quick]
     run(monkeypatch, *arguments)
     before = (folder / "out" / "sweep.csv").read_bytes()
-    sentence = f'"{folder / "out"}" holds the sweep of another list or of other settings: give -o another folder'
+    sentence = f'"{folder / "out"}" holds a sweep with another list or other settings: give -o another folder'
     assert sentence in refusal(monkeypatch, *arguments, "--seed", 1)
     assert sentence in refusal(monkeypatch, *arguments, "--guidance-scale", 3)
     Image.new("RGB", (24, 40)).save(folder / "in" / "a.png")
@@ -147,7 +149,11 @@ def test_lists_of_all_three_kinds_are_read_alike(folder):
     ("name", "text", "sentence"),
     [
         ("none.csv", None, "There is no list"),
-        ("list.txt", "a", "is no list of edits: wys sweep takes a .csv, .yaml or .json list with image, instruction"),
+        (
+            "list.txt",
+            "a",
+            "is not a list of edits: wys sweep takes a .csv, .yaml or .json list with image, instruction",
+        ),
         ("list.json", "{", "cannot be read"),
         ("list.json", "[]", "There are no edits in"),
         ("list.json", '{"image": "a.png"}', "There are no edits in"),
@@ -169,10 +175,10 @@ def test_lists_that_cannot_work_are_refused(folder, monkeypatch, quick, name, te
     ("options", "sentence"),
     [
         (["--mask-thresholds", "0.5", "1.5"], "--mask-threshold must be between 0 and 1, not 1.5"),
-        (["--mask-thresholds", "0.5", "0.5"], "--mask-thresholds takes one or more numbers that differ"),
-        (["--image-guidance-scales"], "--image-guidance-scales takes one or more numbers that differ"),
+        (["--mask-thresholds", "0.5", "0.5"], "--mask-thresholds takes one or more different numbers"),
+        (["--image-guidance-scales"], "--image-guidance-scales takes one or more different numbers"),
         (["--diffusion-steps", "0"], "--diffusion-steps must be at least 1, not 0"),
-        (["--device", "cuda:9"], 'The device "cuda:9" cannot be used here'),
+        (["--device", "cuda:9"], 'The device "cuda:9" is not available'),
         (["--clip", "nobody/no-clip"], 'The CLIP "nobody/no-clip" could not be loaded'),
         (["--editor", "nowhere"], 'There is no editor folder "nowhere"'),
     ],

@@ -8,9 +8,10 @@ import torch
 from conftest import build_editor_folder
 
 from wys_nerfstudio import relevance
-from wys_nerfstudio.editing import Editor, EditSettings, edit_images, load_editor, relevance_maps, sampling
-from wys_nerfstudio.editing.edit import seeded_noise
+from wys_nerfstudio.editing import EditSettings, edit_images, load_editor, relevance_maps
 from wys_nerfstudio.editing.editor import resize_images
+from wys_nerfstudio.editing.sampling import seeded_noise
+from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor, timesteps
 from wys_nerfstudio.evaluation.metrics import psnr
 
 INSTRUCTION = "turn the bear into a panda"
@@ -18,12 +19,12 @@ SETTINGS = EditSettings(guidance_scale=4.0, image_guidance_scale=1.5, diffusion_
 
 
 @pytest.fixture(scope="module")
-def editor(editor_folder: Path) -> Editor:
+def editor(editor_folder: Path) -> StableDiffusionEditor:
     return load_editor(str(editor_folder))
 
 
 @pytest.fixture(scope="module")
-def velocity_editor(tmp_path_factory: pytest.TempPathFactory) -> Editor:
+def velocity_editor(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionEditor:
     folder = tmp_path_factory.mktemp("editors") / "velocity"
     return load_editor(str(build_editor_folder(folder, prediction_type="v_prediction", seed=1)))
 
@@ -45,12 +46,12 @@ def all_of(images: torch.Tensor) -> torch.Tensor:
     return torch.ones(images.shape[:3], dtype=torch.bool)
 
 
-def edit(editor: Editor, images: torch.Tensor, mask: torch.Tensor, **changes) -> torch.Tensor:
+def edit(editor: StableDiffusionEditor, images: torch.Tensor, mask: torch.Tensor, **changes) -> torch.Tensor:
     arguments = {
-        "captured": images,
+        "reference": images,
         "instruction": INSTRUCTION,
         "settings": SETTINGS,
-        "start_timestep": 700,
+        "strength": 700 / 999,
         "seeds": list(range(len(images))),
         **changes,
     }
@@ -75,7 +76,7 @@ def test_threshold_zero_is_diffusers_own_instruct_pix2pix(prediction_type, edito
     ours = replace(ours, final_alpha=ours.alphas_cumprod[0])
 
     captured = pictures(1)
-    start = ours.encode_images(captured) * ours.vae.config.scaling_factor
+    start = ours.encode(captured).latents
     noise = seeded_noise([3], start.shape[1:], start.device)
     theirs = pipeline(
         prompt=INSTRUCTION,
@@ -86,11 +87,11 @@ def test_threshold_zero_is_diffusers_own_instruct_pix2pix(prediction_type, edito
         latents=ours.alphas_cumprod[999].sqrt() * start + (1 - ours.alphas_cumprod[999]).sqrt() * noise,
         output_type="pt",
     ).images.permute(0, 2, 3, 1)
-    assert pipeline.scheduler.timesteps.tolist() == sampling.timesteps(999, 9, 1000)
+    assert pipeline.scheduler.timesteps.tolist() == timesteps(999, 9, 1000)
 
     everything = relevance.threshold(torch.rand(1, 32, 32), 0.0)
     nine_steps = replace(SETTINGS, diffusion_steps=9)
-    result = edit(ours, captured, everything, settings=nine_steps, start_timestep=999, seeds=[3])
+    result = edit(ours, captured, everything, settings=nine_steps, strength=1.0, seeds=[3])
     assert psnr(result, theirs) >= 40
     assert psnr(result, captured) < 30  # there was something to get wrong
 
@@ -100,7 +101,7 @@ def test_threshold_zero_is_diffusers_own_instruct_pix2pix(prediction_type, edito
 
 def test_outside_the_mask_an_edit_is_the_captured_picture_bit_for_bit(editor):
     captured, render, mask = pictures(2), pictures(2, seed=1), some_mask(2)
-    result = edit(editor, render, mask, captured=captured)
+    result = edit(editor, render, mask, reference=captured)
     assert torch.equal(result[~mask], captured[~mask])
     assert not torch.isclose(result[mask], captured[mask]).all(dim=-1).any()
 
@@ -113,17 +114,17 @@ def test_an_edit_is_in_the_unit_range(editor):
 
 def test_an_empty_mask_returns_the_captured_pictures(editor):
     captured, render = pictures(2), pictures(2, seed=1)
-    assert torch.equal(edit(editor, render, ~all_of(captured), captured=captured), captured)
+    assert torch.equal(edit(editor, render, ~all_of(captured), reference=captured), captured)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_batch_of_views_is_edited_as_its_views_one_by_one(editor, masked):
     captured, render = pictures(3), pictures(3, seed=1)
     mask = some_mask(3) if masked else all_of(captured)
-    together = edit(editor, render, mask, captured=captured, seeds=[7, 8, 9])
+    together = edit(editor, render, mask, reference=captured, seeds=[7, 8, 9])
     for i in range(3):
         one = slice(i, i + 1)
-        alone = edit(editor, render[one], mask[one], captured=captured[one], seeds=[7 + i])
+        alone = edit(editor, render[one], mask[one], reference=captured[one], seeds=[7 + i])
         torch.testing.assert_close(together[one], alone, atol=1e-4, rtol=0)
 
 
@@ -155,9 +156,9 @@ def test_edits_repeat_and_draw_nothing_from_torchs_global_generator(editor):
 
 def test_the_edit_starts_from_the_render_and_is_conditioned_on_the_captured_view(editor):
     captured, render = pictures(1), pictures(1, seed=1)
-    both = edit(editor, render, all_of(render), captured=captured)
-    other_start = edit(editor, captured, all_of(render), captured=captured)
-    other_condition = edit(editor, render, all_of(render), captured=render)
+    both = edit(editor, render, all_of(render), reference=captured)
+    other_start = edit(editor, captured, all_of(render), reference=captured)
+    other_condition = edit(editor, render, all_of(render), reference=render)
     # The repeatability test shows that equal inputs differ by nothing at all.
     assert float((both - other_start).abs().max()) > 1e-4
     assert float((both - other_condition).abs().max()) > 1e-4
@@ -178,17 +179,16 @@ def test_pictures_of_any_size_come_out_at_their_own(editor, height, width):
 def test_the_unet_sees_the_noised_render_first_and_then_the_noised_captured_view_outside_the_mask(editor):
     captured, render, mask, seen = pictures(1), pictures(1, seed=1), some_mask(1), []
     hook = editor.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:1].clone()))
-    edit(editor, render, mask, captured=captured, seeds=[3])
+    edit(editor, render, mask, reference=captured, seeds=[3])
     hook.remove()
     noise = seeded_noise([3], (4, 8, 8), editor.device)
-    scale = editor.vae.config.scaling_factor
-    start, reference = editor.encode_images(render), editor.encode_images(captured)
-    listed = sampling.timesteps(700, SETTINGS.diffusion_steps, 1000)
+    start, reference = editor.encode(render), editor.encode(captured)
+    listed = timesteps(700, SETTINGS.diffusion_steps, 1000)
     assert len(seen) == len(listed) > 2
     outside = ~relevance.latent_mask(mask, 8, 8)[:, None].expand_as(noise)
     for i, (inputs, t) in enumerate(zip(seen, listed)):
-        torch.testing.assert_close(inputs[:, 4:], reference, atol=1e-5, rtol=0)  # the condition is not scaled
-        clean = scale * (reference if i else start)
+        torch.testing.assert_close(inputs[:, 4:], reference.condition, atol=1e-5, rtol=0)  # the condition is not scaled
+        clean = (reference if i else start).latents
         wanted = editor.alphas_cumprod[t].sqrt() * clean + (1 - editor.alphas_cumprod[t]).sqrt() * noise
         where = outside if i else torch.ones_like(outside)
         torch.testing.assert_close(inputs[:, :4][where], wanted[where], atol=1e-5, rtol=0)
@@ -202,11 +202,11 @@ def test_a_portrait_view_is_edited_in_portrait(editor):
 
 def test_velocity_prediction_is_read_as_the_noise_it_stands_for(velocity_editor):
     latents, condition = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    text = velocity_editor.encode_text(INSTRUCTION)
-    raw = replace(velocity_editor, prediction_type="epsilon").predict_noise(latents, 600, condition, text)
+    text, level = velocity_editor.encode_text(INSTRUCTION), velocity_editor.noise_level(0.6)
+    raw = replace(velocity_editor, prediction_type="epsilon").predict_noise(latents, level, condition, text)
     alpha = float(velocity_editor.alphas_cumprod[600])
     wanted = alpha**0.5 * raw + (1 - alpha) ** 0.5 * latents
-    torch.testing.assert_close(velocity_editor.predict_noise(latents, 600, condition, text), wanted)
+    torch.testing.assert_close(velocity_editor.predict_noise(latents, level, condition, text), wanted)
 
 
 def test_guidance_has_its_two_limits(editor):
@@ -230,11 +230,13 @@ def test_seeded_noise_is_torchs_own_for_each_seed():
 # ---------------------------------------------------------------------------------------------------------- relevance maps
 
 
-def maps_of(editor: Editor, images: torch.Tensor, instruction: str = INSTRUCTION, **changes) -> torch.Tensor:
+def maps_of(
+    editor: StableDiffusionEditor, images: torch.Tensor, instruction: str = INSTRUCTION, **changes
+) -> torch.Tensor:
     return torch.cat(list(relevance_maps(editor, images, instruction, **{"seeds": range(len(images)), **changes})))
 
 
-def slow_map(editor: Editor, image: torch.Tensor, noise: torch.Tensor, t: int) -> torch.Tensor:
+def slow_map(editor: StableDiffusionEditor, image: torch.Tensor, noise: torch.Tensor, t: int) -> torch.Tensor:
     """|eps(z_t, I, T) - eps(z_t, I, "")| of one picture and one noise, with the networks called one by one."""
     with torch.no_grad():
         mode = editor.vae.encode(image[None].permute(0, 3, 1, 2) * 2 - 1).latent_dist.mode()
@@ -303,13 +305,13 @@ def test_maps_have_the_latents_size_of_the_editing_resolution(editor):
 @pytest.mark.parametrize("scales, branches", [((1.0, 1.0), 1), ((4.0, 1.0), 2), ((4.0, 1.5), 3), ((1.0, 1.5), 3)])
 def test_branches_that_cancel_out_are_left_out(editor, scales, branches, monkeypatch):
     images, batches = pictures(2), []
-    predict = Editor.predict_noise
+    predict = StableDiffusionEditor.predict_noise
 
     def counting(self, latents, *arguments):
         batches.append(len(latents))
         return predict(self, latents, *arguments)
 
-    monkeypatch.setattr(Editor, "predict_noise", counting)
+    monkeypatch.setattr(StableDiffusionEditor, "predict_noise", counting)
     exact = edit(editor, images, all_of(images), settings=EditSettings(*scales, 6))
     assert set(batches) == {2 * branches}
     # All three branches, a hair's breadth away.

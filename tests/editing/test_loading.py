@@ -10,7 +10,8 @@ import torch
 from conftest import build_editor_folder
 
 from wys_nerfstudio.editing import EMBEDDED, Editor, load_editor
-from wys_nerfstudio.editing.loading import PARTS, editor_source, resolve_dtype
+from wys_nerfstudio.editing.loading import FAMILIES, editor_source, resolve_dtype
+from wys_nerfstudio.editing.stable_diffusion import PARTS, SCHEDULERS, StableDiffusionEditor
 from wys_nerfstudio.utils.errors import WysError
 
 
@@ -44,7 +45,6 @@ def test_only_five_parts_are_read_and_never_the_safety_checker(copy):
         (copy / part).mkdir()
         for file in ("config.json", "model.safetensors", "preprocessor_config.json"):
             (copy / part / file).write_text("this is broken")
-    (copy / "model_index.json").write_text("this is broken too")
     shutil.rmtree(copy / "raw_tokenizer")
     editor = load_editor(str(copy))
     assert sorted(PARTS) == ["scheduler", "text_encoder", "tokenizer", "unet", "vae"]
@@ -74,15 +74,83 @@ def test_all_missing_parts_are_named_together(copy):
 def test_a_checkpoint_that_is_no_instruct_pix2pix_is_refused(tmp_path):
     folder = build_editor_folder(tmp_path / "plain", in_channels=4)
     with pytest.raises(
-        WysError, match="is no InstructPix2Pix checkpoint: its UNet takes 4 input channels, not 8.*--editor"
+        WysError, match="is not an InstructPix2Pix checkpoint: its UNet takes 4 input channels, not 8.*--editor"
     ):
         load_editor(str(folder))
 
 
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "Flux2KleinPipeline", "LatentConsistencyModelPipeline"])
+def test_unsupported_pipeline_classes_are_refused(copy, kind):
+    edit_json(copy / "model_index.json", _class_name=kind)
+    with pytest.raises(WysError, match=f"is a {kind}, which is not supported. Supported: {', '.join(FAMILIES)}.$"):
+        load_editor(str(copy))
+
+
+def test_an_index_without_a_class_is_refused(copy):
+    (copy / "model_index.json").write_text("{}")
+    with pytest.raises(WysError, match="is a pipeline without a class name, which is not supported"):
+        load_editor(str(copy))
+
+
+def test_an_index_that_is_no_object_is_refused(copy):
+    (copy / "model_index.json").write_text("[]")
+    with pytest.raises(WysError, match="could not be loaded from its folder: model_index.json is not a JSON object"):
+        load_editor(str(copy))
+
+
+def test_without_an_index_an_editor_is_stable_diffusion(copy):
+    (copy / "model_index.json").unlink()
+    assert type(load_editor(str(copy))) is StableDiffusionEditor
+
+
+UNSUPPORTED = ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler", "LCMScheduler"]
+
+
+@pytest.mark.parametrize("kind", [*UNSUPPORTED, "NoSuchScheduler"])
+def test_unsupported_schedulers_are_refused(copy, kind):
+    edit_json(copy / "scheduler" / "scheduler_config.json", _class_name=kind)
+    with pytest.raises(WysError, match=f"uses {kind}, which is not supported. Supported: {', '.join(SCHEDULERS)}.$"):
+        load_editor(str(copy))
+
+
+def test_a_scheduler_without_a_class_is_refused(copy):
+    (copy / "scheduler" / "scheduler_config.json").write_text("{}")
+    with pytest.raises(WysError, match="uses an unnamed scheduler, which is not supported"):
+        load_editor(str(copy))
+
+
+def test_continuous_timesteps_are_refused(copy):
+    edit_json(copy / "scheduler" / "scheduler_config.json", timestep_type="continuous")
+    with pytest.raises(WysError, match="EulerAncestralDiscreteScheduler with continuous timesteps, which is not supp"):
+        load_editor(str(copy))
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_supported_schedulers_have_the_betas_that_are_read(copy, editor_folder, kind):
+    import diffusers
+
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = getattr(diffusers, kind)(**schedule)
+    shutil.rmtree(copy / "scheduler")
+    scheduler.save_pretrained(copy / "scheduler")
+    read, wanted = (load_editor(str(folder)) for folder in (copy, editor_folder))
+    assert torch.equal(read.alphas_cumprod, scheduler.alphas_cumprod)
+    assert read.noise_levels(1.0, 20)[:-1] == wanted.noise_levels(1.0, 20)[:-1]
+
+
+def test_every_editor_is_one_of_the_protocol(editor_folder):
+    assert isinstance(load_editor(str(editor_folder)), Editor)
+
+
 def test_an_editor_that_predicts_the_image_itself_is_refused(copy):
-    path = copy / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "sample"}))
-    with pytest.raises(WysError, match='predicts "sample"; --editor takes one that predicts epsilon or v_prediction'):
+    edit_json(copy / "scheduler" / "scheduler_config.json", prediction_type="sample")
+    with pytest.raises(
+        WysError, match="has the prediction type sample, which is not supported. Supported: epsilon, v_prediction"
+    ):
         load_editor(str(copy))
 
 
@@ -155,7 +223,7 @@ def test_damaged_weights_are_refused(copy, part):
         load_editor(str(copy))
 
 
-@pytest.mark.parametrize("file", ["unet/config.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize("file", ["unet/config.json", "scheduler/scheduler_config.json", "model_index.json"])
 def test_damaged_configs_are_refused(copy, file):
     (copy / file).write_text("{")
     with pytest.raises(WysError, match="could not be loaded from its folder.*--editor"):
@@ -190,9 +258,9 @@ def test_a_precision_reaches_the_networks_and_results_stay_in_full_precision(edi
     editor = load_editor(str(editor_folder), dtype="bfloat16")
     assert {n.dtype for n in (editor.unet, editor.vae, editor.text_encoder)} == {torch.bfloat16}
     assert editor.alphas_cumprod.dtype == torch.float32
-    latents = editor.encode_images(torch.rand(1, 16, 24, 3))
+    latents = editor.encode(torch.rand(1, 16, 24, 3)).latents
     assert (latents.dtype, latents.shape) == (torch.float32, (1, 4, 4, 6))
-    noise = editor.predict_noise(latents, 10, latents, editor.encode_text("make it red"))
+    noise = editor.predict_noise(latents, editor.noise_level(0.01), latents, editor.encode_text("make it red"))
     assert (noise.dtype, noise.shape) == (torch.float32, latents.shape)
     assert (editor.decode(latents).dtype, editor.decode(latents).shape) == (torch.float32, (1, 16, 24, 3))
 
@@ -201,14 +269,14 @@ def test_a_precision_reaches_the_networks_and_results_stay_in_full_precision(edi
 
 
 @pytest.fixture(scope="module")
-def editor(editor_folder: Path) -> Editor:
+def editor(editor_folder: Path) -> StableDiffusionEditor:
     return load_editor(str(editor_folder))
 
 
 def test_a_too_long_instruction_is_refused_with_its_number_of_tokens(editor):
     # 38 letters are 38 tokens here, and start and end are two more.
     assert editor.encode_text("a " * 38).shape == (1, 40, 32)
-    with pytest.raises(WysError, match="instruction has 41 tokens and the text encoder.*takes 40: shorten it"):
+    with pytest.raises(WysError, match="instruction has 41 tokens, but the text encoder.*takes at most 40: shorten it"):
         editor.encode_text("a " * 39)
 
 
@@ -219,7 +287,7 @@ def test_instructions_have_states_of_their_own_and_keep_them(editor):
     assert not any(torch.allclose(first[i], first[j], atol=1e-3) for i, j in [(0, 1), (0, 2), (1, 2)])
 
 
-def whole_word_editor(editor: Editor, folder: Path) -> Editor:
+def whole_word_editor(editor: StableDiffusionEditor, folder: Path) -> StableDiffusionEditor:
     """The editor with a tokenizer that knows four words and nothing smaller."""
     from dataclasses import replace
 
@@ -248,7 +316,7 @@ def test_words_that_a_whole_word_tokenizer_has_never_seen_are_refused_with_those
     assert limited.encode_text("").shape == (1, 40, 32)
     # The letters of "tired" are pieces of the words that were seen.
     for instruction in ("make it zzz", "make it tired"):
-        sentence = f'"{instruction}" has words that the editor .* has never seen; it knows: (a, )?([a-z]{{2,}}, )*[a-z]{{2,}}[.]'
+        sentence = f'"{instruction}" has words that the editor .* was not trained on; its words are: (a, )?([a-z]{{2,}}, )*[a-z]{{2,}}[.]'
         with pytest.raises(WysError, match=f"{sentence} .*--editor timbrooks/"):
             limited.encode_text(instruction)
 
@@ -261,7 +329,7 @@ def test_a_tokenizer_that_spells_words_out_takes_any_word(editor):
 
 
 @pytest.fixture(scope="module")
-def full_size() -> Editor:
+def full_size() -> StableDiffusionEditor:
     """timbrooks/instruct-pix2pix without its weights: shapes only."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -282,7 +350,7 @@ def full_size() -> Editor:
             sample_size=256,
         )
         alphas_cumprod = torch.linspace(1, 0, 1000)
-    return Editor("full", unet, vae, None, None, alphas_cumprod, alphas_cumprod[0], "epsilon")
+    return StableDiffusionEditor("full", unet, vae, None, None, alphas_cumprod, alphas_cumprod[0], "epsilon")
 
 
 def test_the_full_size_editor_has_stable_diffusions_geometry(full_size):
@@ -307,9 +375,9 @@ def test_editing_sizes_of_the_full_size_editor(full_size, height, width, wanted)
 
 def test_the_full_size_networks_take_and_give_the_right_shapes(full_size):
     with torch.device("meta"):
-        latents = full_size.encode_images(torch.rand(2, 256, 512, 3))
+        latents = full_size.encode(torch.rand(2, 256, 512, 3)).latents
         assert latents.shape == (2, 4, 32, 64)
-        noise = full_size.predict_noise(latents, 500, latents, torch.rand(2, 77, 768))
+        noise = full_size.predict_noise(latents, full_size.noise_level(0.5), latents, torch.rand(2, 77, 768))
         assert noise.shape == (2, 4, 32, 64)
         assert full_size.decode(latents).shape == (2, 256, 512, 3)
     assert noise.device.type == "meta"

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from test_sampling import ALPHAS
+from test_sampling import ALPHAS, level, levels_of
 
+from wys_nerfstudio.editing.editor import NoiseLevel
 from wys_nerfstudio.editing.sds import sds_gradient, sds_optimize
 
 LATENTS = (2, 3, 4, 5)
@@ -15,9 +16,13 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def toy_relevance(latents: torch.Tensor, t: int) -> torch.Tensor:
+def at(t: int) -> NoiseLevel:
+    return level(float(ALPHAS[t]), t)
+
+
+def toy_relevance(latents: torch.Tensor, at: NoiseLevel) -> torch.Tensor:
     """What the instruction adds to a toy denoiser's prediction; nonlinear, so that differentiating it would show."""
-    return torch.sin(1.3 * latents + t / 250)
+    return torch.sin(1.3 * latents + at.time / 250)
 
 
 def encode(images: torch.Tensor) -> torch.Tensor:
@@ -30,16 +35,16 @@ def encode(images: torch.Tensor) -> torch.Tensor:
 def test_on_latents_the_gradient_is_alpha_over_sigma_times_signed_relevance(t):
     latents, noise = random(*LATENTS), random(*LATENTS, seed=1)
     alpha, sigma = math.sqrt(float(ALPHAS[t])), math.sqrt(1 - float(ALPHAS[t]))
-    wanted = alpha / sigma * toy_relevance(alpha * latents + sigma * noise, t)
-    result = sds_gradient(latents, lambda x: x, toy_relevance, noise, t, ALPHAS[t])
+    wanted = alpha / sigma * toy_relevance(alpha * latents + sigma * noise, at(t))
+    result = sds_gradient(latents, lambda x: x, toy_relevance, noise, at(t))
     torch.testing.assert_close(result, wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_through_an_encoder_the_gradient_is_the_signed_relevance_times_finite_differences():
     images, noise, t, step = random(2, 6, 8, 10), random(*LATENTS, seed=1), 600, 1e-5
     alpha, sigma = math.sqrt(float(ALPHAS[t])), math.sqrt(1 - float(ALPHAS[t]))
-    vector = alpha / sigma * toy_relevance(alpha * encode(images) + sigma * noise, t)
-    result = sds_gradient(images, encode, toy_relevance, noise, t, ALPHAS[t])
+    vector = alpha / sigma * toy_relevance(alpha * encode(images) + sigma * noise, at(t))
+    result = sds_gradient(images, encode, toy_relevance, noise, at(t))
     assert result.shape == images.shape
     for place in [(0, 0, 0, 0), (0, 3, 5, 7), (1, 2, 4, 1), (1, 5, 7, 9)]:
         nudge = torch.zeros_like(images)
@@ -51,19 +56,19 @@ def test_through_an_encoder_the_gradient_is_the_signed_relevance_times_finite_di
 def test_the_gradient_neither_needs_nor_leaves_a_graph():
     with torch.no_grad():
         latents = random(*LATENTS)
-        result = sds_gradient(latents, lambda x: x, toy_relevance, latents, 500, ALPHAS[500])
+        result = sds_gradient(latents, lambda x: x, toy_relevance, latents, at(500))
     assert not result.requires_grad and not latents.requires_grad
 
 
 def test_a_descent_is_its_steps_one_by_one():
     start, noise, timesteps, reports = random(*LATENTS), random(3, *LATENTS, seed=1), [900, 500, 100], []
     result = sds_optimize(
-        start, None, noise, timesteps, ALPHAS, toy_relevance, 0.02, lambda *done: reports.append(done)
+        start, None, noise, levels_of(timesteps)[:-1], toy_relevance, 0.02, lambda *done: reports.append(done)
     )
     wanted = start.clone()
     for t, step_noise in zip(timesteps, noise):
         alpha, sigma = math.sqrt(float(ALPHAS[t])), math.sqrt(1 - float(ALPHAS[t]))
-        wanted = wanted - 0.02 * alpha / sigma * toy_relevance(alpha * wanted + sigma * step_noise, t)
+        wanted = wanted - 0.02 * alpha / sigma * toy_relevance(alpha * wanted + sigma * step_noise, at(t))
     torch.testing.assert_close(result, wanted, rtol=1e-10, atol=1e-12)
     assert reports == [(1, 3), (2, 3), (3, 3)]
 
@@ -73,19 +78,19 @@ def test_the_descent_leads_from_what_the_input_shows_to_what_the_instruction_ask
     start, target = random(*LATENTS), random(*LATENTS, seed=1)
     timesteps = list(range(980, 20, -20))
 
-    def signed(latents: torch.Tensor, t: int) -> torch.Tensor:
-        return ALPHAS[t].sqrt() * (start - target) / (1 - ALPHAS[t]).sqrt()
+    def signed(latents: torch.Tensor, at: NoiseLevel) -> torch.Tensor:
+        return at.signal * (start - target) / at.noise
 
     total = sum(float(ALPHAS[t] / (1 - ALPHAS[t])) for t in timesteps)
     noise = random(len(timesteps), *LATENTS, seed=2)
-    result = sds_optimize(start, None, noise, timesteps, ALPHAS, signed, 1 / total)
+    result = sds_optimize(start, None, noise, levels_of(timesteps)[:-1], signed, 1 / total)
     torch.testing.assert_close(result, target)
 
 
 def test_outside_the_mask_nothing_moves():
     start, mask = random(*LATENTS), random(2, 4, 5, seed=3) > 0
     noise = random(2, *LATENTS, seed=1)
-    result = sds_optimize(start, mask, noise, [900, 300], ALPHAS, toy_relevance, 0.1)
+    result = sds_optimize(start, mask, noise, levels_of([900, 300])[:-1], toy_relevance, 0.1)
     inside = mask[:, None].expand_as(start)
     assert torch.equal(result[~inside], start[~inside])
     assert not torch.isclose(result[inside], start[inside]).any()

@@ -9,9 +9,8 @@ import pytest
 import torch
 from conftest import build_editor_folder
 
-from wys_nerfstudio.editing import Editor, LocalEditSettings, edit_image, load_editor, relevance_maps
-from wys_nerfstudio.editing.edit import seeded_noise
-from wys_nerfstudio.editing.sampling import edit_seed
+from wys_nerfstudio.editing import EditSettings, edit_image, load_editor, relevance_maps
+from wys_nerfstudio.editing.sampling import edit_seed, seeded_noise
 from wys_nerfstudio.editing.sdxl import SdxlEditor
 from wys_nerfstudio.evaluation.metrics import psnr
 from wys_nerfstudio.utils.errors import WysError
@@ -57,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_sdxl_folder(tmp_path_factory.mktemp("sdxl") / "editor")
 
 
-def diffusers_edit(folder: Path, editor: Editor, picture: torch.Tensor, settings: LocalEditSettings) -> torch.Tensor:
+def diffusers_edit(folder: Path, editor: SdxlEditor, picture: torch.Tensor, settings: EditSettings) -> torch.Tensor:
     from diffusers import DDIMScheduler, StableDiffusionXLInstructPix2PixPipeline
 
     pipeline: Any = StableDiffusionXLInstructPix2PixPipeline.from_pretrained(folder, add_watermarker=False)
@@ -70,7 +69,7 @@ def diffusers_edit(folder: Path, editor: Editor, picture: torch.Tensor, settings
         set_alpha_to_one=False,
     )
     pipeline.set_progress_bar_config(disable=True)
-    clean = editor.encode_images(picture[None]) * editor.vae.config.scaling_factor
+    clean = editor.encode(picture[None]).latents
     noise = seeded_noise([edit_seed(0, 0)], clean.shape[1:], editor.device)
     alpha = editor.alphas_cumprod[-1]
     edited = pipeline(
@@ -88,7 +87,7 @@ def test_threshold_zero_is_diffusers_own_sdxl_pipeline(tmp_path: Path, empty_tex
     editor = load_editor(str(folder))
     assert isinstance(editor, SdxlEditor) and editor.empty_text_is_zero is empty_text_is_zero
     picture = torch.rand(32, 32, 3, generator=torch.Generator().manual_seed(0))
-    settings = LocalEditSettings(7.5, 1.5, 3, mask_threshold=0.0)
+    settings = EditSettings(7.5, 1.5, 3, mask_threshold=0.0)
     ours = edit_image(editor, picture, INSTRUCTION, settings).edited
     theirs = diffusers_edit(folder, editor, picture, settings)
     assert psnr(ours, theirs) > 40
@@ -113,28 +112,39 @@ def test_sizes_are_told_to_the_network(folder: Path, monkeypatch: pytest.MonkeyP
         editor.unet, "forward", lambda *args, **kwargs: (seen.append(kwargs), forward(*args, **kwargs))[1]
     )
     latents = torch.zeros(2, 4, 6, 8)
-    editor.predict_noise(latents, 500, latents, editor.encode_text(INSTRUCTION).expand(2, -1, -1))
+    editor.predict_noise(latents, editor.noise_level(0.5), latents, editor.encode_text(INSTRUCTION).expand(2, -1, -1))
     (kwargs,) = seen
     assert kwargs["added_cond_kwargs"]["time_ids"].tolist() == [[24, 32, 0, 0, 24, 32]] * 2
     assert kwargs["added_cond_kwargs"]["text_embeds"].shape == (2, 24)
 
 
-@pytest.mark.parametrize("part", ["text_encoder_2", "model_index.json"])
-def test_a_missing_part_is_told(folder: Path, tmp_path: Path, part: str) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    shutil.rmtree(copy / part) if (copy / part).is_dir() else (copy / part).unlink()
-    with pytest.raises(
-        WysError, match="is one of SDXL, and its second text encoder, second tokenizer or model_index.json"
-    ):
+@pytest.mark.parametrize("part", ["text_encoder_2", "tokenizer_2"])
+def test_a_missing_part_is_named(folder: Path, tmp_path: Path, part: str) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    shutil.rmtree(copy / part)
+    with pytest.raises(WysError, match=f"has no {part}: --editor needs"):
         load_editor(str(copy))
 
 
-def test_a_network_of_an_unknown_kind_is_refused(folder: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
+def test_without_its_model_index_an_sdxl_editor_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "model_index.json").unlink()
+    with pytest.raises(WysError, match="other than text .text_time.*or of SDXL with its model_index.json"):
+        load_editor(str(copy))
+
+
+def test_a_unet_with_other_conditions_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
     config = json.loads((copy / "unet" / "config.json").read_text())
     config |= {"addition_embed_type": "text", "addition_embed_type_num_heads": 8, "encoder_hid_dim": 80}
     (copy / "unet" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(WysError, match="conditions of a kind that is not known here .text."):
+    with pytest.raises(WysError, match="is not one of SDXL: its addition_embed_type is text, not text_time"):
+        load_editor(str(copy))
+
+
+def test_a_second_pickled_text_encoder_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (weights,) = (copy / "text_encoder_2").glob("*.safetensors")
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(WysError, match="has its text_encoder_2 as a pickle"):
         load_editor(str(copy))

@@ -1,4 +1,4 @@
-"""What is said of an edit: put together from the measures, per view, and left out where nothing can be said."""
+"""Metrics of an edit: per view, and omitted where undefined."""
 
 import json
 import math
@@ -15,48 +15,48 @@ from wys_nerfstudio.evaluation.lpips import Lpips
 from wys_nerfstudio.utils.visualization import write_png
 
 
-def some_views(count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+def random_views(count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(1)
     captured = torch.rand(count, 36, 40, 3)
     return captured, (captured + 0.2 * torch.rand(count, 36, 40, 3)).clamp(0, 1)
 
 
-def test_distances_per_view(alexnet_file: Path) -> None:
-    captured, edited = some_views()
-    figures = edit_metrics(captured, edited, Lpips(alexnet_file))
-    assert figures["edit_psnr"] == [metrics.psnr(a, b) for a, b in zip(edited, captured)]
-    assert figures["edit_ssim"] == [metrics.ssim(a, b) for a, b in zip(edited, captured)]
-    assert len(figures["edit_lpips"]) == 3 and min(figures["edit_lpips"]) > 0
+def test_edit_metrics_are_computed_per_view(alexnet_file: Path) -> None:
+    captured, edited = random_views()
+    results = edit_metrics(captured, edited, Lpips(alexnet_file))
+    assert results["edit_psnr"] == [metrics.psnr(a, b) for a, b in zip(edited, captured)]
+    assert results["edit_ssim"] == [metrics.ssim(a, b) for a, b in zip(edited, captured)]
+    assert len(results["edit_lpips"]) == 3 and min(results["edit_lpips"]) > 0
     assert edit_metrics(captured, captured, Lpips(alexnet_file))["edit_lpips"] == [0.0] * 3
     assert set(edit_metrics(captured, edited)) == {"edit_psnr", "edit_ssim"}
 
 
-def test_what_clip_says(clip_folder: Path) -> None:
+def test_clip_metrics_equal_those_of_the_embeddings(clip_folder: Path) -> None:
     clip = load_clip(str(clip_folder))
-    captured, edited = some_views()
-    figures = clip_metrics(clip, captured, edited, ("a bear", "a panda"))
+    captured, edited = random_views()
+    results = clip_metrics(clip, captured, edited, ("a bear", "a panda"))
     before, after, texts = (
         clip.embed_images(captured),
         clip.embed_images(edited),
         clip.embed_texts(["a bear", "a panda"]),
     )
-    wanted = {
+    expected = {
         "clip_image_similarity": metrics.image_similarity(before, after),
         "clip_text_image_similarity": metrics.text_image_similarity(after, texts[1]),
         "clip_direction_similarity": metrics.direction_similarity(before, after, texts[0], texts[1]),
         "clip_direction_consistency": metrics.direction_consistency(before, after),
         "clip_frame_consistency": metrics.frame_consistency(after),
     }
-    assert set(figures) == set(wanted)
-    for name, values in wanted.items():
-        assert figures[name] == pytest.approx(values.tolist(), abs=1e-4), name
+    assert set(results) == set(expected)
+    for name, values in expected.items():
+        assert results[name] == pytest.approx(values.tolist(), abs=1e-4), name
     without_text = clip_metrics(clip, captured, edited, None)
-    assert set(wanted) - set(without_text) == {"clip_text_image_similarity", "clip_direction_similarity"}
+    assert set(expected) - set(without_text) == {"clip_text_image_similarity", "clip_direction_similarity"}
 
 
-def write_truth(scene: Path, wanted: torch.Tensor, masks: torch.Tensor) -> None:
+def write_ground_truth(scene: Path, expected: torch.Tensor, masks: torch.Tensor) -> None:
     folder = scene / "ground_truth" / "panda"
-    for i, (view, mask) in enumerate(zip(wanted, masks)):
+    for i, (view, mask) in enumerate(zip(expected, masks)):
         write_png(folder / "images" / f"{i}.png", view)
         write_png(folder / "masks" / f"{i}.png", mask.float())
     edit = {
@@ -68,25 +68,25 @@ def write_truth(scene: Path, wanted: torch.Tensor, masks: torch.Tensor) -> None:
     (scene / "ground_truth" / "edits.json").write_text(json.dumps([edit]))
 
 
-def test_distances_to_the_truth_on_either_side_of_its_mask(tmp_path: Path) -> None:
-    _, edited = some_views()
-    wanted = (edited * 255).round() / 255
+def test_ground_truth_psnr_inside_and_outside_the_mask(tmp_path: Path) -> None:
+    _, edited = random_views()
+    expected = (edited * 255).round() / 255
     masks = torch.zeros(3, 36, 40, dtype=torch.bool)
     masks[0, :10], masks[1] = True, True
-    wanted[0, :10] = ((wanted[0, :10] + 0.5) % 1.0 * 255).round() / 255
-    write_truth(tmp_path, wanted, masks)
+    expected[0, :10] = ((expected[0, :10] + 0.5) % 1.0 * 255).round() / 255
+    write_ground_truth(tmp_path, expected, masks)
     truth = GroundTruth.find(tmp_path, "Turn it into a PANDA!")
     assert truth is not None and truth.captions == ("a bear", "a panda")
     assert (
         GroundTruth.find(tmp_path, "turn it into a hat") is None and GroundTruth.find(tmp_path / "nowhere", "x") is None
     )
-    figures = ground_truth_metrics(truth, ["0.png", "1.png", "2.png"], edited)
-    inside, outside = figures["truth_psnr_inside"], figures["truth_psnr_outside"]
-    assert inside[0] == pytest.approx(metrics.psnr(edited[0, :10], wanted[0, :10]), abs=1e-3) and inside[0] < 10
+    results = ground_truth_metrics(truth, ["0.png", "1.png", "2.png"], edited)
+    inside, outside = results["truth_psnr_inside"], results["truth_psnr_outside"]
+    assert inside[0] == pytest.approx(metrics.psnr(edited[0, :10], expected[0, :10]), abs=1e-3) and inside[0] < 10
     assert outside[0] > 50, "equal but for 8 bits"
     assert math.isnan(outside[1]) and math.isnan(inside[2])
 
 
-def test_means_are_over_the_views_of_which_something_is_said() -> None:
+def test_means_skip_undefined_values() -> None:
     nan = float("nan")
     assert means({"a": [1.0, nan, 4.0], "b": [nan, nan]}) == {"a": 2.5}

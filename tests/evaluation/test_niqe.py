@@ -14,7 +14,6 @@ from scipy.io import savemat
 from scipy.ndimage import correlate
 from scipy.special import gamma
 
-from wys_nerfstudio.evaluation import evaluate
 from wys_nerfstudio.evaluation.niqe import NiqeParams, check_niqe, features, niqe
 from wys_nerfstudio.utils.errors import WysError
 
@@ -151,7 +150,7 @@ def test_views_too_small_are_refused_before_the_first_step(natural, editor_folde
         build_trainer(config)
 
 
-def test_it_is_measured_for_every_view(natural, editor_folder, tmp_path, monkeypatch):
+def test_niqe_is_computed_for_every_view(natural, editor_folder, tmp_path, monkeypatch):
     from test_pipeline import build_trainer, small_config
 
     scene = write_ring_scene(tmp_path / "scene", width=192, height=96, views=3)
@@ -162,6 +161,6 @@ def test_it_is_measured_for_every_view(natural, editor_folder, tmp_path, monkeyp
     monkeypatch.setattr(
         pipeline.scene_model, "render_view", lambda _, view: {"rgb": natural_picture(view, height=96, width=192)}
     )
-    figures = evaluate.evaluate_edit(pipeline.config, pipeline.scene_model, pipeline.datamanager)
-    wanted = [niqe(natural_picture(view, 96, 192), natural) for view in range(pipeline.datamanager.num_views)]
-    assert figures["edit_niqe"] == pytest.approx(wanted) and len(set(wanted)) == 3
+    computed = pipeline.evaluate_edit()["edit_niqe"]
+    expected = [niqe(natural_picture(view, 96, 192), natural) for view in range(pipeline.datamanager.num_views)]
+    assert computed == pytest.approx(expected) and len(set(expected)) == 3

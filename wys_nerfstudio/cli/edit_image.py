@@ -1,4 +1,4 @@
-"""`wys edit-image`: picture files in, edited files out, each with its relevance map, its mask and a comparison."""
+"""`wys edit-image`: edits image files and writes each result with its relevance map, its mask and a comparison."""
 
 import os
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import tyro
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from wys_nerfstudio.editing import ImageEditOutput, LocalEditSettings, edit_image, load_editor
+from wys_nerfstudio.editing import EditSettings, ImageEditOutput, edit_image, load_editor
 from wys_nerfstudio.editing.editor import resize_images
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.image_io import (
@@ -50,14 +50,14 @@ class EditImage:
     """Seed of the noise; equal seeds give equal edits."""
     device: str | None = None
     """Where the editor runs, such as cuda:1; by default the GPU if there is one, else the CPU."""
-    settings: Annotated[LocalEditSettings, tyro.conf.arg(name="")] = field(default_factory=LocalEditSettings)
+    settings: Annotated[EditSettings, tyro.conf.arg(name="")] = field(default_factory=EditSettings)
     """How to edit."""
 
     def main(self) -> None:
-        """Edits the pictures."""
+        """Edit the images."""
         if len(self.words) < 2:
             raise WysError(
-                'wys edit-image takes pictures and an instruction: wys edit-image IN.png "turn the bear into a panda" '
+                'wys edit-image takes images and an instruction: wys edit-image IN.png "turn the bear into a panda" '
                 "-o OUT.png."
             )
         *inputs, instruction = self.words
@@ -79,7 +79,7 @@ def edit_files(
     given: Sequence[Path],
     instruction: str,
     output: Path,
-    settings: LocalEditSettings,
+    settings: EditSettings,
     *,
     editor_name: str,
     allow_pickle: bool = False,
@@ -87,47 +87,49 @@ def edit_files(
     seed: int = 0,
     device: Optional[str] = None,
 ) -> list[Path]:
-    """Edits picture files and shows a progress bar. All that can be refused is refused before the editor is loaded.
+    """Edit image files with a progress bar; all arguments are validated before the editor is loaded.
 
     Args:
-        given: Files and folders.
+        given: Image files and folders of them.
         instruction: What to change.
-        output: A .png file for a single picture, else a folder.
+        output: A .png file for a single image, else a folder.
         settings: How to edit.
         editor_name: As in `load_editor`.
         allow_pickle: As in `load_editor`.
-        mask_file: A mask for all pictures, instead of theirs.
-        seed: Of the noise, the same for every picture, so that a picture is edited alike whatever its company.
-        device: The editor's; by default the GPU if there is one, else the CPU.
+        mask_file: A mask for all images, instead of their relevance masks.
+        seed: Seed of the noise, the same for every image, so that its edit does not depend on the other images.
+        device: Device of the editor; by default the GPU if there is one, else the CPU.
 
     Returns:
         The edited files.
 
     Raises:
-        WysError: If any of this cannot work.
+        WysError: If an argument is invalid.
     """
     settings.check()
     if not instruction.strip():
-        raise WysError('There is no instruction: say what to change, for instance "turn the bear into a panda".')
-    # Not Path.exists, which fails on a text that is too long for a file name.
+        raise WysError('There is no instruction: describe what to change, for example "turn the bear into a panda".')
+    # Path.exists raises for a text that is too long for a file name.
     if os.path.exists(instruction):
-        raise WysError(f'The instruction comes after the pictures, and "{instruction}" is a file: say what to change.')
+        raise WysError(
+            f'The last argument, "{instruction}", is a file, not an instruction: put the instruction after the images.'
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    refuse_device(device)
+    check_device(device)
     pictures = find_images(given)
     mask = None if mask_file is None else read_mask(mask_file)
     for path in pictures:
         height, width = read_image(path).size
         if mask is not None and mask.shape != (height, width):
             raise WysError(
-                f'The mask "{mask_file}" has {mask.shape[1]}x{mask.shape[0]} pixels and "{path}" {width}x{height}: a mask '
-                "has the size of its picture."
+                f'The mask "{mask_file}" has {mask.shape[1]}x{mask.shape[0]} pixels, but "{path}" has {width}x{height}: give '
+                "a mask of the image's size."
             )
     outputs = place_outputs(given, pictures, output)
     make_folder(outputs[0].parent)
 
-    made = {**asdict(settings), "seed": seed, "mask": None if mask_file is None else mask_file.name}
-    origin = provenance(instruction, editor_name, made)
+    used_settings = {**asdict(settings), "seed": seed, "mask": None if mask_file is None else mask_file.name}
+    origin = provenance(instruction, editor_name, used_settings)
     editor = load_editor(editor_name, device, allow_pickle=allow_pickle)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn()) as bar:
@@ -143,43 +145,45 @@ def edit_files(
                 settings,
                 mask=mask,
                 seed=seed,
-                report=lambda done, _: bar.update(task, completed=i * steps + done),
+                on_progress=lambda done, _: bar.update(task, completed=i * steps + done),
             )
             _write(file, path.name, picture, edit, instruction, origin)
             bar.update(task, completed=(i + 1) * steps)
             if not edit.mask.any():
                 bar.print(
-                    f"{path.name}: nothing is relevant at this threshold, so nothing was edited; lower --mask-threshold.",
+                    f"{path.name}: no pixel reaches the mask threshold, so nothing was edited; lower --mask-threshold.",
                     markup=False,
                     highlight=False,
                 )
     return outputs
 
 
-def refuse_device(device: str) -> None:
-    """Refuses a device that is not here.
+def check_device(device: str) -> None:
+    """Check that a device is available.
 
     Raises:
-        WysError: If it is not.
+        WysError: If it is not available.
     """
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise WysError(f'The device "{device}" cannot be used here: --device takes cpu, cuda or cuda:1.') from error
+        raise WysError(f'The device "{device}" is not available: --device takes cpu, cuda or cuda:1.') from error
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder for results.
+    """Create a folder for results.
 
     Raises:
-        WysError: If it cannot be made or written to.
+        WysError: If it cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise WysError(f'The folder "{folder}" cannot be made ({error.strerror}): give -o another place.') from error
+        raise WysError(
+            f'The folder "{folder}" cannot be created ({error.strerror}): give -o another folder.'
+        ) from error
     if not os.access(folder, os.W_OK):
-        raise WysError(f'The folder "{folder}" cannot be written to: give -o another place.')
+        raise WysError(f'The folder "{folder}" cannot be written to: give -o another folder.')
 
 
 def _write(
@@ -192,7 +196,7 @@ def _write(
 
 
 def side_by_side(picture: ImageFile, edit: ImageEditOutput, name: str) -> Image.Image:
-    """Input, relevance in colours, mask and edited picture beside each other, large pictures reduced."""
+    """Input, relevance map, mask and edited image side by side; large images are reduced."""
     cells = torch.stack(
         [picture.rgb, apply_colormap(edit.relevance), edit.mask[..., None].expand(-1, -1, 3).float(), edit.edited]
     )

@@ -1,7 +1,7 @@
-"""`wys sweep`: edits over a grid of mask thresholds and image guidance scales, and what CLIP says of them.
+"""`wys sweep`: edits over a grid of mask thresholds and image guidance scales, measured by CLIP.
 
-The study behind Fig. 6, 12 and 13 of the paper: does a mask keep more of the picture than more image guidance does, at the
-same strength of the edit? Each edit is one of `edit_image`; the measures are InstructPix2Pix's, in `metrics`.
+Reproduces Fig. 6, 12 and 13 of the paper, which compare masks with image guidance at equal strength of the edit. The edits
+are those of `edit_image`; the measures are InstructPix2Pix's, in `metrics`.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -13,11 +13,10 @@ import torch
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from wys_nerfstudio import relevance
-from wys_nerfstudio.cli.edit_image import make_folder, refuse_device
+from wys_nerfstudio.cli.edit_image import check_device, make_folder
 from wys_nerfstudio.cli.sweep_plots import draw_curves, draw_grid
 from wys_nerfstudio.cli.sweep_table import SweepCase, SweepResult, open_sweep, read_cases, write_table
-from wys_nerfstudio.editing import Editor, LocalEditSettings, edit_image, load_editor
+from wys_nerfstudio.editing import Editor, EditSettings, edit_image, load_editor
 from wys_nerfstudio.evaluation import metrics
 from wys_nerfstudio.evaluation.clip import ClipEncoder, load_clip
 from wys_nerfstudio.utils.errors import WysError
@@ -26,39 +25,39 @@ from wys_nerfstudio.utils.image_io import provenance, read_image, write_image
 
 @dataclass
 class SweepSettings:
-    """The grid, and how its edits are made. The defaults are those of the paper's Fig. 12."""
+    """The grid and the settings of its edits. The defaults are those of the paper's Fig. 12."""
 
     mask_thresholds: tuple[float, ...] = (0.0, 0.3, 0.4, 0.5, 0.6)
     """Values of tau, a curve each; 0 is plain InstructPix2Pix."""
     image_guidance_scales: tuple[float, ...] = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2)
     """Values of S_I, the points of a curve."""
-    guidance_scale: float = 7.5
+    guidance_scale: float = EditSettings.guidance_scale
     """How strongly edits follow the instruction (S_T)."""
-    diffusion_steps: int = 100
+    diffusion_steps: int = EditSettings.diffusion_steps
     """Denoising steps of an edit."""
-    relevance_num_samples: int = 1
+    relevance_num_samples: int = EditSettings.relevance_num_samples
     """Noise draws averaged in a relevance map; more is less noisy."""
-    relevance_outlier_factor: float = relevance.OUTLIER_FACTOR
+    relevance_outlier_factor: float = EditSettings.relevance_outlier_factor
     """Relevance is clamped at Q3 + this many interquartile ranges; more suits editors whose maps are clean and small."""
 
     def check(self) -> None:
-        """Refuses a grid or settings that cannot work.
+        """Validate the grid and the settings of its edits.
 
         Raises:
-            WysError: For the first such.
+            WysError: For the first invalid setting.
         """
         for name, values in (
             ("mask-thresholds", self.mask_thresholds),
             ("image-guidance-scales", self.image_guidance_scales),
         ):
             if not values or len(set(values)) < len(values):
-                raise WysError(f"--{name} takes one or more numbers that differ: --{name} 0.5 1.0.")
+                raise WysError(f"--{name} takes one or more different numbers, for example --{name} 0.5 1.0.")
         for threshold in self.mask_thresholds:
             self.edit(threshold, self.image_guidance_scales[0]).check()
 
-    def edit(self, mask_threshold: float, image_guidance_scale: float) -> LocalEditSettings:
-        """The settings of one edit."""
-        return LocalEditSettings(
+    def edit(self, mask_threshold: float, image_guidance_scale: float) -> EditSettings:
+        """Settings of one edit of the grid."""
+        return EditSettings(
             guidance_scale=self.guidance_scale,
             image_guidance_scale=image_guidance_scale,
             mask_threshold=mask_threshold,
@@ -89,7 +88,7 @@ class Sweep:
     """The grid, and how to edit."""
 
     def main(self) -> None:
-        """Runs the sweep."""
+        """Run the sweep."""
         rows = run_sweep(
             self.edits,
             self.output,
@@ -112,34 +111,34 @@ def run_sweep(
     seed: int = 0,
     device: Optional[str] = None,
 ) -> list[SweepResult]:
-    """Makes the edits of a sweep that are not there yet and shows a progress bar.
+    """Make the missing edits of a sweep, with a progress bar.
 
-    Leaves `edits/`, `sweep.csv`, `curves.png` and `grids/` in the folder. An edit is done when its row is in the table; a
-    sweep that was stopped goes on from there.
+    Writes `edits/`, `sweep.csv`, `curves.png` and `grids/`. An edit is finished once its row is in the table; an interrupted
+    sweep resumes from the table.
 
     Args:
-        list_file: As of `read_cases`.
-        output: The folder.
-        settings: Grid and edits.
+        list_file: As in `read_cases`.
+        output: Folder of the results.
+        settings: Grid, and settings of the edits.
         editor_name: As in `load_editor`.
         clip_name: As in `load_clip`.
-        seed: Of the noise, the same for every edit, so that neighbours in the grid differ by their settings alone.
-        device: Of editor and CLIP; by default the GPU if there is one, else the CPU.
+        seed: Seed of the noise, the same for every edit, so that neighbors in the grid differ in their settings only.
+        device: Device of editor and CLIP; by default the GPU if there is one, else the CPU.
 
     Returns:
-        All rows, case by case.
+        All results, case by case.
 
     Raises:
-        WysError: If any of this cannot work; captions and instructions are read before the first edit.
+        WysError: If an argument is invalid; captions and instructions are checked before the first edit.
     """
     settings.check()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    refuse_device(device)
+    check_device(device)
     cases = read_cases(list_file)
     make_folder(output)
     grid = list(product(range(len(cases)), settings.mask_thresholds, settings.image_guidance_scales))
-    asked = {**asdict(settings), "editor": editor_name, "clip": clip_name, "seed": seed}
-    rows = {row.key: row for row in open_sweep(output, cases, asked)}
+    request = {**asdict(settings), "editor": editor_name, "clip": clip_name, "seed": seed}
+    rows = {row.key: row for row in open_sweep(output, cases, request)}
 
     todo = [key for key in grid if key not in rows]
     if todo:
@@ -170,7 +169,7 @@ def run_sweep(
 def _edit(
     number: int,
     case: SweepCase,
-    settings: LocalEditSettings,
+    settings: EditSettings,
     editor: Editor,
     clip: ClipEncoder,
     output: Path,

@@ -1,4 +1,4 @@
-"""The pictures of a sweep: the trade-off curves of the paper's Fig. 6 and 12, the grid of edits of Fig. 13."""
+"""Plots of a sweep: the trade-off curves of the paper's Fig. 6 and 12, and the grid of edits of Fig. 13."""
 
 import io
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from wys_nerfstudio.utils.image_io import read_image
 from wys_nerfstudio.utils.visualization import contact_sheet, save_png
 
 _CELL = 192
-"""Longer side of a picture in the grid, in pixels, where the picture is larger."""
+"""Longest side of an image in the grid, in pixels."""
 
 
 def mean_points(rows: Sequence[SweepResult]) -> dict[float, list[tuple[float, float, float]]]:
-    """The curves, means over all cases.
+    """Points of the curves, averaged over all cases.
 
     Returns:
-        Per tau a list of (S_I, direction similarity, image similarity), in the order of the rows.
+        A list of (S_I, direction similarity, image similarity) per tau, in the order of the rows.
     """
     curves: dict[float, list[tuple[float, float, float]]] = {}
     for tau in dict.fromkeys(row.mask_threshold for row in rows):
@@ -34,7 +34,7 @@ def mean_points(rows: Sequence[SweepResult]) -> dict[float, list[tuple[float, fl
 
 
 def draw_curves(rows: Sequence[SweepResult], file: Path) -> None:
-    """A line per tau: image similarity over direction similarity, a point per S_I; up and to the right is better."""
+    """Plot image similarity over direction similarity: a line per tau, a point per S_I; up and to the right is better."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4.2), layout="constrained")
@@ -44,7 +44,7 @@ def draw_curves(rows: Sequence[SweepResult], file: Path) -> None:
         _, directions, images = zip(*points)
         label = f"τ = {tau:g}" + (" (InstructPix2Pix)" if tau == 0 else "")
         axes.plot(directions, images, marker="o", markersize=4, label=label)
-    # All lines have the same image guidance scales, so one of them is marked.
+    # All lines have the same image guidance scales, so only one is annotated.
     for scale, direction, image in next(iter(curves.values())):
         axes.annotate(f"{scale:g}", (direction, image), fontsize=7, xytext=(-4, -10), textcoords="offset points")
     cases = len({row.case for row in rows})
@@ -59,13 +59,13 @@ def draw_curves(rows: Sequence[SweepResult], file: Path) -> None:
 
 
 def draw_grid(case: SweepCase, rows: Sequence[SweepResult], folder: Path, file: Path) -> None:
-    """The edits of one picture: a row per tau, a column per S_I, the input at the left.
+    """Draw the edits of one image: a row per tau, a column per S_I, the input on the left.
 
     Args:
         case: The edit.
-        rows: Its rows.
-        folder: The sweep's.
-        file: Where the grid goes.
+        rows: Its results.
+        folder: The sweep's folder.
+        file: Output file.
     """
     scales = list(dict.fromkeys(row.image_guidance_scale for row in rows))
     captured = _cell(case.image)

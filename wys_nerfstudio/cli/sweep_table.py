@@ -1,7 +1,4 @@
-"""The files of a sweep: the list of edits that it takes, and the table that it leaves.
-
-Here: reading and refusing the list, the table's rows, and what a folder was begun for. Not here: edits, measures, pictures.
-"""
+"""Files of a sweep: its input list of edits, its table of results, and the request that its folder belongs to."""
 
 import csv
 import hashlib
@@ -28,37 +25,37 @@ class SweepCase:
     """One edit of a list."""
 
     image: Path
-    """The picture."""
+    """The image file."""
     instruction: str
     """What to change."""
     caption_before: str
-    """What the picture shows."""
+    """Caption of the image."""
     caption_after: str
-    """What it shows when the edit has worked."""
+    """Caption of a successful edit."""
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """One line of the table: a case at one threshold and one image guidance scale."""
+    """A row of the table: a case at one threshold and one image guidance scale."""
 
     case: int
-    """Number of the case in the list, from 0 on."""
+    """Index of the case in the list."""
     image: str
-    """Name of its picture."""
+    """File name of its image."""
     instruction: str
-    """What was asked for."""
+    """Its instruction."""
     mask_threshold: float
     """tau."""
     image_guidance_scale: float
     """S_I."""
     direction_similarity: float
-    """Did it change as the captions did? (x axis of Fig. 6 and 12)"""
+    """Agreement of the change with the change of captions (x axis of Fig. 6 and 12)."""
     image_similarity: float
-    """Is it still the same picture? (y axis)"""
+    """Similarity to the input (y axis)."""
     text_image_similarity: float
-    """Does it show what the caption says?"""
+    """Agreement with the caption of the edit."""
     file: str
-    """The edited picture, from the sweep's folder on."""
+    """Path of the edited image, relative to the sweep's folder."""
 
     @property
     def key(self) -> tuple[int, float, float]:
@@ -67,13 +64,13 @@ class SweepResult:
 
 
 def read_cases(file: Path) -> list[SweepCase]:
-    """Reads a list of edits; pictures are named from the list's own folder on.
+    """Read a list of edits; image paths are relative to the list's folder.
 
     Args:
         file: A CSV table, or YAML or JSON with a list of mappings, with the columns or keys of COLUMNS.
 
     Raises:
-        WysError: If it cannot be read, lacks something, or a picture cannot be edited.
+        WysError: If it cannot be read, is incomplete, or an image cannot be edited.
     """
     how = f"wys sweep takes a .csv, .yaml or .json list with {', '.join(COLUMNS)}"
     if not file.is_file():
@@ -85,7 +82,7 @@ def read_cases(file: Path) -> list[SweepCase]:
         elif file.suffix.lower() in (".yaml", ".yml", ".json"):
             entries = yaml.safe_load(text)  # JSON is YAML
         else:
-            raise WysError(f'"{file}" is no list of edits: {how}.')
+            raise WysError(f'"{file}" is not a list of edits: {how}.')
     except (OSError, ValueError, csv.Error, yaml.YAMLError) as error:
         raise WysError(f'The list "{file}" cannot be read ({" ".join(str(error).split())}): {how}.') from error
     if not isinstance(entries, list) or not entries:
@@ -103,15 +100,15 @@ def read_cases(file: Path) -> list[SweepCase]:
 
 
 def open_sweep(folder: Path, cases: Sequence[SweepCase], settings: dict[str, Any]) -> list[SweepResult]:
-    """Begins a sweep in a folder, or finds what it has come to there.
+    """Start a sweep in a folder, or resume the one that is there.
 
     Args:
-        folder: Where it goes; made if need be.
-        cases: What is edited.
+        folder: The sweep's folder.
+        cases: Its edits.
         settings: Everything else that the table depends on.
 
     Returns:
-        The rows that are done.
+        The finished rows.
 
     Raises:
         WysError: If the folder holds another sweep.
@@ -126,7 +123,7 @@ def open_sweep(folder: Path, cases: Sequence[SweepCase], settings: dict[str, Any
     if file.is_file():
         if file.read_text("utf8") != text:
             raise WysError(
-                f'"{folder}" holds the sweep of another list or of other settings: give -o another folder, or delete it.'
+                f'"{folder}" holds a sweep with another list or other settings: give -o another folder, or delete it.'
             )
     else:
         write_text(file, text)
@@ -139,7 +136,7 @@ def open_sweep(folder: Path, cases: Sequence[SweepCase], settings: dict[str, Any
 
 
 def write_table(folder: Path, rows: Sequence[SweepResult]) -> None:
-    """Writes the table, whole or not at all."""
+    """Write the table atomically."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(SweepResult)], lineterminator="\n")
     writer.writeheader()

@@ -14,7 +14,6 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from wys_nerfstudio.cli.sweep_table import COLUMNS
 from wys_nerfstudio.demo.instructions import CAPTION, EDITS, LOCAL_KINDS
 from wys_nerfstudio.demo.render import render_edits
 from wys_nerfstudio.demo.world import TEST_SEEDS, sample_cameras, sample_scenes
@@ -40,7 +39,7 @@ def write_demo_pictures(folder: Path, count: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "list.csv").open("w", encoding="utf8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(COLUMNS)
+        table.writerow(["image", "instruction", "caption_before", "caption_after"])
         for number, view in zip(range(count), held_out_views(LOCAL)):
             edit = EDITS[LOCAL[number % len(LOCAL)]]
             name = f"{number:03d}_{edit.slug}.png"

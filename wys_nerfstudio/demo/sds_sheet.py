@@ -14,7 +14,7 @@ import tyro
 from wys_nerfstudio.config import wys_tiny
 from wys_nerfstudio.demo.instructions import BY_SLUG, EDITS
 from wys_nerfstudio.demo.pictures import held_out_views
-from wys_nerfstudio.editing import EMBEDDED, LocalEditSettings, edit_image, load_editor
+from wys_nerfstudio.editing import EMBEDDED, EditSettings, edit_image, load_editor
 from wys_nerfstudio.evaluation import metrics
 from wys_nerfstudio.utils.visualization import apply_colormap, contact_sheet, save_png
 
@@ -35,7 +35,7 @@ class Options:
 def main(options: Options) -> None:
     """Edits, draws, prints."""
     editor = load_editor(EMBEDDED)
-    local = LocalEditSettings(
+    local = EditSettings(
         guidance_scale=TINY.guidance_scale,  # type: ignore
         image_guidance_scale=TINY.image_guidance_scale,  # type: ignore
         mask_threshold=TINY.mask_threshold,  # type: ignore

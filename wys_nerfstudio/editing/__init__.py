@@ -1,20 +1,18 @@
-"""The diffusion side: relevance maps and local edits of images with an InstructPix2Pix-type editor.
+"""Relevance maps and local edits of images with instruction-conditioned diffusion editors.
 
-The only place that knows diffusers, and it knows nothing of nerfstudio. Importing it is cheap; diffusers and
-transformers are loaded by `load_editor`.
+The only package that imports diffusers; it imports no nerfstudio. Importing it is cheap: `load_editor` imports diffusers
+and transformers.
 """
 
-from wys_nerfstudio.editing.edit import EditSettings, edit_images, relevance_maps
-from wys_nerfstudio.editing.editor import Editor
-from wys_nerfstudio.editing.loading import EMBEDDED, load_editor
-from wys_nerfstudio.editing.local import ImageEditOutput, LocalEditSettings, edit_image
+from wys_nerfstudio.editing.edit import EditSettings, ImageEditOutput, edit_image, edit_images, relevance_maps
+from wys_nerfstudio.editing.editor import EMBEDDED, Editor
+from wys_nerfstudio.editing.loading import load_editor
 
 __all__ = [
     "EMBEDDED",
     "EditSettings",
     "Editor",
     "ImageEditOutput",
-    "LocalEditSettings",
     "edit_image",
     "edit_images",
     "load_editor",

@@ -1,51 +1,95 @@
-"""Relevance maps and local edits of image batches: the paper's section on images, for any `Editor`.
+"""Relevance maps and local edits of images, for any `Editor` (the paper's section on images).
 
-One image of a batch never influences another, so a batch gives what its images would give one by one.
+The images of a batch do not influence each other: a batch gives the same results as its images one by one.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Optional
+from typing import Literal, Optional
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from wys_nerfstudio import relevance
-from wys_nerfstudio.editing.editor import Editor, resize_images
+from wys_nerfstudio.editing.editor import Branch, Editor, ImageEncoding, NoiseLevel, resize_images
 from wys_nerfstudio.editing.sampling import (
+    Denoiser,
     ProgressCallback,
     add_noise,
     apply_guidance,
+    edit_seed,
     masked_denoise,
+    needed_branches,
     no_progress,
-    timesteps,
+    seeded_noise,
 )
 from wys_nerfstudio.editing.sds import sds_optimize
+from wys_nerfstudio.utils.errors import WysError
+
+WITH_AND_WITHOUT_TEXT = (Branch(text=True, image=True, scale=1.0), Branch(text=False, image=True, scale=1.0))
+"""The two branches whose difference is the relevance; their scales are unused."""
+
+
+def _as_flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 @dataclass
 class EditSettings:
-    """How an image is edited, apart from the instruction and the mask."""
+    """Settings of an edit. The defaults are those of the paper's images (supplement D)."""
 
     guidance_scale: float = 7.5
-    """How strongly the text is followed (S_T)."""
-    image_guidance_scale: float = 1.5
-    """How strongly the captured image is kept (S_I)."""
-    diffusion_steps: int = 20
-    """DDIM steps of an edit that starts from pure noise; others take their share."""
+    """How strongly the edit follows the instruction (S_T)."""
+    image_guidance_scale: float = 0.8
+    """How strongly the edit keeps to the input (S_I)."""
+    diffusion_steps: int = 100
+    """Denoising steps."""
     resolution: Optional[int] = None
-    """Longer side in pixels at which images are edited; by default the one that the editor was made for."""
+    """Longer side in pixels at which the picture is edited; by default the editor's own (512 for InstructPix2Pix)."""
+    mask_threshold: float = 0.4
+    """Pixels of at least this relevance are edited (tau); 0 edits everything, which is plain InstructPix2Pix."""
+    relevance_noise_level: float = 0.8
+    """Noise level of the relevance map (t_rel), as a share of the diffusion."""
+    relevance_num_samples: int = 1
+    """Noise draws averaged in the relevance map; more is less noisy."""
+    relevance_outlier_factor: float = relevance.OUTLIER_FACTOR
+    """Relevance is clamped at Q3 + this many interquartile ranges; more suits editors whose maps are clean and small."""
+    method: Literal["local", "sds"] = "local"
+    """Denoise under the mask, or descend along the signed relevance (supplement E; worse pictures)."""
 
-    def size_for(self, editor: Editor, height: int, width: int) -> "tuple[int, int]":
+    def size_for(self, editor: Editor, height: int, width: int) -> tuple[int, int]:
         """Height and width at which an image of the given size is edited."""
         return editor.editing_size(height, width, self.resolution or editor.native_resolution)
 
+    def check(self, flag: Callable[[str], str] = _as_flag) -> None:
+        """Validate the settings.
 
-def seeded_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> Float[Tensor, "b ..."]:
-    """Standard normal noise, one seed per image, the same on every device."""
-    draws = [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(draws).to(device)
+        Args:
+            flag: From a setting's name to the command-line flag that errors name.
+
+        Raises:
+            WysError: For the first invalid setting.
+        """
+        if not 0 <= self.mask_threshold <= 1:
+            raise WysError(f"{flag('mask_threshold')} must be between 0 and 1, not {self.mask_threshold}.")
+        if not 0 < self.relevance_noise_level < 1:
+            raise WysError(
+                f"{flag('relevance_noise_level')} must be above 0 and below 1, not {self.relevance_noise_level}."
+            )
+        if not self.relevance_outlier_factor >= 0:
+            raise WysError(
+                f"{flag('relevance_outlier_factor')} must be at least 0, not {self.relevance_outlier_factor}."
+            )
+        for name in ("guidance_scale", "image_guidance_scale"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise WysError(f"{flag(name)} must be a finite number of at least 0, not {value}.")
+        for name in ("diffusion_steps", "relevance_num_samples", "resolution"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise WysError(f"{flag(name)} must be at least 1, not {value}.")
 
 
 def relevance_maps(
@@ -59,179 +103,236 @@ def relevance_maps(
     resolution: Optional[int] = None,
     batch_size: int = 8,
 ) -> Iterator[Float[Tensor, "n lh lw"]]:
-    """Raw relevance |eps(z_t, I, T) - eps(z_t, I, "")| of images, batch by batch so that progress can be shown.
+    """Raw relevance maps of images, batch by batch: the difference that the instruction makes to the prediction.
 
     Args:
-        editor: The editor whose opinion is asked.
-        images: Pictures in [0, 1], of any size.
+        editor: The editor.
+        images: Images in [0, 1], of any size.
         instruction: What to change.
-        noise_level: t_rel, the timestep's share of the diffusion, in (0, 1).
+        noise_level: t_rel, as a share of the diffusion, in (0, 1).
         num_samples: Noise draws that are averaged (1 in the paper).
         seeds: One per image.
         resolution: As in `EditSettings`.
-        batch_size: Images that go through the UNet together (each in two branches).
+        batch_size: Images per network pass (each in two branches).
 
     Yields:
         Raw maps of the next `n <= batch_size` images, at the latents' size; see `relevance.normalize`.
     """
-    height, width = EditSettings(resolution=resolution).size_for(editor, *images.shape[1:3])
-    text = torch.cat([editor.encode_text(instruction), editor.encode_text("")])
-    t = min(round(noise_level * editor.num_train_timesteps), editor.num_train_timesteps - 1)
+    level = editor.noise_level(noise_level)
     for first in range(0, len(images), batch_size):
-        part = resize_images(images[first : first + batch_size].to(editor.device), height, width)
-        condition = editor.encode_images(part)
-        clean = condition * editor.vae.config.scaling_factor
+        encoding = _encode(editor, images[first : first + batch_size], resolution)
+        clean = encoding.latents
         noise = seeded_noise(seeds[first : first + batch_size], (num_samples, *clean.shape[1:]), editor.device)
-        states = text.repeat_interleave(len(part), dim=0)
+        predict = editor.predictor(encoding.condition, instruction, WITH_AND_WITHOUT_TEXT)
         total = torch.zeros_like(clean[:, 0])
         for draw in range(num_samples):
-            latents = add_noise(clean, noise[:, draw], editor.alphas_cumprod[t])
-            both = editor.predict_noise(latents.repeat(2, 1, 1, 1), t, condition.repeat(2, 1, 1, 1), states)
-            total += relevance.noise_difference(*both.chunk(2))
+            total += relevance.noise_difference(*predict(add_noise(clean, noise[:, draw], level), level))
         yield total / num_samples
 
 
 def edit_images(
     editor: Editor,
     images: Float[Tensor, "b start_h start_w 3"],
-    captured: Float[Tensor, "b h w 3"],
+    reference: Float[Tensor, "b h w 3"],
     mask: Bool[Tensor, "b h w"],
     instruction: str,
     settings: EditSettings,
     *,
-    start_timestep: int,
+    strength: float,
     seeds: Sequence[int],
-    report: ProgressCallback = no_progress,
+    on_progress: ProgressCallback = no_progress,
 ) -> Float[Tensor, "b h w 3"]:
-    """Edits images inside a mask.
+    """Edit images inside a mask.
 
     Args:
         editor: The editor.
-        images: What the edit starts from (a scene's current renders; for a single picture, the picture), at any size.
-        captured: The editor's condition, and what holds outside the mask.
+        images: What the edit starts from (a scene's current renders; for a single image, the image), of any size.
+        reference: The editor's image condition, and the result outside the mask.
         mask: Where the images may change. All True is plain InstructPix2Pix.
         instruction: What to change.
         settings: Guidance, steps, resolution.
-        start_timestep: Timestep that `images` are noised to, in [1, num_train_timesteps).
+        strength: Noise that `images` start from, as a share of the diffusion in [0, 1]; 1 is pure noise.
         seeds: One per image.
-        report: Called after each step.
+        on_progress: Called after each step.
 
     Returns:
-        Edited images in [0, 1] on the device of `images`; outside the mask equal to `captured`, bit for bit.
+        Edited images in [0, 1] on the device of `reference`; outside the mask equal to `reference`, bit for bit.
     """
-    scale = editor.vae.config.scaling_factor
-    start, condition = (_encode(editor, x, settings) for x in (images, captured))
+    start, kept = (_encode(editor, x, settings.resolution) for x in (images, reference))
     edited = masked_denoise(
-        start=start * scale,
-        reference=condition * scale,
-        mask=_latent_mask(mask, condition),
-        noise=seeded_noise(seeds, start.shape[1:], editor.device),
-        timesteps=timesteps(start_timestep, settings.diffusion_steps, editor.num_train_timesteps),
-        alphas_cumprod=editor.alphas_cumprod,
-        final_alpha=editor.final_alpha,
-        predict_noise=GuidedPredictor(editor, condition, instruction, settings),
-        report=report,
+        start=start.latents,
+        reference=kept.latents,
+        mask=_latent_mask(mask, kept.latents),
+        noise=seeded_noise(seeds, start.latents.shape[1:], editor.device),
+        levels=editor.noise_levels(strength, settings.diffusion_steps),
+        denoise=guided_denoiser(editor, kept, instruction, settings),
+        report=on_progress,
     )
-    return _decode(editor, edited / scale, captured, mask)
+    return _decode(editor, edited, reference, mask)
 
 
 def sds_edit_images(
     editor: Editor,
-    captured: Float[Tensor, "b h w 3"],
+    reference: Float[Tensor, "b h w 3"],
     mask: Bool[Tensor, "b h w"],
     instruction: str,
     settings: EditSettings,
     *,
     seeds: Sequence[int],
-    report: ProgressCallback = no_progress,
+    on_progress: ProgressCallback = no_progress,
 ) -> Float[Tensor, "b h w 3"]:
-    """Edits images by descending along their signed relevance (supplement E, eq. 13) instead of denoising them.
+    """Edit images by descending along their signed relevance (supplement E, eq. 13) instead of denoising them.
 
-    The latents are optimised, not the pixels: a gradient through the VAE's encoder draws chequered patterns that only the
-    encoder sees as the edit. `diffusion_steps` steps of size `guidance_scale / diffusion_steps` each; there is no guidance
-    by the image, which eq. 13 has in both of its terms. Eq. 13 knows no mask; the mask confines the result as it does that
-    of `edit_images`.
+    The latents are optimized, not the pixels: a gradient through the VAE's encoder draws checkerboard patterns that only
+    the encoder responds to. There are `diffusion_steps` steps of size `guidance_scale / diffusion_steps` each. Image
+    guidance does not apply: both terms of eq. 13 are conditioned on the image. Eq. 13 has no mask; here the mask confines
+    the result as in `edit_images`.
 
     Args:
         editor: The editor.
-        captured: The input: start, condition, and what holds outside the mask.
-        mask: Where the images may change. All True is eq. 13 as it stands.
+        reference: The input: start, condition, and the result outside the mask.
+        mask: Where the images may change. All True is eq. 13 unchanged.
         instruction: What to change.
         settings: Step size, steps, resolution.
         seeds: One per image.
-        report: Called after each step.
+        on_progress: Called after each step.
 
     Returns:
-        Edited images in [0, 1] on the device of `captured`; outside the mask equal to `captured`, bit for bit.
+        Edited images in [0, 1] on the device of `reference`; outside the mask equal to `reference`, bit for bit.
     """
-    scale = editor.vae.config.scaling_factor
-    condition = _encode(editor, captured, settings)
-    states = torch.cat([editor.encode_text(text) for text in (instruction, "")])
-    states = states.repeat_interleave(len(condition), dim=0)
+    encoding = _encode(editor, reference, settings.resolution)
+    predict = editor.predictor(encoding.condition, instruction, WITH_AND_WITHOUT_TEXT)
 
-    def signed_relevance(latents: Tensor, t: int) -> Tensor:
-        both = editor.predict_noise(latents.repeat(2, 1, 1, 1), t, condition.repeat(2, 1, 1, 1), states)
-        with_instruction, without = both.chunk(2)
-        return with_instruction - without
+    def signed_relevance(latents: Tensor, level: NoiseLevel) -> Tensor:
+        with_text, without_text = (editor.split(p, latents, level)[1] for p in predict(latents, level))
+        return with_text - without_text
 
-    last = editor.num_train_timesteps - 1
-    steps = timesteps(last, settings.diffusion_steps, editor.num_train_timesteps)
-    noise = seeded_noise(seeds, (len(steps), *condition.shape[1:]), editor.device)
+    levels = editor.noise_levels(1.0, settings.diffusion_steps)[:-1]
+    noise = seeded_noise(seeds, (len(levels), *encoding.latents.shape[1:]), editor.device)
     edited = sds_optimize(
-        start=condition * scale,
-        mask=_latent_mask(mask, condition),
+        start=encoding.latents,
+        mask=_latent_mask(mask, encoding.latents),
         noise=noise.transpose(0, 1),
-        timesteps=steps,
-        alphas_cumprod=editor.alphas_cumprod,
+        levels=levels,
         signed_relevance=signed_relevance,
-        step_size=settings.guidance_scale / len(steps),
-        report=report,
+        step_size=settings.guidance_scale / len(levels),
+        report=on_progress,
     )
-    return _decode(editor, edited / scale, captured, mask)
+    return _decode(editor, edited, reference, mask)
 
 
-def _encode(editor: Editor, images: Tensor, settings: EditSettings) -> Tensor:
-    """Unscaled latents at the editing resolution."""
-    size = settings.size_for(editor, *images.shape[1:3])
-    return editor.encode_images(resize_images(images.to(editor.device), *size))
+@dataclass(frozen=True)
+class ImageEditOutput:
+    """An edited image, its relevance map and its mask."""
+
+    edited: Float[Tensor, "h w 3"]
+    """The edited image in [0, 1]; outside the mask equal to the input, bit for bit."""
+    relevance: Float[Tensor, "h w"]
+    """Relevance of each pixel to the instruction, in [0, 1]."""
+    mask: Bool[Tensor, "h w"]
+    """Pixels that were edited."""
+
+
+def edit_image(
+    editor: Editor,
+    image: Float[Tensor, "h w 3"],
+    instruction: str,
+    settings: Optional[EditSettings] = None,
+    *,
+    mask: Optional[Bool[Tensor, "mask_h mask_w"]] = None,
+    seed: int = 0,
+    on_progress: ProgressCallback = no_progress,
+) -> ImageEditOutput:
+    """Edit the region of an image that the instruction refers to (the paper's section on images).
+
+    Args:
+        editor: The editor, from `load_editor`.
+        image: The image in [0, 1], of any size.
+        instruction: What to change.
+        settings: By default the paper's.
+        mask: Replaces the mask of the relevance map and `mask_threshold`.
+        seed: Seed of all noise; equal seeds give equal edits.
+        on_progress: Called with the number of finished steps and the number of all steps.
+
+    Returns:
+        The edited image, its relevance map and its mask, on the image's device.
+
+    Raises:
+        WysError: If a setting is invalid, the instruction is empty or not supported by the editor, or the mask's size
+            differs from the image's.
+    """
+    settings = settings or EditSettings()
+    settings.check()
+    if not instruction.strip():
+        raise WysError('There is no instruction: describe what to change, for example "turn the bear into a panda".')
+    height, width = image.shape[:2]
+    if mask is not None and mask.shape != image.shape[:2]:
+        raise WysError(f"The mask has {mask.shape[1]}x{mask.shape[0]} pixels, but the image has {width}x{height}.")
+
+    num_samples = settings.relevance_num_samples
+    raw = relevance_maps(
+        editor,
+        image[None],
+        instruction,
+        noise_level=settings.relevance_noise_level,
+        num_samples=num_samples,
+        seeds=[edit_seed(seed, -1)],
+        resolution=settings.resolution,
+    )
+    factor = settings.relevance_outlier_factor
+    relevance_map = relevance.upsample(next(raw), height, width, outlier_factor=factor)[0].to(image.device)
+    if mask is None:
+        mask = relevance.threshold(relevance_map, settings.mask_threshold)
+    if not mask.any():
+        return ImageEditOutput(image, relevance_map, mask)
+
+    reference, seeds = image[None], [edit_seed(seed, 0)]
+
+    def step_done(done: int, total: int) -> None:
+        on_progress(num_samples + done, num_samples + total)
+
+    if settings.method == "sds":
+        edited = sds_edit_images(
+            editor, reference, mask[None], instruction, settings, seeds=seeds, on_progress=step_done
+        )
+    else:
+        edited = edit_images(
+            editor,
+            reference,
+            reference,
+            mask[None],
+            instruction,
+            settings,
+            strength=1.0,
+            seeds=seeds,
+            on_progress=step_done,
+        )
+    return ImageEditOutput(edited[0], relevance_map, mask)
+
+
+def guided_denoiser(editor: Editor, encoding: ImageEncoding, instruction: str, settings: EditSettings) -> Denoiser:
+    """Denoiser of a batch of images under the settings' guidance; branches that cancel out are not computed."""
+    branches = needed_branches(editor.branches(settings.guidance_scale, settings.image_guidance_scale))
+    predict = editor.predictor(encoding.condition, instruction, branches)
+
+    def denoise(latents: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        return editor.split(apply_guidance(predict(latents, level), branches), latents, level)
+
+    return denoise
+
+
+def _encode(editor: Editor, images: Tensor, resolution: Optional[int]) -> ImageEncoding:
+    """Encode images at the editing size."""
+    size = editor.editing_size(images.shape[1], images.shape[2], resolution or editor.native_resolution)
+    return editor.encode(resize_images(images.to(editor.device), *size))
 
 
 def _latent_mask(mask: Tensor, latents: Tensor) -> Optional[Tensor]:
-    """The mask at the latents' size; None for a mask of everything."""
+    """The mask at the latents' size; None if it is True everywhere."""
     return None if bool(mask.all()) else relevance.latent_mask(mask.to(latents.device), *latents.shape[-2:])
 
 
 def _decode(editor: Editor, latents: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-    """Images of unscaled latents inside the mask, the reference outside."""
+    """Images of clean latents inside the mask, the reference outside."""
     pixels = resize_images(editor.decode(latents), *reference.shape[1:3]).to(reference.device)
     return relevance.composite(pixels, reference, mask)
-
-
-class GuidedPredictor:
-    """The guidance branches of a batch as one UNet call; conditions are stacked once, not at every step.
-
-    With an image guidance scale of 1 the branch without image and text cancels out and is not computed, and if the text's is
-    1 too the branch without text neither.
-    """
-
-    def __init__(self, editor: Editor, condition: Tensor, instruction: str, settings: EditSettings) -> None:
-        branches = [(instruction, condition)]
-        if settings.guidance_scale != 1 or settings.image_guidance_scale != 1:
-            branches.append(("", condition))
-        if settings.image_guidance_scale != 1:
-            branches.append(("", torch.zeros_like(condition)))
-        states = torch.cat([editor.encode_text(text) for text, _ in branches])
-        self.text = states.repeat_interleave(len(condition), dim=0)
-        self.condition = torch.cat([image for _, image in branches])
-        self.branches, self.editor, self.settings = len(branches), editor, settings
-
-    def __call__(self, latents: Tensor, t: int) -> Tensor:
-        repeated = latents.repeat(self.branches, 1, 1, 1)
-        predictions = self.editor.predict_noise(repeated, t, self.condition, self.text).chunk(self.branches)
-        return apply_guidance(
-            predictions[0],
-            predictions[min(1, self.branches - 1)],
-            predictions[-1],
-            self.settings.guidance_scale,
-            self.settings.image_guidance_scale,
-        )

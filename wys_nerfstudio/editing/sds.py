@@ -1,14 +1,14 @@
-"""The relevance map as a gradient: descent along eq. 13 of the supplement, in torch alone.
+"""Gradient descent along the signed relevance (supplement E, eq. 13), in torch alone.
 
-Section E derives what an image's relevance map is without its absolute value: the direction in which the image would have
-to move to become likelier under the instruction. With z = E(O) noised to z_t = alpha z + sigma eps,
+Eq. 13 is the relevance map without its absolute value: the direction in which an image becomes likelier under the
+instruction. With z = E(O) noised to z_t = signal z + noise eps,
 
-    grad_O = alpha / sigma  E_eps[ eps(z_t, t, I, T) - eps(z_t, t, I, "") ]  dE(O)/dO                      (eq. 13)
+    grad_O = signal / noise  E_eps[ eps(z_t, t, I, T) - eps(z_t, t, I, "") ]  dE(O)/dO                   (eq. 13)
 
-The authors found such an optimisation less efficient and its images worse than the local edit's, and give no details of
-theirs. Here noise levels fall from high to low, each step sees one new noise (the expectation is taken over the steps),
-and the step size is constant, because the size of a step is to be in proportion to the relevance: an optimiser that
-normalises its steps, such as Adam, would move everything alike.
+The authors report that this optimization is less efficient and gives worse images than the local edit, without details.
+Here noise levels fall from high to low, each step draws one noise (the expectation is taken over the steps), and the step
+size is constant: steps must stay proportional to the relevance, which an optimizer that normalizes them, such as Adam,
+would undo.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,35 +18,37 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from wys_nerfstudio.editing.sampling import NoisePredictor, ProgressCallback, add_noise, no_progress
+from wys_nerfstudio.editing.editor import NoiseLevel
+from wys_nerfstudio.editing.sampling import ProgressCallback, add_noise, no_progress
+
+SignedRelevance = Callable[[Tensor, NoiseLevel], Tensor]
+"""eps(z_t, t, I, T) - eps(z_t, t, I, "") of noisy latents (b, c, h, w) and their level."""
 
 
 def sds_gradient(
     output: Float[Tensor, "..."],
     encode: Callable[[Tensor], Tensor],
-    signed_relevance: NoisePredictor,
+    signed_relevance: SignedRelevance,
     noise: Float[Tensor, "b c h w"],
-    t: int,
-    alpha: Float[Tensor, ""],
+    level: NoiseLevel,
 ) -> Float[Tensor, "..."]:
-    """The gradient of eq. 13 for one noise; nothing is differentiated but the encoder.
+    """Gradient of eq. 13 for one noise; only the encoder is differentiated.
 
     Args:
-        output: O, the image in whatever form it is optimised.
-        encode: E, from O to clean latents (b, c, h, w) at the noise predictor's scale.
-        signed_relevance: eps(z_t, t, I, T) - eps(z_t, t, I, "") of noisy latents.
+        output: O, the image in the form in which it is optimized.
+        encode: E, from O to clean latents (b, c, h, w).
+        signed_relevance: Difference that the instruction makes to the predicted noise.
         noise: Standard normal.
-        t: Timestep.
-        alpha: Cumulative product of the noise schedule at `t`: the square of eq. 13's alpha, and 1 minus that of its sigma.
+        level: Noise level.
 
     Returns:
-        A tensor of the output's shape, to be descended along.
+        A gradient of the output's shape, for descent.
     """
     with torch.enable_grad():
         variable = output.detach().requires_grad_()
         latents = encode(variable)
-    difference = signed_relevance(add_noise(latents.detach(), noise, alpha), t)
-    weight = (alpha / (1 - alpha)).sqrt()
+    difference = signed_relevance(add_noise(latents.detach(), noise, level), level)
+    weight = level.signal / level.noise
     return torch.autograd.grad(latents, variable, grad_outputs=weight * difference)[0]
 
 
@@ -54,32 +56,30 @@ def sds_optimize(
     start: Float[Tensor, "b c h w"],
     mask: Optional[Bool[Tensor, "b h w"]],
     noise: Float[Tensor, "steps b c h w"],
-    timesteps: Sequence[int],
-    alphas_cumprod: Float[Tensor, " train_timesteps"],
-    signed_relevance: NoisePredictor,
+    levels: Sequence[NoiseLevel],
+    signed_relevance: SignedRelevance,
     step_size: float,
     report: ProgressCallback = no_progress,
 ) -> Float[Tensor, "b c h w"]:
-    """Descends from clean latents along eq. 13. The latents themselves are optimised, so E is the identity.
+    """Descend from clean latents along eq. 13. The latents themselves are optimized, so E is the identity.
 
     Args:
         start: Clean latents of the input, O_0 = I.
-        mask: Where they may change; None is everywhere, which is eq. 13 as it stands.
-        noise: Standard normal, one for each step.
-        timesteps: Noise levels, one for each step.
-        alphas: Cumulative products of the noise schedule, indexed by timestep.
+        mask: Where they may change; None is everywhere (eq. 13 unchanged).
+        noise: Standard normal, one per step.
+        levels: Noise levels, one per step; none may be clean.
         signed_relevance: As in `sds_gradient`.
-        step_size: What the gradient is multiplied by.
+        step_size: Factor of the gradient.
         report: Called after each step.
 
     Returns:
-        Clean optimised latents.
+        Clean optimized latents.
     """
     latents = start
-    for i, t in enumerate(timesteps):
-        gradient = sds_gradient(latents, lambda x: x, signed_relevance, noise[i], t, alphas_cumprod[t])
+    for i, level in enumerate(levels):
+        gradient = sds_gradient(latents, lambda x: x, signed_relevance, noise[i], level)
         if mask is not None:
             gradient = gradient * mask[:, None]
         latents = latents - step_size * gradient
-        report(i + 1, len(timesteps))
+        report(i + 1, len(levels))
     return latents

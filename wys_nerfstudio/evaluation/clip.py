@@ -1,7 +1,10 @@
-"""CLIP, the judge of the paper's measures: pictures and sentences as directions in one space.
+"""CLIP image and text embeddings.
 
-Here: loading a CLIP and asking it. What is computed from its answers is in `metrics`. Importing this module is cheap;
-transformers is loaded by `load_clip`.
+`metrics` computes the CLIP metrics from the embeddings. transformers is imported by `load_clip`, not with this module.
+
+Features: `CLIPModel.get_image_features` is equal (maximum difference 0), but its return type differs between transformers 4
+and 5. Preprocessing: `CLIPImageProcessor` of transformers 5.24 is equal when it reduces a float image, but does not clamp the
+overshoot of enlarged images (difference up to 0.65 in normalized units on noise) and rounds 8-bit input.
 """
 
 from collections.abc import Sequence
@@ -19,16 +22,16 @@ from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.log_filters import no_progress_bar_for_local_files
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-PIXEL_SPREAD = (0.26862954, 0.26130258, 0.27577711)
-"""Mean and standard deviation of the pixels that CLIP was trained on, the same for all of its sizes."""
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Pixel mean and standard deviation of the CLIP training set, common to all model sizes."""
 
 
 @dataclass
 class ClipEncoder:
-    """A CLIP behind the two questions that measures ask."""
+    """A CLIP model with its tokenizer."""
 
     name: str
-    """What the user called it."""
+    """Hub id, folder or "embedded"."""
     model: Any
     """transformers' CLIPModel."""
     tokenizer: Any
@@ -36,17 +39,17 @@ class ClipEncoder:
 
     @torch.no_grad()
     def embed_images(self, images: Float[Tensor, "b h w 3"]) -> Float[Tensor, "b d"]:
-        """Unit vectors of RGB pictures in [0, 1]: the shorter side is resized to CLIP's size, the middle is cut out."""
+        """Embed RGB images in [0, 1] as unit vectors, after resizing the shorter side and center cropping."""
         pixels = prepare_pixels(images.to(self.model.device), self.model.config.vision_config.image_size)
-        seen = self.model.vision_model(pixel_values=pixels.to(self.model.dtype)).pooler_output
-        return F.normalize(self.model.visual_projection(seen).float(), dim=-1)
+        features = self.model.vision_model(pixel_values=pixels.to(self.model.dtype)).pooler_output
+        return F.normalize(self.model.visual_projection(features).float(), dim=-1)
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
-        """Unit vectors of sentences.
+        """Embed texts as unit vectors.
 
         Raises:
-            WysError: If one is longer than CLIP reads.
+            WysError: If a text exceeds the token limit.
         """
         limit = self.model.config.text_config.max_position_embeddings
         for text in texts:
@@ -57,12 +60,12 @@ class ClipEncoder:
                 )
         tokens = self.tokenizer(list(texts), padding="max_length", max_length=limit, return_tensors="pt")
         tokens = tokens.to(self.model.device)
-        read = self.model.text_model(tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
-        return F.normalize(self.model.text_projection(read).float(), dim=-1)
+        features = self.model.text_model(tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
+        return F.normalize(self.model.text_projection(features).float(), dim=-1)
 
 
 def prepare_pixels(images: Float[Tensor, "b h w 3"], size: int) -> Float[Tensor, "b 3 size size"]:
-    """Pictures in [0, 1] as CLIP's own image processor would hand them over."""
+    """Resize, center crop and normalize images in [0, 1] for CLIP."""
     height, width = images.shape[1:3]
     scale = size / min(height, width)
     resized = (max(size, int(height * scale)), max(size, int(width * scale)))
@@ -71,19 +74,19 @@ def prepare_pixels(images: Float[Tensor, "b h w 3"], size: int) -> Float[Tensor,
     )
     top, left = (resized[0] - size) // 2, (resized[1] - size) // 2
     pixels = pixels[:, :, top : top + size, left : left + size].clamp(0, 1)
-    mean, spread = (torch.tensor(values).to(pixels)[:, None, None] for values in (PIXEL_MEAN, PIXEL_SPREAD))
-    return (pixels - mean) / spread
+    mean, std = (torch.tensor(values).to(pixels)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
+    return (pixels - mean) / std
 
 
 def load_clip(name: str, device: "str | torch.device" = "cpu") -> ClipEncoder:
-    """Loads a CLIP; the first call imports transformers.
+    """Load a CLIP model.
 
     Args:
-        name: Hub id such as openai/clip-vit-base-patch32, a local folder, or "embedded" for the toy world's own.
-        device: Where it goes.
+        name: Hub id such as openai/clip-vit-base-patch32, a local folder, or "embedded" for the model of the toy world.
+        device: Device of the model.
 
     Raises:
-        WysError: If it can't be had.
+        WysError: If the model cannot be loaded.
     """
     from safetensors import SafetensorError
     from transformers import CLIPModel, CLIPTokenizer

@@ -1,8 +1,8 @@
-"""What an edit should have done, where a scene brings it along: a folder `ground_truth` beside the captured views.
+"""Ground truth of edits: an optional folder `ground_truth` beside the captured views.
 
 `ground_truth/edits.json` lists edits, each a `slug`, an `instruction`, a `caption_before` and a `caption_after`;
-`ground_truth/SLUG/images` and `ground_truth/SLUG/masks` hold the edited views and which of their pixels change, under the names of
-the captured views. Training never reads them.
+`ground_truth/SLUG/images` and `ground_truth/SLUG/masks` hold the edited views and the masks of the
+changed pixels, under the file names of the captured views. Training does not use them.
 """
 
 import json
@@ -25,29 +25,29 @@ class GroundTruth:
     folder: Path
     """Folder of the edit, with `images` and `masks`."""
     captions: tuple[str, str]
-    """What the scene shows before and after."""
+    """Descriptions of the scene before and after the edit."""
 
     @staticmethod
     def find(scene: Path, instruction: str) -> "GroundTruth | None":
-        """The truth of an instruction, whatever its case and punctuation; None if the scene has none."""
+        """Find the ground truth of an instruction, ignoring case and punctuation; None if there is none."""
         index = scene / "ground_truth" / "edits.json"
         if not index.is_file():
             return None
         for edit in json.loads(index.read_text("utf8")):
-            if _plain(instruction) == _plain(edit["instruction"]):
+            if _normalize(instruction) == _normalize(edit["instruction"]):
                 folder = scene / "ground_truth" / edit["slug"]
                 return GroundTruth(folder, (edit["caption_before"], edit["caption_after"]))
         return None
 
     def edited(self, name: str) -> Float[Tensor, "h w 3"]:
-        """A view, by its file's name, as it should look."""
+        """Read the edited view with a given file name."""
         return read_png(self.folder / "images" / name)
 
     def mask(self, name: str) -> Bool[Tensor, "h w"]:
-        """Which pixels of a view change."""
+        """Read the mask of the pixels that change in a view."""
         with Image.open(self.folder / "masks" / name) as image:
             return torch.from_numpy(np.array(image.convert("L"))) > 127
 
 
-def _plain(instruction: str) -> str:
+def _normalize(instruction: str) -> str:
     return " ".join("".join(c for c in instruction.lower() if c.isalnum() or c.isspace() or c == "'").split())

@@ -1,7 +1,8 @@
-"""LPIPS on AlexNet features, from torchmetrics, with a say in where AlexNet's weights come from.
+"""LPIPS on AlexNet features, based on torchmetrics.
 
-torchmetrics brings LPIPS's own linear layers; AlexNet (233 MB) is torchvision's and is looked for in a given file, in
-torch's cache, on the network, in this order.
+torchmetrics contains the linear layers of LPIPS. The AlexNet weights (233 MB) are torchvision's and are read from a given file,
+from torch's cache or from the network, in this order. The public `LearnedPerceptualImagePatchSimilarity` has equal values and
+gradients, but cannot read AlexNet from a file: its constructor requires the cache or the network.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from wys_nerfstudio.utils.errors import WysError
 
 MIN_LPIPS_PATCH = 32
-"""Side in pixels below which AlexNet's pooling leaves nothing."""
+"""Smallest side in pixels: AlexNet pools smaller images to nothing."""
 
 
 class Lpips(nn.Module):
@@ -25,7 +26,7 @@ class Lpips(nn.Module):
         weights: torchvision's AlexNet state dict as a file; by default torch's cache, then the network.
 
     Raises:
-        WysError: If the weights are not to be had.
+        WysError: If the weights cannot be loaded.
     """
 
     def __init__(self, weights: Optional[Path] = None) -> None:
@@ -42,16 +43,16 @@ class Lpips(nn.Module):
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Lpips":
-        """Stays in eval mode: a measure has no dropout."""
+        """Stay in eval mode: dropout would make the distance random."""
         return super().train(False)
 
     def forward(self, images: Float[Tensor, "b 3 h w"], references: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
-        """Mean LPIPS of images in [0, 1]; 0 for equal ones."""
+        """Return the mean LPIPS of images in [0, 1]; 0 for equal images."""
         return self.net(images, references, normalize=True).mean()
 
 
 def lpips_is_cached(weights: Optional[Path]) -> bool:
-    """Whether `Lpips` can be built without the network."""
+    """Return whether `Lpips` can be constructed without network access."""
     if weights is not None:
         return weights.is_file()
     from torchvision.models import AlexNet_Weights
@@ -73,6 +74,6 @@ def _load_alexnet(layers: Mapping[str, nn.Module], weights: Optional[Path]) -> N
             state = AlexNet_Weights.IMAGENET1K_V1.get_state_dict(progress=True)
         for name, layer in layers.items():
             layer.load_state_dict({key: state[f"{name}.{key}"] for key in ("weight", "bias")})
-    except Exception as error:  # whatever the network, the disk or the unpickler says, the remedy is the same
+    except Exception as error:  # network, disk and unpickling errors have the same remedy
         source = f'from "{weights}"' if weights is not None else "by torch (is there a network?)"
         raise WysError(f"The AlexNet weights of the LPIPS loss could not be loaded {source}. {remedy}") from error

@@ -1,8 +1,8 @@
-"""NIQE, how natural a picture looks when there is nothing to compare it with; lower is better.
+"""NIQE, a no-reference image quality metric; lower is better.
 
-Mittal, Soundararajan and Bovik, "Making a 'Completely Blind' Image Quality Analyzer", 2013; equations are of that paper. It is
-written here because no package that is kept has both the measure and a licence like this one's; the parameters of natural
-pictures are the authors' and are read from a file of theirs.
+Mittal, Soundararajan and Bovik, "Making a 'Completely Blind' Image Quality Analyzer", 2013; equation numbers
+refer to that paper. No maintained package provides NIQE under a compatible license; the parameters of natural images are read
+from a file of the authors' release.
 """
 
 import math
@@ -17,27 +17,27 @@ from torch.nn import functional as F
 from wys_nerfstudio.utils.errors import WysError
 
 BLOCK = 96
-"""Side of the blocks that a picture is cut into, in pixels."""
+"""Side of the image blocks in pixels."""
 WINDOW = 7
 SHIFTS = ((0, 1), (1, 0), (1, 1), (1, -1))
-"""The neighbours that a coefficient is multiplied with (eq. 7)."""
+"""Offsets of the neighbors in the products of coefficients (eq. 7)."""
 
 
 @dataclass(frozen=True)
 class NiqeParams:
-    """A Gaussian over the features of natural pictures."""
+    """Gaussian model of the features of natural images."""
 
     mean: Float[Tensor, "36"]
-    """Its mean."""
+    """Mean of the features."""
     covariance: Float[Tensor, "36 36"]
-    """Its covariance."""
+    """Covariance of the features."""
 
     @staticmethod
     def read(path: Path) -> "NiqeParams":
-        """Reads the authors' `modelparameters.mat`.
+        """Read `modelparameters.mat` of the authors' release.
 
         Raises:
-            WysError: If it is no such file.
+            WysError: If the file cannot be read.
         """
         from scipy.io import loadmat
         from scipy.io.matlab import MatReadError

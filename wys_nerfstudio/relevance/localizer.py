@@ -67,9 +67,7 @@ class Localizer:
         """Edit mask from relevance, such as a render of the relevance field."""
         return threshold(relevance, self.mask_threshold)
 
-    def near_mask(
-        self, mask: Optional[Bool[Tensor, "h w"]], coarse: Float[Tensor, "lh lw"]
-    ) -> Bool[Tensor, "lh lw"]:
+    def near_mask(self, mask: Optional[Bool[Tensor, "h w"]], coarse: Float[Tensor, "lh lw"]) -> Bool[Tensor, "lh lw"]:
         """Latents whose pixels may lie within the mask, with a margin of one latent.
 
         Args:

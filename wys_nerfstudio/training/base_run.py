@@ -97,9 +97,7 @@ def load_base(model: nn.Module, path: Path, transform: Optional[dict[str, Any]] 
     model.load_state_dict({**ours, **{key: base[key] for key in scene}, **poses}, strict=True)
 
 
-def _check_keys(
-    path: Path, base: dict[str, Tensor], scene: set[str], config: dict[str, Any], model: nn.Module
-) -> None:
+def _check_keys(path: Path, base: dict[str, Tensor], scene: set[str], config: dict[str, Any], model: nn.Module) -> None:
     offered = {key for key in base if not key.startswith(NOT_SCENE)}
     if scene == offered:
         return

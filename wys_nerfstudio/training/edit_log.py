@@ -30,8 +30,8 @@ class EditRecord:
     """Training step before which the edit was committed."""
     view: str
     """Name of the view."""
-    timestep: int
-    """Timestep that the render was noised to."""
+    time: "int | float"
+    """The editor's time of the level that the render was noised to: the timestep of Stable Diffusion."""
     steps: int
     """Diffusion steps from there."""
     mask: Bool[Tensor, "h w"]
@@ -46,7 +46,7 @@ class EditRecord:
             "edit": self.edit,
             "step": self.step,
             "view": self.view,
-            "timestep": self.timestep,
+            "time": self.time,
             "steps": self.steps if fraction else 0,
             "mask_fraction": round(fraction, 5),
             "seconds": round(self.seconds, 4),

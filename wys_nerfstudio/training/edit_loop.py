@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wys_nerfstudio import relevance
 from wys_nerfstudio.editing import Editor, EditSettings
-from wys_nerfstudio.editing.sampling import edit_seed, timesteps
+from wys_nerfstudio.editing.sampling import edit_seed
 from wys_nerfstudio.relevance.localizer import Localizer
 from wys_nerfstudio.training import schedule
 from wys_nerfstudio.training.distributed import gather, main_process_only, rank, shard
@@ -35,8 +35,8 @@ class EditResult:
     """Number of the edit, counted from 0."""
     view: int
     """Index of the view."""
-    timestep: int
-    """Timestep that the render was noised to."""
+    time: "int | float"
+    """The editor's time of the level that the render was noised to."""
     steps: int
     """Diffusion steps from there."""
     mask: Bool[Tensor, "h w"]
@@ -55,8 +55,8 @@ class EditBatch:
     """Numbers of this process's edits."""
     inputs: list[EditInput]
     """Render and mask of each."""
-    timestep: int
-    """Timestep that the renders are noised to."""
+    strength: float
+    """Noise that the renders start from, as a share of the diffusion."""
     instruction: str
     """What to change."""
     settings: EditSettings
@@ -173,7 +173,7 @@ class EditLoop:
                 self.seconds_per_edit = 0.8 * (self.seconds_per_edit or edit.seconds) + 0.2 * edit.seconds
             self.skipped += edit.image is None
             name = views.view_names[edit.view]
-            record_edit(folder, EditRecord(edit.number, step, name, edit.timestep, edit.steps, edit.mask, edit.seconds))
+            record_edit(folder, EditRecord(edit.number, step, name, edit.time, edit.steps, edit.mask, edit.seconds))
 
     def pending(self) -> list[EditResult]:
         """Collective: return the pending edits of all processes, in order."""
@@ -195,12 +195,12 @@ class EditLoop:
         began = time.perf_counter()
         numbers = shard(range(self.edits, self.edits + settings.edit_count))
         views = [schedule.view_of_edit(options.seed, number, self._views.num_views) for number in numbers]
-        timestep = self._start_timestep(self.edits)
+        strength = self._strength(self.edits)
         self.edits += settings.edit_count
         localizer = self._localizer()
         inputs = [self.prepare_edit(view, localizer) for view in views]
         edit_settings, seconds = options.edit_settings(settings), time.perf_counter() - began
-        return EditBatch(numbers, inputs, timestep, settings.instruction, edit_settings, seconds)
+        return EditBatch(numbers, inputs, strength, settings.instruction, edit_settings, seconds)
 
     @torch.no_grad()  # gradient mode is thread-local
     def _compute(self, batch: EditBatch) -> list[EditResult]:
@@ -213,25 +213,22 @@ class EditLoop:
                 [batch.inputs[i] for i in chosen],
                 batch.instruction,
                 batch.settings,
-                start_timestep=batch.timestep,
+                strength=batch.strength,
                 seeds=[edit_seed(self._options.seed, batch.numbers[i]) for i in chosen],
             )
             images = dict(zip(chosen, edited.cpu()))
-        steps = len(timesteps(batch.timestep, batch.settings.diffusion_steps, self._editor().num_train_timesteps))
+        levels = self._editor().noise_levels(batch.strength, batch.settings.diffusion_steps)
         seconds = (batch.seconds + time.perf_counter() - began) / max(1, len(batch.inputs))
         return [
             EditResult(
-                number, edit_input.view, batch.timestep, steps, edit_input.mask.cpu(), images.get(i), seconds
+                number, edit_input.view, levels[0].time, len(levels) - 1, edit_input.mask.cpu(), images.get(i), seconds
             )
             for i, (number, edit_input) in enumerate(zip(batch.numbers, batch.inputs))
         ]
 
-    def _start_timestep(self, edit_number: int) -> int:
+    def _strength(self, edit_number: int) -> float:
         options = self._options
-        strength = schedule.strength_of_edit(
-            options.seed, edit_number, options.min_strength, options.max_strength
-        )
-        return max(1, round(strength * (self._editor().num_train_timesteps - 1)))
+        return schedule.strength_of_edit(options.seed, edit_number, options.min_strength, options.max_strength)
 
     @torch.no_grad()
     def preview(
@@ -262,7 +259,7 @@ class EditLoop:
             [edit_input],
             instruction,
             options.edit_settings(settings),
-            start_timestep=self._start_timestep(self.edits),
+            strength=self._strength(self.edits),
             seeds=[edit_seed(options.seed, self.edits)],
         )
         return views.reference_views([view])[0].cpu(), edit_input.mask.cpu(), edited[0].cpu()
@@ -302,7 +299,7 @@ class EditLoop:
 
     def _render_per_latent(self, view: int) -> tuple[Float[Tensor, "lh lw"], Float[Tensor, "lh lw"]]:
         """Relevance and depth of a view, one value per latent."""
-        cells = torch.ones([side // self._editor().latent_factor for side in self._editing_size()], dtype=torch.bool)
+        cells = torch.ones(self._editor().latent_size(*self._editing_size()), dtype=torch.bool)
         _, values, depths = self._scene.render_pixels(self._views.cameras, view, cells)
         return values.view(cells.shape), depths.view(cells.shape)
 

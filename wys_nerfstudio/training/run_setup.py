@@ -13,8 +13,8 @@ from wys_nerfstudio.training.distributed import main_process_only
 from wys_nerfstudio.training.edit_log import EDITS_FILE, read_edit_lines
 from wys_nerfstudio.training.history import SNAPSHOTS, History
 from wys_nerfstudio.training.run_state import STATE_KEY, RunState
-from wys_nerfstudio.training.schedule import Phase
 from wys_nerfstudio.training.scene import EditableViews
+from wys_nerfstudio.training.schedule import Phase
 from wys_nerfstudio.training.settings import RunSettings
 from wys_nerfstudio.utils.atomic_io import write_text
 

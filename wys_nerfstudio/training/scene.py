@@ -21,7 +21,10 @@ from wys_nerfstudio.training.settings import RunSettings
 class Scene(Protocol):
     """A scene representation that is rendered and trained."""
 
-    device: torch.device
+    @property
+    def device(self) -> torch.device:
+        """Device of the scene."""
+        ...
 
     def render_pixels(
         self, cameras: Cameras, view: int, where: Bool[Tensor, "h w"]
@@ -84,12 +87,36 @@ class EditInput:
 class TrainingViews(Protocol):
     """The training views: captured, edited, and their relevance maps. Indices are those of the training cameras."""
 
-    num_views: int
-    view_size: tuple[int, int]
-    view_names: list[str]
-    cameras: Cameras
-    relevance_maps: Optional[Float[Tensor, "n h w"]]
-    unclamped_maps: Optional[Float[Tensor, "n mh mw"]]
+    @property
+    def num_views(self) -> int:
+        """Number of training views."""
+        ...
+
+    @property
+    def view_size(self) -> tuple[int, int]:
+        """Height and width of the views."""
+        ...
+
+    @property
+    def view_names(self) -> list[str]:
+        """A file name stem per view."""
+        ...
+
+    @property
+    def cameras(self) -> Cameras:
+        """Cameras of the training views."""
+        ...
+
+    @property
+    def relevance_maps(self) -> Optional[Float[Tensor, "n h w"]]:
+        """Relevance maps of the views in [0, 1]; None without."""
+        ...
+
+    @property
+    def unclamped_maps(self) -> Optional[Float[Tensor, "n mh mw"]]:
+        """The relevance maps before outliers were clamped; None without."""
+        ...
+
     edited_views: set[int]
 
     def captured_views(self, views: Sequence[int]) -> Float[Tensor, "b h w 3"]:
@@ -111,7 +138,7 @@ class TrainingViews(Protocol):
         instruction: str,
         settings: EditSettings,
         *,
-        start_timestep: int,
+        strength: float,
         seeds: Sequence[int],
     ) -> Float[Tensor, "b h w 3"]:
         """Edit views, starting from renders; outside the masks the result is the reference view.
@@ -121,7 +148,7 @@ class TrainingViews(Protocol):
             inputs: Renders and masks.
             instruction: What to change.
             settings: Guidance, steps, resolution.
-            start_timestep: Timestep that the renders are noised to.
+            strength: Noise that the renders start from, as a share of the diffusion.
             seeds: Seed of the noise of each view.
         """
         ...

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Protocol, runtime_checkable
 
-import torch
 from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.utils.rich_utils import CONSOLE
 
@@ -17,8 +16,8 @@ from wys_nerfstudio.training.history import History
 from wys_nerfstudio.training.lr_warmup import apply_lr_warmup
 from wys_nerfstudio.training.run_setup import copy_resumed_files, start_run
 from wys_nerfstudio.training.run_state import STATE_KEY, RunState, random_state
-from wys_nerfstudio.training.schedule import Phase, PhaseSchedule
 from wys_nerfstudio.training.scene import EditableViews, EditOptions, Scene
+from wys_nerfstudio.training.schedule import Phase, PhaseSchedule
 from wys_nerfstudio.training.settings import RunSettings, Settings
 from wys_nerfstudio.utils.atomic_io import write_tensors
 
@@ -174,7 +173,11 @@ class EditSession:
     def prepare_relevance(self, step: int) -> None:
         """Make sure that a step which needs relevance maps has them. The scene is not touched, so that the viewer may render
         meanwhile."""
-        if self.schedule.phase(step) is not Phase.RECONSTRUCT and self._localized and self._views.relevance_maps is None:
+        if (
+            self.schedule.phase(step) is not Phase.RECONSTRUCT
+            and self._localized
+            and self._views.relevance_maps is None
+        ):
             self._make_maps(self.run.folder)
 
     def before_step(self, step: int) -> None:

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args
 
+from wys_nerfstudio.editing import EditSettings
 from wys_nerfstudio.relevance.localizer import Localization, Localizer
-from wys_nerfstudio.training.validation import flag, validate_range, validate_share
+from wys_nerfstudio.training.validation import flag, validate_range
 from wys_nerfstudio.utils.errors import WysError
 
 
@@ -50,9 +51,13 @@ class RunSettings:
         Raises:
             WysError: For the first such value.
         """
-        validate_share(name("mask_threshold"), self.mask_threshold)
-        for option, least in (("guidance_scale", 0), ("image_guidance_scale", 0), ("edit_every", 1), ("edit_count", 1)):
-            validate_range(name(option), getattr(self, option), least)
+        EditSettings(
+            guidance_scale=self.guidance_scale,
+            image_guidance_scale=self.image_guidance_scale,
+            mask_threshold=self.mask_threshold,
+        ).check(name)
+        for option in ("edit_every", "edit_count"):
+            validate_range(name(option), getattr(self, option), 1)
         if self.localization not in get_args(Localization):
             raise WysError(
                 f"{name('localization')} must be one of {', '.join(get_args(Localization))}, not {self.localization}."

@@ -225,7 +225,7 @@ def measure_edits(
         raw = case.maps[options.noise_level][: options.draws, :count].mean(0)
         maps = relevance.normalize(raw, outlier_factor=options.outlier_factor)
         masks = {"plain": torch.ones_like(truth), "local": relevance.threshold(maps, options.mask_threshold)}
-        results = {"unedited": before, "ceiling": editor.decode(editor.encode_images(after))}
+        results = {"unedited": before, "ceiling": editor.decode(editor.encode(after).latents)}
         for name, mask in masks.items():
             results[name] = edit_images(
                 editor,
@@ -234,7 +234,7 @@ def measure_edits(
                 mask,
                 BY_SLUG[case.slug].wordings[0],
                 settings,
-                start_timestep=editor.num_train_timesteps - 1,
+                strength=1.0,
                 seeds=case.scenes[:count],
             )
         parts[case.slug] = {**results, "after": after, "truth": truth, "map": maps, "mask": masks["local"]}
@@ -319,7 +319,7 @@ def main(options: Options) -> None:
     some = pictures[::4, [INDEX["no-change"], INDEX["panda"], INDEX["hat"]]].flatten(0, 1).float() / 255
     result: dict = {"options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}}
     result["options"].pop("editor")
-    result["vae psnr"] = metrics.psnr(editor.decode(editor.encode_images(some)), some)
+    result["vae psnr"] = metrics.psnr(editor.decode(editor.encode(some).latents), some)
     grid = max(options.grid_scenes // len(LOCAL), 1)
     for number, case in enumerate(cases):
         add_maps(editor, case, options.noise_level, len(case.scenes))

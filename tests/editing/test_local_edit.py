@@ -11,33 +11,27 @@ from conftest import build_editor_folder
 from test_edit import pictures
 
 from wys_nerfstudio import relevance
-from wys_nerfstudio.editing import (
-    EMBEDDED,
-    Editor,
-    LocalEditSettings,
-    edit_image,
-    load_editor,
-    relevance_maps,
-    sampling,
-)
-from wys_nerfstudio.editing.edit import seeded_noise
-from wys_nerfstudio.editing.sampling import edit_seed
+from wys_nerfstudio.editing import EMBEDDED, EditSettings, edit_image, load_editor, relevance_maps
+from wys_nerfstudio.editing.sampling import edit_seed, seeded_noise
+from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor, timesteps
 from wys_nerfstudio.evaluation.metrics import psnr
 from wys_nerfstudio.utils.errors import WysError
 
 INSTRUCTION = "turn the bear into a panda"
-FEW_STEPS = LocalEditSettings(guidance_scale=3.0, diffusion_steps=4)
+FEW_STEPS = EditSettings(guidance_scale=3.0, diffusion_steps=4)
 
 
 @pytest.fixture(scope="module")
-def editor(editor_folder: Path) -> Editor:
+def editor(editor_folder: Path) -> StableDiffusionEditor:
     return load_editor(str(editor_folder))
 
 
 # -------------------------------------------------------------------------------------- against diffusers' own pipeline
 
 
-def editor_of_random_weights(tmp_path: Path, channels: tuple[int, ...], cross: int, heads: int) -> Editor:
+def editor_of_random_weights(
+    tmp_path: Path, channels: tuple[int, ...], cross: int, heads: int
+) -> StableDiffusionEditor:
     """An editor with Stable Diffusion 1.5's types and number of blocks; the text encoder stays a small one."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -67,7 +61,9 @@ def editor_of_random_weights(tmp_path: Path, channels: tuple[int, ...], cross: i
     return replace(small, unet=unet, vae=vae, text_encoder=text_encoder)
 
 
-def diffusers_edit(editor: Editor, picture: torch.Tensor, settings: LocalEditSettings, listing: dict[str, Any]):
+def diffusers_edit(
+    editor: StableDiffusionEditor, picture: torch.Tensor, settings: EditSettings, listing: dict[str, Any]
+):
     """The edit by diffusers' StableDiffusionInstructPix2PixPipeline and DDIMScheduler, and the timesteps it took."""
     from diffusers import DDIMScheduler, StableDiffusionInstructPix2PixPipeline
 
@@ -97,7 +93,7 @@ def diffusers_edit(editor: Editor, picture: torch.Tensor, settings: LocalEditSet
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
-    clean = editor.encode_images(picture[None]) * editor.vae.config.scaling_factor
+    clean = editor.encode(picture[None]).latents
     noise = seeded_noise([edit_seed(0, 0)], clean.shape[1:], editor.device)
     alpha = editor.alphas_cumprod[editor.num_train_timesteps - 1]
     edited = pipeline(
@@ -118,11 +114,11 @@ def equal_listing(steps: int) -> dict[str, Any]:
     return {"timestep_spacing": "leading", "steps_offset": 999 // steps}
 
 
-def compare(editor: Editor, picture: torch.Tensor, settings: LocalEditSettings) -> float:
+def compare(editor: StableDiffusionEditor, picture: torch.Tensor, settings: EditSettings) -> float:
     """PSNR of our edit at tau 0 to diffusers' at the same timesteps, both ending on timestep 0's level."""
     ours = replace(editor, final_alpha=editor.alphas_cumprod[0])
-    theirs, timesteps = diffusers_edit(ours, picture, settings, equal_listing(settings.diffusion_steps))
-    assert timesteps == sampling.timesteps(999, settings.diffusion_steps, 1000)
+    theirs, listed = diffusers_edit(ours, picture, settings, equal_listing(settings.diffusion_steps))
+    assert listed == timesteps(999, settings.diffusion_steps, 1000)
     result = edit_image(ours, picture, INSTRUCTION, settings)
     assert result.mask.all()
     assert psnr(result.edited, picture) < 30  # there was something to get wrong
@@ -136,7 +132,7 @@ def toy_picture() -> torch.Tensor:
     return render_split(VALIDATION_SEEDS[:1])[0, INDEX["no-change"]].float() / 255
 
 
-PLAIN = LocalEditSettings(mask_threshold=0.0)
+PLAIN = EditSettings(mask_threshold=0.0)
 
 
 @pytest.mark.parametrize("image_guidance_scale", [0.8, 1.5])
@@ -148,8 +144,8 @@ def test_threshold_zero_is_diffusers_own_instruct_pix2pix_on_the_embedded_editor
 def test_diffusers_standard_timesteps_differ_by_no_more_than_rounding():
     """100 steps, the paper's number: DDIM's "trailing" list is ours but for single units of 1000."""
     embedded, picture = load_editor(EMBEDDED), toy_picture()
-    theirs, timesteps = diffusers_edit(embedded, picture, PLAIN, {"timestep_spacing": "trailing"})
-    assert max(abs(a - b) for a, b in zip(timesteps, sampling.timesteps(999, 100, 1000), strict=True)) == 1
+    theirs, listed = diffusers_edit(embedded, picture, PLAIN, {"timestep_spacing": "trailing"})
+    assert max(abs(a - b) for a, b in zip(listed, timesteps(999, 100, 1000), strict=True)) == 1
     assert psnr(edit_image(embedded, picture, INSTRUCTION, PLAIN).edited, theirs) >= 40
 
 
@@ -222,7 +218,7 @@ def test_seeds_reproduce(editor, method):
 def test_progress_is_reported_to_the_end(editor, method):
     seen = []
     settings = replace(FEW_STEPS, method=method, relevance_num_samples=2)
-    edit_image(editor, pictures(1)[0], INSTRUCTION, settings, report=lambda *done: seen.append(done))
+    edit_image(editor, pictures(1)[0], INSTRUCTION, settings, on_progress=lambda *done: seen.append(done))
     assert seen == [(3, 6), (4, 6), (5, 6), (6, 6)]
 
 
@@ -238,8 +234,8 @@ def test_a_gradient_step_is_in_proportion_to_the_guidance_scale(editor):
     still, little = (
         edit_image(editor, image, INSTRUCTION, replace(settings, guidance_scale=scale)).edited for scale in (0.0, 1e-3)
     )
-    codes = editor.encode_images(image[None])
-    torch.testing.assert_close(still, editor.decode(codes)[0], atol=1e-5, rtol=0)
+    latents = editor.encode(image[None]).latents
+    torch.testing.assert_close(still, editor.decode(latents)[0], atol=1e-5, rtol=0)
     assert not torch.equal(still, little)
 
 
@@ -263,5 +259,5 @@ def test_settings_that_cannot_work_are_refused(editor, changes, words):
 def test_an_empty_instruction_and_a_mask_of_another_size_are_refused(editor):
     with pytest.raises(WysError, match="There is no instruction"):
         edit_image(editor, pictures(1)[0], "  ")
-    with pytest.raises(WysError, match="The mask has 31x32 pixels and the picture 32x32"):
+    with pytest.raises(WysError, match="The mask has 31x32 pixels, but the image has 32x32"):
         edit_image(editor, pictures(1)[0], INSTRUCTION, mask=torch.ones(32, 31, dtype=torch.bool))

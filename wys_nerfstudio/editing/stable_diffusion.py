@@ -1,0 +1,461 @@
+"""InstructPix2Pix on Stable Diffusion: the networks and noise schedule behind the `Editor` protocol, and their loader.
+
+Safety checker (1.2 GB in the original repository) and feature extractor are not loaded. An editor is not a torch module on
+purpose: a pipeline that holds one neither saves nor moves its networks.
+"""
+
+import json
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from wys_nerfstudio.editing.editor import EMBEDDED, Branch, ImageEncoding, NoiseLevel, Predictor
+from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.log_filters import no_progress_bar_for_local_files
+
+NETWORKS = ("unet", "vae", "text_encoder")
+"""Parts with weights."""
+
+PARTS = (*NETWORKS, "tokenizer", "scheduler")
+"""Folders of a repository that are loaded."""
+
+SCHEDULERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "PNDMScheduler",
+    "LMSDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+)
+"""diffusers' schedulers over a discrete beta schedule. Their betas are read; sampling is this package's own."""
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+"""Supported meanings of the UNet's output."""
+
+
+@dataclass
+class StableDiffusionEditor:
+    """Networks and noise schedule of an InstructPix2Pix checkpoint. Implements `Editor`."""
+
+    name: str
+    """Hub id, folder or "embedded", as given by the user."""
+    unet: Any
+    """diffusers' UNet2DConditionModel, with twice the VAE's latent channels as input."""
+    vae: Any
+    """diffusers' AutoencoderKL."""
+    text_encoder: Any
+    """transformers' CLIPTextModel."""
+    tokenizer: Any
+    """transformers' CLIPTokenizer."""
+    alphas_cumprod: Tensor
+    """Cumulative products of the noise schedule, float32, one per training timestep."""
+    final_alpha: Tensor
+    """Cumulative product after the last step: 1, or that of timestep 0 (diffusers' `set_alpha_to_one`)."""
+    prediction_type: str
+    """One of PREDICTION_TYPES."""
+    _texts: "dict[str, Tensor]" = field(default_factory=dict, init=False, repr=False)
+    """Text states by instruction; a run needs the same two in every edit."""
+    _levels: "list[NoiseLevel]" = field(init=False, repr=False)
+    """Noise level of each timestep, and the final one."""
+
+    def __post_init__(self) -> None:
+        # On the CPU once: reading a number from a GPU at every step would wait for it.
+        alphas = torch.cat([self.alphas_cumprod, self.final_alpha.reshape(1)]).cpu()
+        times = [*range(len(self.alphas_cumprod)), 0]
+        pairs = zip(alphas.sqrt().tolist(), (1 - alphas).sqrt().tolist(), times)
+        self._levels = [NoiseLevel(signal, noise, time) for signal, noise, time in pairs]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the networks."""
+        return self._weight.device
+
+    @property
+    def _weight(self) -> Tensor:
+        # The first weight has the network's device and dtype; diffusers' own properties iterate over all weights.
+        return next(self.unet.parameters())
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """Number of timesteps of the diffusion."""
+        return len(self.alphas_cumprod)
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels per latent along one side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def side_multiple(self) -> int:
+        """Sides of edited images are multiples of this, so that every level of the UNet divides evenly."""
+        return self.latent_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    @property
+    def native_resolution(self) -> int:
+        """Longer side, in pixels, of the images that the editor was trained on."""
+        size = self.unet.config.sample_size
+        return self.latent_factor * (size if isinstance(size, int) else max(size))
+
+    def editing_size(self, height: int, width: int, resolution: int) -> tuple[int, int]:
+        """Height and width at which an image is edited: its own proportions, rounded to multiples of `side_multiple`."""
+        scale = resolution / max(height, width)
+        multiple = self.side_multiple
+        return max(1, round(height * scale / multiple)) * multiple, max(1, round(width * scale / multiple)) * multiple
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the latents of images of an editing size."""
+        return height // self.latent_factor, width // self.latent_factor
+
+    # ------------------------------------------------------------------------------------------------------------- text
+
+    @torch.no_grad()
+    def encode_text(self, instruction: str) -> Float[Tensor, "1 tokens width"]:
+        """Text encoder states of an instruction; the empty string is guidance's empty instruction.
+
+        Raises:
+            WysError: If the instruction is too long for the text encoder, or has words outside its vocabulary.
+        """
+        if instruction not in self._texts:
+            self._texts[instruction] = self._encode_text(instruction)
+        return self._texts[instruction]
+
+    def _encode_text(self, instruction: str) -> Tensor:
+        return self.text_encoder(self._tokens(instruction, self.tokenizer))[0]
+
+    def _tokens(self, instruction: str, tokenizer: Any) -> Tensor:
+        limit = tokenizer.model_max_length
+        count = len(tokenizer(instruction).input_ids)
+        if count > limit:
+            raise WysError(
+                f'The instruction has {count} tokens, but the text encoder of "{self.name}" takes at most {limit}: '
+                "shorten it."
+            )
+        ids = tokenizer(instruction, padding="max_length", max_length=limit, return_tensors="pt").input_ids
+        self._check_words(instruction, ids[0].tolist())
+        return ids.to(self.device)
+
+    def _check_words(self, instruction: str, ids: list[int]) -> None:
+        tokenizer = self.tokenizer
+        unknown = tokenizer.unk_token_id
+        # CLIP's own tokenizer splits unseen words into letters, and its unknown token is the end-of-text token.
+        if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.pad_token_id):
+            return
+        # A whole-word tokenizer also has the pieces that its words are merged from; the editor was not trained on these.
+        ordinary = [token for token in ids if token not in tokenizer.all_special_ids]
+        whole = all(token.endswith("</w>") for token in tokenizer.convert_ids_to_tokens(ordinary))
+        if whole and unknown not in ids:
+            return
+        ends = {w.removesuffix("</w>") for w in tokenizer.get_vocab() if w.endswith("</w>")}
+        known = sorted(word for word in ends if word.isalpha() and (len(word) > 1 or word == "a"))
+        raise WysError(
+            f'"{instruction}" has words that the editor "{self.name}" was not trained on; its words are: {", ".join(known)}. '
+            "For free text choose another editor, for example --editor timbrooks/instruct-pix2pix."
+        )
+
+    # ----------------------------------------------------------------------------------------------------------- images
+
+    @torch.no_grad()
+    def encode(self, images: Float[Tensor, "b h w 3"]) -> ImageEncoding:
+        """Mode of the VAE, float32: scaled as clean latents, unscaled as the UNet's image condition."""
+        pixels = images.permute(0, 3, 1, 2).to(self.device, self.vae.dtype) * 2 - 1
+        mode = self.vae.encode(pixels).latent_dist.mode().float()
+        return ImageEncoding(mode * self.vae.config.scaling_factor, mode)
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "b c lh lw"]) -> Float[Tensor, "b h w 3"]:
+        """Decode clean latents to images, float32 in [0, 1]."""
+        unscaled = latents / self.vae.config.scaling_factor
+        pixels = self.vae.decode(unscaled.to(self.device, self.vae.dtype)).sample
+        return (pixels.float().permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1)
+
+    # ------------------------------------------------------------------------------------------------------ noise levels
+
+    def noise_level(self, strength: float) -> NoiseLevel:
+        """The level at a share of the diffusion, in (0, 1)."""
+        return self._levels[min(round(strength * self.num_train_timesteps), self.num_train_timesteps - 1)]
+
+    def noise_levels(self, strength: float, num_steps: int) -> list[NoiseLevel]:
+        """Strictly descending levels of a denoising run; the last is the final, clean level.
+
+        Args:
+            strength: First level, as a share of the diffusion in [0, 1]; 1 is the last timestep.
+            num_steps: Steps of a run from the last timestep; a run from less noise takes its share of them.
+        """
+        start = max(1, round(strength * (self.num_train_timesteps - 1)))
+        steps = timesteps(start, num_steps, self.num_train_timesteps)
+        return [*(self._levels[timestep] for timestep in steps), self._levels[-1]]
+
+    # ------------------------------------------------------------------------------------------------------- predictions
+
+    def branches(self, guidance_scale: float, image_guidance_scale: float) -> list[Branch]:
+        """InstructPix2Pix's three branches: text and image, image, none."""
+        return [
+            Branch(text=True, image=True, scale=guidance_scale),
+            Branch(text=False, image=True, scale=image_guidance_scale),
+            Branch(text=False, image=False, scale=1.0),
+        ]
+
+    def predictor(self, condition: Float[Tensor, "b c h w"], instruction: str, branches: Sequence[Branch]) -> Predictor:
+        """Bind the conditions of a batch of images; all branches are one UNet call per step.
+
+        Args:
+            condition: `ImageEncoding.condition` of the images.
+            instruction: What to change.
+            branches: Branches that are computed.
+        """
+        count = len(branches)
+        states = torch.cat([self.encode_text(instruction if branch.text else "") for branch in branches])
+        text = states.repeat_interleave(len(condition), dim=0)
+        no_image = torch.zeros_like(condition)
+        conditions = torch.cat([condition if branch.image else no_image for branch in branches])
+
+        def predict(latents: Tensor, level: NoiseLevel) -> Sequence[Tensor]:
+            return self.predict_noise(latents.repeat(count, 1, 1, 1), level, conditions, text).chunk(count)
+
+        return predict
+
+    @torch.no_grad()
+    def predict_noise(
+        self,
+        latents: Float[Tensor, "b c h w"],
+        level: NoiseLevel,
+        condition: Float[Tensor, "b c h w"],
+        text: Float[Tensor, "b tokens width"],
+    ) -> Float[Tensor, "b c h w"]:
+        """The UNet's noise prediction, without guidance; v-predictions are converted.
+
+        Args:
+            latents: Noisy latents.
+            level: Their noise level.
+            condition: Unscaled image condition; zeros for "no image".
+            text: Text states; those of "" for "no text".
+
+        Returns:
+            Predicted noise, float32.
+        """
+        inputs = torch.cat([latents, condition], dim=1).to(self._weight.dtype)
+        # A tensor, not a number: diffusers would copy a number to the device in every call.
+        timestep = torch.full((len(inputs),), int(level.time), device=inputs.device)
+        prediction = self._predict(inputs, timestep, text.to(self._weight.dtype)).float()
+        if self.prediction_type == "v_prediction":
+            return v_to_epsilon(prediction, latents.float(), level)
+        return prediction
+
+    def _predict(self, inputs: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        return self.unet(inputs, timestep, encoder_hidden_states=text).sample
+
+    def split(
+        self, prediction: Float[Tensor, "b c h w"], latents: Float[Tensor, "b c h w"], level: NoiseLevel
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+        """Split noisy latents into clean latents and the predicted noise."""
+        return (latents - level.noise * prediction) / level.signal, prediction
+
+
+def v_to_epsilon(
+    velocity: Float[Tensor, "b c h w"], latents: Float[Tensor, "b c h w"], level: NoiseLevel
+) -> Float[Tensor, "b c h w"]:
+    """Convert a v-prediction to the noise: signal v + noise z_t."""
+    return level.signal * velocity + level.noise * latents
+
+
+def timesteps(start: int, full_steps: int, num_train_timesteps: int) -> list[int]:
+    """Timesteps of a denoising run, largest first, evenly spaced from `start` down to (but without) 0.
+
+    The number of steps is proportional to the noise: `full_steps` from the last timestep, half of them from half way,
+    always at least one.
+
+    Args:
+        start: First timestep, in [1, num_train_timesteps).
+        full_steps: Steps of a run from the last timestep, at least 1.
+        num_train_timesteps: Number of timesteps of the diffusion, usually 1000.
+
+    Returns:
+        Strictly decreasing timesteps; the first is `start`, all are at least 1.
+
+    Raises:
+        ValueError: If `start` or `full_steps` is out of range.
+    """
+    if not 1 <= start < num_train_timesteps:
+        raise ValueError(f"the first timestep must be in [1, {num_train_timesteps - 1}], not {start}")
+    if full_steps < 1:
+        raise ValueError(f"the number of diffusion steps must be at least 1, not {full_steps}")
+    count = min(start, max(1, round(full_steps * start / num_train_timesteps)))
+    return [start - (i * start) // count for i in range(count)]
+
+
+# ------------------------------------------------------------------------------------------------------------------ loading
+
+
+def load(
+    name: str, source: str, device: "str | torch.device", dtype: torch.dtype, use_safetensors: Optional[bool]
+) -> StableDiffusionEditor:
+    """Load the parts of a Stable Diffusion InstructPix2Pix.
+
+    Args:
+        name: The editor's name, for errors.
+        source: Folder or hub id of its parts.
+        device: Device of the networks.
+        dtype: Precision of the networks.
+        use_safetensors: Passed to diffusers and transformers.
+
+    Raises:
+        WysError: If a part cannot be loaded or is not supported.
+    """
+    editor = load_common_parts(name, source, device, dtype, use_safetensors)
+    kind = editor.unet.config.addition_embed_type
+    if kind is not None:
+        raise WysError(
+            f'The UNet of the editor "{name}" has conditions other than text ({kind}), which is not supported: give '
+            "--editor an InstructPix2Pix of Stable Diffusion, or of SDXL with its model_index.json."
+        )
+    return editor
+
+
+def load_common_parts(
+    name: str, source: str, device: "str | torch.device", dtype: torch.dtype, use_safetensors: Optional[bool]
+) -> StableDiffusionEditor:
+    """Load and check the parts that Stable Diffusion and SDXL have in common; arguments as in `load`."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    weights: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": use_safetensors}
+    with loading_errors(name, source):
+        unet: Any = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **weights)
+        vae: Any = AutoencoderKL.from_pretrained(source, subfolder="vae", **weights)
+        with no_progress_bar_for_local_files(source):
+            text_encoder: Any = CLIPTextModel.from_pretrained(
+                source, subfolder="text_encoder", dtype=dtype, use_safetensors=use_safetensors
+            )
+        tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
+        config: Any = DDIMScheduler.load_config(source, subfolder="scheduler")
+        check_scheduler(name, config)
+        scheduler: Any = DDIMScheduler.from_config(config)
+    check_networks(name, unet, vae, text_encoder, tokenizer)
+    for network in (unet, vae, text_encoder):
+        network.to(device).eval().requires_grad_(False)
+    return StableDiffusionEditor(
+        name=name,
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        alphas_cumprod=scheduler.alphas_cumprod.float().to(device),
+        final_alpha=scheduler.final_alpha_cumprod.float().to(device),
+        prediction_type=scheduler.config["prediction_type"],
+    )
+
+
+def check_scheduler(name: str, config: "dict[str, Any]") -> None:
+    """Refuse schedulers whose noise levels are not those of a discrete beta schedule.
+
+    Args:
+        name: The editor's name.
+        config: The repository's scheduler_config.json.
+
+    Raises:
+        WysError: If the class, its timesteps or its prediction type is not supported.
+    """
+    kind = config.get("_class_name")
+    if kind not in SCHEDULERS:
+        raise WysError(
+            f'The editor "{name}" uses {kind or "an unnamed scheduler"}, which is not supported. Supported: '
+            f"{', '.join(SCHEDULERS)}."
+        )
+    if config.get("timestep_type", "discrete") != "discrete":
+        raise WysError(
+            f'The editor "{name}" uses {kind} with {config["timestep_type"]} timesteps, which is not supported. Supported: '
+            "discrete."
+        )
+    prediction_type = config.get("prediction_type", "epsilon")
+    if prediction_type not in PREDICTION_TYPES:
+        raise WysError(
+            f'The editor "{name}" has the prediction type {prediction_type}, which is not supported. Supported: '
+            f"{', '.join(PREDICTION_TYPES)}."
+        )
+
+
+def check_networks(name: str, unet: Any, vae: Any, text_encoder: Any, tokenizer: Any) -> None:
+    """Refuse a UNet that takes no image condition, and a tokenizer that does not fit its text encoder.
+
+    Raises:
+        WysError: If the parts are not those of an InstructPix2Pix.
+    """
+    channels, wanted = unet.config.in_channels, 2 * vae.config.latent_channels
+    if channels != wanted:
+        raise WysError(
+            f'The editor "{name}" is not an InstructPix2Pix checkpoint: its UNet takes {channels} input channels, not '
+            f"{wanted}. Give --editor one that was trained on instructions, such as timbrooks/instruct-pix2pix."
+        )
+    # transformers builds a tokenizer from an empty folder, too: one without words and without a limit.
+    text = text_encoder.config
+    if tokenizer.model_max_length > text.max_position_embeddings or len(tokenizer) < text.vocab_size:
+        raise WysError(
+            f'The tokenizer of the editor "{name}" is incomplete: it has {len(tokenizer)} tokens, and the text encoder '
+            f"{text.vocab_size}. Download it again."
+        )
+
+
+def read_index(source: str) -> "Optional[dict[str, Any]]":
+    """The model_index.json of a folder or hub repository; None without one.
+
+    Raises:
+        ValueError: If it is not a JSON object.
+    """
+    file = Path(source) / "model_index.json"
+    if not Path(source).is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            file = Path(hf_hub_download(source, file.name))
+        except OSError:
+            return None  # if the repository is unreachable, its parts are, too
+    if not file.is_file():
+        return None
+    index = json.loads(file.read_text("utf8"))
+    if not isinstance(index, dict):
+        raise ValueError(f"{file.name} is not a JSON object")
+    return index
+
+
+@contextmanager
+def loading_errors(name: str, source: str) -> Iterator[None]:
+    """Turn errors of diffusers and transformers into one sentence, and silence diffusers' notes on scheduler classes.
+
+    Args:
+        name: The editor's name.
+        source: Folder or hub id of its parts.
+
+    Raises:
+        WysError: If something cannot be loaded.
+    """
+    from diffusers.utils import logging as diffusers_logging
+    from safetensors import SafetensorError
+
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        where = "folder" if Path(source).is_dir() else "hub id (is there a network?)"
+        raise WysError(
+            f'The editor "{name}" could not be loaded from its {where}: {first_line}. Give --editor a local folder, or '
+            f"--editor {EMBEDDED} for the small one that comes with the package."
+        ) from error
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
