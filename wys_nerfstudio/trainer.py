@@ -296,7 +296,8 @@ class WysTrainer(Trainer):
         """Train one step, with everything that nerfstudio does around it."""
         self.step = step
         # Without the lock: maps take long and do not touch the scene, so the viewer may render meanwhile.
-        self.pipeline.session.prepare_relevance(step)
+        session = self.pipeline.session
+        session.prepare_relevance(session.schedule.phase(step))
         with self.train_lock, TimeWriter(writer, EventName.ITER_TRAIN_TIME, step=step) as timer:
             self.pipeline.train()
             for callback in self.callbacks:
@@ -325,9 +326,10 @@ class WysTrainer(Trainer):
     def _reopen(self) -> None:
         """Show a finished run, so that other instructions can be applied to it."""
         session = self.pipeline.session
-        session.prepare_relevance(self.step)
+        phase = session.schedule.phase(self.step)
+        session.prepare_relevance(phase)
         with self.train_lock:
-            session.enter_phase(session.schedule.phase(self.step), self.step)
+            session.enter_phase(phase)
         self._init_viewer_state()
         self._train_complete_viewer()
 

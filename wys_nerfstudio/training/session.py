@@ -170,36 +170,27 @@ class EditSession:
 
     # -------------------------------------------------------------------------------------------------- each step
 
-    def prepare_relevance(self, step: int) -> None:
-        """Make sure that a step which needs relevance maps has them. The scene is not touched, so that the viewer may render
+    def prepare_relevance(self, phase: Phase) -> None:
+        """Make the relevance maps that a phase needs, if there are none yet. The scene is not touched, so that the viewer may render
         meanwhile."""
-        if (
-            self.schedule.phase(step) is not Phase.RECONSTRUCT
-            and self._localized
-            and self._views.relevance_maps is None
-        ):
+        if phase is not Phase.RECONSTRUCT and self._localized and self._views.relevance_maps is None:
             self._make_maps(self.run.folder)
 
     def before_step(self, step: int) -> None:
         """Enter the phase of a step and make the edits that are due. The caller holds the train lock."""
         phase = self.schedule.phase(step)
         if phase is not self._phase:
-            self.enter_phase(phase, step)
+            self.enter_phase(phase)
         if phase is not Phase.EDIT:
             return
         apply_lr_warmup(self.run.optimizers, step - self._lr_warmup_start)
         if self.schedule.edits_due(step, self.settings.current.edit_every) and not self.edit_loop.paused:
             self.edit_loop.edit(step, self.run.folder)
 
-    def enter_phase(self, phase: Phase, step: int) -> None:
-        """Prepare everything for a phase. The caller holds the train lock.
-
-        Args:
-            phase: The phase.
-            step: A step of that phase.
-        """
+    def enter_phase(self, phase: Phase) -> None:
+        """Prepare everything for a phase. The caller holds the train lock."""
         CONSOLE.print(f"Phase: {phase.value}.")
-        self.prepare_relevance(step)
+        self.prepare_relevance(phase)
         if phase is Phase.EDIT:
             self.edit_loop.build_visual_hull()
             self._views.use_edit_rays(self.run.use_patches)
