@@ -21,12 +21,12 @@ def flag(name: str, prefix: str = "pipeline.") -> str:
     return f"--{'' if prefix == 'pipeline.' and name in SHORT_FLAGS else prefix}{name.replace('_', '-')}"
 
 
-def minimum(value: float, *names: str) -> dict[str, float]:
+def minimum(value: "int | float", *names: str) -> "dict[str, int | float]":
     """Return the same minimum for several options."""
     return dict.fromkeys(names, value)
 
 
-def validate_ranges(prefix: str, options: Any, minima: Mapping[str, float]) -> None:
+def validate_ranges(prefix: str, options: Any, minima: "Mapping[str, int | float]") -> None:
     """Refuse numbers below their minimum, infinity and NaN.
 
     Args:
@@ -43,7 +43,7 @@ def validate_ranges(prefix: str, options: Any, minima: Mapping[str, float]) -> N
             validate_range(flag(option.name, prefix), value, minima.get(option.name))
 
 
-def validate_range(name: str, value: float, least: "float | None" = None) -> None:
+def validate_range(name: str, value: "int | float", least: "int | float | None" = None) -> None:
     """Refuse one number that is below its minimum or not finite.
 
     Args:
@@ -60,7 +60,7 @@ def validate_range(name: str, value: float, least: "float | None" = None) -> Non
         raise WysError(f"{name} must be at least {least}, not {value}.")
 
 
-def validate_share(name: str, value: float, exclusive: bool = False) -> None:
+def validate_share(name: str, value: "int | float", exclusive: bool = False) -> None:
     """Refuse a number outside [0, 1].
 
     Args:
