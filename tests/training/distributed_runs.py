@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 os.environ["OMP_NUM_THREADS"] = "1"  # a forked process must not inherit torch's threads
+sys.path.insert(0, str(Path(__file__).parent.parent))  # conftest, when this file is run as a script
 
 import torch
 import torch.distributed as dist
