@@ -28,6 +28,11 @@ from wys_nerfstudio.editing import EditSettings, edit_images, load_editor, relev
 from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor
 from wys_nerfstudio.utils.atomic_io import write_tensors
 
+
+def test_compat_names_tests_that_exist() -> None:
+    assert all((compat.ROOT / "tests" / f"{name}.py").is_file() for name in compat.TESTS)
+
+
 UV = """#!/bin/sh
 # What compat.py asks of uv, without its downloads: the environment is the present one.
 case "$1 $2" in

@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Optional
 
 ROOT = Path(__file__).parent.parent.parent
-TESTS = ["relevance", "schedule", "editing_denoise", "editing_local", "checkpoint"]
+TESTS = [
+    "relevance/test_maps",
+    "training/test_schedule",
+    "editing/test_sampling",
+    "editing/test_local_edit",
+    "training/test_checkpoint",
+]
 """Tests that are run: of the mathematics, the editor and the files, without those that take minutes."""
 TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "beartype"]
 SHOWN = ["torch", "diffusers", "transformers", "numpy"]
@@ -62,7 +68,7 @@ CHECKS = {
     "`ns-train --help` lists it": "COLUMNS=200 ns-train --help | grep -w wys-tiny",
     "trains and edits": SHORT_RUN,
     "tests": f"pytest -q -p no:cacheprovider -c {ROOT}/pyproject.toml "
-    + " ".join(f"{ROOT}/tests/test_{name}.py" for name in TESTS),
+    + " ".join(f"{ROOT}/tests/{name}.py" for name in TESTS),
 }
 """What is tried in each environment, by the table's heading."""
 
