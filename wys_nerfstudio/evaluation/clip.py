@@ -2,9 +2,9 @@
 
 `metrics` computes the CLIP metrics from the embeddings. transformers is imported by `load_clip`, not with this module.
 
-Features: `CLIPModel.get_image_features` is equal (maximum difference 0), but its return type differs between transformers 4
-and 5. Preprocessing: `CLIPImageProcessor` of transformers 5.24 is equal when it reduces a float image, but does not clamp the
-overshoot of enlarged images (difference up to 0.65 in normalized units on noise) and rounds 8-bit input.
+Features: `CLIPModel.get_image_features` of transformers 5.24 has equal values (maximum difference 0), but returns an output
+object instead of a tensor, which older releases may not. Preprocessing: its `CLIPImageProcessor` is equal when it reduces a float
+image, but differs by up to 0.65 (normalized units, on noise) when it enlarges one, and by up to 0.05 on reduced 8-bit input.
 """
 
 from collections.abc import Sequence
