@@ -1,4 +1,4 @@
-"""Files are written whole or not at all: whoever is killed in between leaves the old file, or none, but never half of one."""
+"""Atomic file writes: an interrupted write leaves the previous file, or none, never a partial one."""
 
 import io
 import json
@@ -10,15 +10,15 @@ import torch
 
 
 def atomic_write(path: Path, content: "bytes | memoryview", partial: Optional[Path] = None) -> None:
-    """Writes a file under another name, waits until it is on the disk, and puts it in its place.
+    """Write a temporary file, flush it to disk and rename it.
 
     Args:
-        path: The file; its folder is made if it is not there.
-        content: All of it.
-        partial: The other name, on the same disk; by default beside the file, with ".partial" added.
+        path: The file; its folder is created if necessary.
+        content: Content of the file.
+        partial: The temporary file, on the same disk. Default: beside the file, with ".partial" appended.
 
     Raises:
-        OSError: If it cannot be written; a file that was there before is as it was.
+        OSError: If it cannot be written; an existing file stays unchanged.
     """
     partial = partial or path.with_name(f"{path.name}.partial")
     for folder in {path.parent, partial.parent}:
@@ -36,26 +36,26 @@ def atomic_write(path: Path, content: "bytes | memoryview", partial: Optional[Pa
 
 
 def write_text(path: Path, text: str) -> None:
-    """As `atomic_write`, UTF-8."""
+    """Write text atomically as UTF-8."""
     atomic_write(path, text.encode("utf8"))
 
 
 def write_json(path: Path, data: Any) -> None:
-    """As `atomic_write`, indented."""
+    """Write indented JSON atomically."""
     write_text(path, json.dumps(data, indent=1))
 
 
 def write_tensors(path: Path, data: Any, partial: Optional[Path] = None) -> None:
-    """As `atomic_write`, by `torch.save`."""
-    # In memory first: torch's own writer turns a full disk into an abort of the process.
+    """Write the output of `torch.save` atomically."""
+    # In memory first: torch's own writer aborts the process when the disk is full.
     buffer = io.BytesIO()
     torch.save(data, buffer)
     atomic_write(path, buffer.getbuffer(), partial)
 
 
 def _sync_folder(folder: Path) -> None:
-    """A new name is on the disk only when its folder is."""
-    if os.name != "posix":  # elsewhere folders cannot be opened
+    """Flush a folder to disk, without which a rename is not permanent."""
+    if os.name != "posix":  # other systems cannot open folders
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
