@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from wys_nerfstudio.config import wys, wys_tiny
+from wys_nerfstudio.pipeline import WysPipelineConfig
 from wys_nerfstudio.trainer import WysTrainerConfig
-from wys_nerfstudio.training.options import WysOptions
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -41,7 +41,7 @@ def help_of(config: type) -> dict[str, str]:
 
 def flag_of(name: str) -> str:
     """What is typed for an option of the pipeline: its short form if it has one."""
-    hint = get_type_hints(WysOptions, include_extras=True)[name]
+    hint = get_type_hints(WysPipelineConfig, include_extras=True)[name]
     aliases = [alias for part in getattr(hint, "__metadata__", ()) for alias in getattr(part, "aliases", None) or ()]
     return aliases[0] if aliases else f"--pipeline.{name.replace('_', '-')}"
 
@@ -52,7 +52,7 @@ def options_table() -> list[list[str]]:
     def shown(value: Any) -> str:
         return "" if value in (None, "") else f"`{value}`" if isinstance(value, str) else f"{value}"
 
-    sentences = help_of(WysOptions)
+    sentences = help_of(WysPipelineConfig)
     rows = [["option", "`wys`", "`wys-tiny`", "meaning"]]
     for name in SHOWN:
         defaults = [shown(getattr(method.config.pipeline, name)) for method in (wys, wys_tiny)]

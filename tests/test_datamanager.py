@@ -17,6 +17,7 @@ from wys_nerfstudio.datamanager import WysDataManager, WysDataManagerConfig
 from wys_nerfstudio.editing import Editor, EditSettings, edit_images, load_editor, relevance_maps
 from wys_nerfstudio.editing.sampling import edit_seed
 from wys_nerfstudio.relevance.cache import RelevanceRequest, save_maps
+from wys_nerfstudio.training.scene import EditInput
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.visualization import apply_colormap, read_png, to_uint8
 
@@ -104,7 +105,9 @@ def test_distorted_views_are_the_files_too(tmp_path):
 
 @pytest.mark.parametrize("white", [False, True])
 def test_transparent_pixels_are_put_on_the_background(tmp_path, white):
-    data = load(write_ring_scene(tmp_path / "alpha", alpha=True, views=5), white_background=white)
+    data = load(write_ring_scene(tmp_path / "alpha", alpha=True, views=5))
+    if white:
+        data.set_background(1.0)
     for view in range(data.num_views):
         pixels = file_pixels(data, view).astype(float) / 255
         transparent = pixels[..., 3] == 0
@@ -203,10 +206,10 @@ def test_views_are_set_in_8_bits(data):
 
 def test_relevance_comes_with_the_ray_batches(data):
     maps = torch.rand(data.num_views, HEIGHT, WIDTH)
-    assert data.relevance_state is None
+    assert data.relevance_maps is None and data.unclamped_maps is None
     data.set_relevance(maps)
-    assert torch.equal(data.relevance_of(7), maps[7])
-    assert all(torch.equal(state, maps) for state in data.relevance_state)
+    assert torch.equal(data.relevance_maps[7], maps[7])
+    assert torch.equal(data.relevance_maps, maps) and torch.equal(data.unclamped_maps, maps)
     _, batch = data.next_train(0)
     assert batch["relevance"].shape == (256, 1)
     for value, (view, y, x) in zip(batch["relevance"][:, 0], batch["indices"].tolist()):
@@ -261,10 +264,10 @@ def test_relevance_maps_are_those_of_the_captured_views(data, editor, tmp_path, 
     )
     wanted = relevance.resize(relevance.normalize(torch.cat(list(raw)), over, 4.0), HEIGHT, WIDTH)
     for view, name in enumerate(data.view_names):
-        torch.testing.assert_close(data.relevance_of(view), wanted[view], atol=1e-5, rtol=0)
+        torch.testing.assert_close(data.relevance_maps[view], wanted[view], atol=1e-5, rtol=0)
         assert torch.equal(
             read_png(tmp_path / f"{name}.png"),
-            torch.from_numpy(to_uint8(apply_colormap(data.relevance_of(view)))) / 255,
+            torch.from_numpy(to_uint8(apply_colormap(data.relevance_maps[view]))) / 255,
         )
 
 
@@ -273,9 +276,9 @@ def test_found_maps_are_the_ones_that_are_used(data, editor, tmp_path):
     save_maps(tmp_path, request(), data.view_names, raw)
     data.make_relevance_maps(editor, request(), "view", 1.5, tmp_path, batch_size=4)
     wanted = relevance.resize(relevance.normalize(raw), HEIGHT, WIDTH)
-    torch.testing.assert_close(torch.stack([data.relevance_of(i) for i in range(data.num_views)]), wanted)
-    assert torch.equal(data.relevance_state[1], relevance.min_max(raw.flatten(1)).view_as(raw))  # not clamped
-    assert not torch.allclose(data.relevance_state[1], relevance.normalize(raw))
+    torch.testing.assert_close(torch.stack([data.relevance_maps[i] for i in range(data.num_views)]), wanted)
+    assert torch.equal(data.unclamped_maps, relevance.min_max(raw.flatten(1)).view_as(raw))  # not clamped
+    assert not torch.allclose(data.unclamped_maps, relevance.normalize(raw))
 
 
 # -------------------------------------------------------------------------------------------------------------------- edits
@@ -288,7 +291,9 @@ def test_editing_views_puts_the_editors_pictures_in_place(data, editor):
     masks[:, 4:20, 8:30] = True
     chosen = {"strength": 0.6, "seeds": [1, 2]}
     data.set_view(6, torch.zeros(HEIGHT, WIDTH, 3))  # an earlier edit has no say
-    for view, image in zip(views, data.edited(editor, views, renders, masks, "make it red", settings, **chosen)):
+    everywhere = torch.ones(HEIGHT, WIDTH, dtype=torch.bool)
+    inputs = [EditInput(*parts) for parts in zip(views, renders, [everywhere] * 2, masks.float(), masks)]
+    for view, image in zip(views, data.edit_views(editor, inputs, "make it red", settings, **chosen)):
         data.set_view(view, image)
     captured = data.captured_views(views)
     wanted = edit_images(editor, renders, captured, masks, "make it red", settings, **chosen)
@@ -321,10 +326,10 @@ def test_the_views_state_comes_back_bit_for_bit(data, ring_scene, tmp_path, on_t
     if on_top:
         data.start_from_current()
     data.set_view(9, torch.rand(HEIGHT, WIDTH, 3))
-    torch.save(data.state(), tmp_path / "state.pt")
+    torch.save(data.views_state(), tmp_path / "state.pt")
     resumed = load(ring_scene)
     resumed.set_view(5, torch.zeros(HEIGHT, WIDTH, 3))
-    resumed.set_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    resumed.load_views_state(torch.load(tmp_path / "state.pt", weights_only=True))
     everything = range(data.num_views)
     assert resumed.edited_views == {2, 9}
     assert torch.equal(resumed.current_views(everything), data.current_views(everything))
@@ -335,4 +340,4 @@ def test_the_views_state_comes_back_bit_for_bit(data, ring_scene, tmp_path, on_t
 @pytest.mark.parametrize("change", [{"size": [16, 20]}, {"names": ["a", "b"]}])
 def test_edited_views_of_other_data_are_refused(data, change):
     with pytest.raises(WysError, match="edited views of that run are of other data .*use the same --data"):
-        data.set_state({**data.state(), **change})
+        data.load_views_state({**data.views_state(), **change})

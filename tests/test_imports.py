@@ -93,14 +93,7 @@ def test_only_the_contract_files_stand_outside_a_room():
     assert {room(name) for name in modules()} == set.union(*ROOMS)
 
 
-# To be resolved by the scene protocol and the settings object.
-PENDING = {
-    "viewer.commands", "training.edit_loop", "training.devices", "training.options",
-    "training.run_setup", "training.edit_log",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", sorted(set(modules()) - PENDING))
+@pytest.mark.parametrize("name", sorted(modules()))
 def test_imports_point_down(name: str):
     for other in imported(modules()[name]):
         assert room(other) == room(name) or level(other) > level(name), f"{name} imports {other}"

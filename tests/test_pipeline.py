@@ -101,7 +101,7 @@ def test_localising_trains_the_relevance_head_alone(trained: WysTrainer) -> None
 
 def test_editing_starts_with_an_edit_that_training_sees_and_moves_no_camera(trained: WysTrainer) -> None:
     pipeline = trained.pipeline
-    pipeline.config.mask_threshold = 0.0
+    pipeline.settings.update(mask_threshold=0.0)
     poses = pipeline.scene_model.camera_optimizer.pose_adjustment.clone()
     losses = step(trained, 203)
     assert set(losses) == {"rgb_loss", "interlevel_loss", "distortion_loss", "relevance_loss"}
@@ -126,10 +126,10 @@ def test_the_air_is_searched_from_where_the_views_were_taken(trained: WysTrainer
     monkeypatch.setattr(type(hull), "known", False)
     monkeypatch.setattr(hull, "build", lambda *arguments: given.append(arguments))
     monkeypatch.setattr(pipeline.config, "edit_resolution", 40)
-    state, unclamped_maps = data.relevance_state, torch.rand(data.num_views, 4, 5)
-    data.set_relevance(state[0], unclamped_maps)
-    pipeline.edit_loop.carve_hull()
-    data.set_relevance(*state)
+    before, unclamped_maps = (data.relevance_maps, data.unclamped_maps), torch.rand(data.num_views, 4, 5)
+    data.set_relevance(before[0], unclamped_maps)
+    pipeline.session.edit_loop.build_visual_hull()
+    data.set_relevance(*before)
     ((to_world, cameras, maps, found, depths),) = given
     places = torch.rand(9, 3)
     torch.testing.assert_close(model.field.to_unit_cube(to_world(places)), places, atol=1e-4, rtol=0)
@@ -141,7 +141,7 @@ def test_the_air_is_searched_from_where_the_views_were_taken(trained: WysTrainer
     )
     assert torch.equal(cameras.camera_to_worlds, corrected)
     assert not torch.equal(corrected, data.train_dataset.cameras.camera_to_worlds)
-    assert torch.equal(maps, state[0])
+    assert torch.equal(maps, before[0])
     assert torch.equal(found, relevance.resize(unclamped_maps, *data.view_size))
     factor = 32 // pipeline.editor().latent_size(32, 40)[0]
     middle = slice(factor // 2, None, factor)
@@ -161,16 +161,16 @@ def test_the_air_is_searched_when_editing_begins_and_anew_for_another_instructio
     trainer = build_trainer(small_config(ring_scene, editor_folder, tmp_path, reconstruct_steps=0, localize_steps=1))
     pipeline, hull = trainer.pipeline, trainer.pipeline.scene_model.field.relevance_hull
     with trainer.train_lock:
-        pipeline.enter_phase(Phase.LOCALIZE)
+        pipeline.session.enter_phase(Phase.LOCALIZE)
         assert not hull.known  # the relevance head has not learned yet what surfaces explain
-        pipeline.enter_phase(Phase.EDIT)
+        pipeline.session.enter_phase(Phase.EDIT)
         assert hull.known
         hull.relevance.fill_(0.25)
-        pipeline.enter_phase(Phase.EDIT)  # as a resumed run does, whose scene is not as captured any more
+        pipeline.session.enter_phase(Phase.EDIT)  # as a resumed run does, whose scene is not as captured any more
         assert bool((hull.relevance == 0.25).all())
-        pipeline.apply("make the ball red", on_top=False, step=5)
+        pipeline.session.apply("make the ball red", on_top=False, step=5)
         assert not hull.known
-        pipeline.enter_phase(Phase.EDIT)
+        pipeline.session.enter_phase(Phase.EDIT)
         assert hull.known and not bool((hull.relevance == 0.25).all())
 
 
@@ -180,13 +180,13 @@ def test_nothing_is_searched_where_edits_are_not_confined(
     options = {"reconstruct_steps": 0, "localization": "none"}
     trainer = build_trainer(small_config(ring_scene, editor_folder, tmp_path, **options))
     with trainer.train_lock:
-        trainer.pipeline.enter_phase(Phase.EDIT)
+        trainer.pipeline.session.enter_phase(Phase.EDIT)
     assert not trainer.pipeline.scene_model.field.relevance_hull.known
 
 
 def test_a_view_with_an_empty_mask_is_not_edited(trained: WysTrainer) -> None:
     pipeline = trained.pipeline
-    pipeline.config.mask_threshold = 1.0
+    pipeline.settings.update(mask_threshold=1.0)
     edited = set(pipeline.datamanager.edited_views)
     step(trained, 213)
     record = json.loads((trained.base_dir / "wys" / "edits.jsonl").read_text().splitlines()[-1])
@@ -201,9 +201,9 @@ def test_edits_are_the_same_whatever_was_drawn_before(ring_scene: Path, editor_f
         options = {"reconstruct_steps": 0, "localize_steps": 1, "mask_threshold": 0.0, "seed": 5}
         trainer = build_trainer(small_config(ring_scene, editor_folder, tmp_path / str(run), **options))
         with trainer.train_lock:
-            trainer.pipeline.enter_phase(Phase.EDIT)
+            trainer.pipeline.session.enter_phase(Phase.EDIT)
         torch.rand(run * 100)
-        trainer.pipeline.edit_loop.edit(1, trainer.base_dir / "wys")
+        trainer.pipeline.session.edit_loop.edit(1, trainer.base_dir / "wys")
         (view,) = trainer.pipeline.datamanager.edited_views
         edits.append((view, trainer.pipeline.datamanager.current_views([view])))
     assert edits[0][0] == edits[1][0] and torch.equal(edits[0][1], edits[1][1])
@@ -238,7 +238,7 @@ def test_an_edit_begins_as_if_the_whole_view_had_been_rendered(
     monkeypatch.setitem(data.cached_batch, "relevance", maps)
 
     computed.clear()
-    start = pipeline.edit_loop.prepare_edit(view)
+    start = pipeline.session.edit_loop.prepare_edit(view)
     assert torch.equal(start.mask, wanted) and wanted.any()
     torch.testing.assert_close(start.rgb[wanted], whole["rgb"][wanted], atol=1e-5, rtol=0)
     torch.testing.assert_close(start.relevance[wanted], whole["relevance_value"][..., 0][wanted], atol=1e-5, rtol=0)
@@ -263,9 +263,9 @@ def test_edits_start_from_renders_no_finer_than_they_are_made(
 
     data.edited = watched
     with trainer.train_lock:
-        trainer.pipeline.enter_phase(Phase.LOCALIZE)
-        trainer.pipeline.enter_phase(Phase.EDIT)
-    trainer.pipeline.edit_loop.edit(1, trainer.base_dir / "wys")
+        trainer.pipeline.session.enter_phase(Phase.LOCALIZE)
+        trainer.pipeline.session.enter_phase(Phase.EDIT)
+    trainer.pipeline.session.edit_loop.edit(1, trainer.base_dir / "wys")
     (view,) = data.edited_views
     assert sizes == [rendered] and data.view_size == (32, 40)
     mask = read_png(trainer.base_dir / "wys" / "masks" / f"{data.view_names[view]}.png")[..., 0] > 0
@@ -292,7 +292,7 @@ def test_the_viewer_can_draw_while_relevance_maps_are_made(
 
     trainer.pipeline.report = report
     with trainer.train_lock:
-        trainer.pipeline.enter_phase(Phase.LOCALIZE)
+        trainer.pipeline.session.enter_phase(Phase.LOCALIZE)
         assert drawn and drawn[0] < len(made) == trainer.pipeline.datamanager.num_views
     viewer.join()
 

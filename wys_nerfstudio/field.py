@@ -1,14 +1,14 @@
 """The dual-head field: one hash-grid density backbone, a radiance head and a relevance head.
 
 The backbone and the radiance head are nerfacto's, parameter for parameter, so that nerfacto checkpoints fit. The
-relevance head sees the backbone's features detached and no view direction: relevance is a property of the place. What is
-relevant in mid-air, where no surface is, a visual hull beside the heads holds (see `hull`).
+relevance head receives the backbone's features detached and no view direction: relevance is a property of the place. Relevance of
+free space, where there is no surface, comes from a visual hull (see `relevance.visual_hull`).
 """
 
 from typing import Literal, Optional
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from nerfstudio.cameras.rays import RaySamples
 from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.field_components.activations import trunc_exp
@@ -30,7 +30,7 @@ class WysField(NerfactoField):
     Args:
         aabb: Scene bounds, (2, 3).
         num_images: Number of training views.
-        relevance_input: What the relevance head sees: the backbone's geometry features, these and a frequency encoding
+        relevance_input: Input of the relevance head: the backbone's geometry features, these and a frequency encoding
             of the position, or the hash grid's own features (torch backend only).
         implementation: Backend of encodings and networks.
         **kwargs: As for `NerfactoField`.
@@ -66,37 +66,38 @@ class WysField(NerfactoField):
         )
         self.relevance_hull = RelevanceHull()
         self.appearance_index: Optional[int] = None
-        """Training view whose appearance is rendered in eval mode; None is the average appearance."""
+        """Training view whose appearance embedding is rendered in eval mode; None renders the average."""
 
     def relevance_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the relevance head; all other parameters belong to the scene."""
+        """Return the parameters of the relevance head; all others belong to the scene."""
         return list(self.mlp_relevance.parameters())
 
     @torch.no_grad()
     def reset_relevance(self) -> None:
-        """Starts relevance anew, for another instruction."""
-        self.relevance_hull.forget()
+        """Reset the relevance head and free-space relevance, for another instruction."""
+        self.relevance_hull.reset()
         for module in self.mlp_relevance.modules():
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
 
     def scene_parameters(self) -> list[nn.Parameter]:
-        """Parameters of backbone and radiance head, in nerfacto's order."""
+        """Return the parameters of backbone and radiance head, in nerfacto's order."""
         relevance = {id(p) for p in self.relevance_parameters()}
         return [p for p in self.parameters() if id(p) not in relevance]
 
     def get_relevance(
-        self, density_embedding: Float[Tensor, "rays samples features"], every: int = 1
+        self, ray_samples: RaySamples, density_embedding: Float[Tensor, "rays samples features"], every: int = 1
     ) -> Float[Tensor, "some samples 1"]:
-        """Relevance in [0, 1] at the samples that `get_density` was called with last. No gradient reaches its inputs.
+        """Return relevance in [0, 1] at samples. No gradient reaches its inputs.
 
         Args:
-            density_embedding: Geometry features of those samples.
+            ray_samples: The samples.
+            density_embedding: Their geometry features.
             every: 2 for every second ray only, and so on.
         """
         some = density_embedding[::every].detach()
         geometry = some.reshape(-1, self.geo_feat_dim).float()
-        positions = self._sample_locations[::every].detach().reshape(-1, 3)
+        positions = self._grid_positions(ray_samples.frustums.get_positions()[::every].detach())[0].reshape(-1, 3)
         if self.relevance_input == "geometry":
             inputs = geometry
         elif self.relevance_input == "geometry+position":
@@ -108,22 +109,22 @@ class WysField(NerfactoField):
     def free_space_relevance(
         self, ray_samples: RaySamples, weights: Float[Tensor, "rays samples 1"]
     ) -> Float[Tensor, "rays 1"]:
-        """The highest relevance in [0, 1] that rays pass before their first surface; below 0 if none is known.
+        """Return the highest relevance in [0, 1] along rays before their first surface; below 0 while it is unknown.
 
         Args:
-            ray_samples: Where the rays were rendered.
-            weights: Weights of these samples.
+            ray_samples: Samples of the rays.
+            weights: Rendering weights of the samples.
         """
         return self.relevance_hull(self.to_unit_cube(free_space(ray_samples, weights))).amax(dim=-1, keepdim=True)
 
     def to_unit_cube(self, positions: Float[Tensor, "*bs 3"]) -> Float[Tensor, "*bs 3"]:
-        """From the world to the cube [0, 1]^3 that the backbone's hash grid spans."""
+        """Map world positions to the cube [0, 1]^3 of the backbone's hash grid."""
         if self.spatial_distortion is None:
             return SceneBox.get_normalized_positions(positions, self.aabb)
         return (self.spatial_distortion(positions) + 2) / 4
 
     def to_world(self, positions: Float[Tensor, "*bs 3"]) -> Float[Tensor, "*bs 3"]:
-        """The inverse of `to_unit_cube`, for positions within the cube."""
+        """Invert `to_unit_cube`, for positions within the cube."""
         if self.spatial_distortion is None:
             return self.aabb[0] + positions * (self.aabb[1] - self.aabb[0])
         contracted = positions * 4 - 2
@@ -131,20 +132,26 @@ class WysField(NerfactoField):
         return torch.where(size <= 1, contracted, contracted / (size * (2 - size)))
 
     def get_density(self, ray_samples: RaySamples) -> tuple[Float[Tensor, "*bs 1"], Float[Tensor, "*bs features"]]:
-        """Density and geometry features of samples, as nerfacto has them. Nerfacto also has the encodings compute gradients
-        at the samples' places, for normals, which are not supported here; without them their backward pass is half the work."""
-        positions = self.to_unit_cube(ray_samples.frustums.get_positions())
-        inside = ((positions > 0) & (positions < 1)).all(dim=-1, keepdim=True)
-        self._sample_locations = positions * inside
-        base = self.mlp_base(self._sample_locations.view(-1, 3)).view(*positions.shape[:-1], -1)
+        """Return density and geometry features of samples, as nerfacto computes them, but without gradients with respect to
+        their positions: these serve normals, which are not supported, and double the backward pass of the encodings."""
+        positions, inside = self._grid_positions(ray_samples.frustums.get_positions())
+        base = self.mlp_base(positions.view(-1, 3)).view(*positions.shape[:-1], -1)
         before_activation, features = base.split([1, self.geo_feat_dim], dim=-1)
         density = self.average_init_density * trunc_exp(before_activation.to(positions))
         return density * inside, features
 
+    def _grid_positions(
+        self, positions: Float[Tensor, "*bs 3"]
+    ) -> tuple[Float[Tensor, "*bs 3"], Bool[Tensor, "*bs 1"]]:
+        """Return positions in the hash grid, zero outside of it, and which lie inside."""
+        grid = self.to_unit_cube(positions)
+        inside = ((grid > 0) & (grid < 1)).all(dim=-1, keepdim=True)
+        return grid * inside, inside
+
     def get_outputs(
         self, ray_samples: RaySamples, density_embedding: Optional[Tensor] = None
     ) -> dict[FieldHeadNames, Tensor]:
-        """Radiance of samples whose density has just been computed; relevance comes from `get_relevance`."""
+        """Return radiance at samples, from their geometry features; `get_relevance` returns relevance."""
         assert density_embedding is not None and ray_samples.camera_indices is not None
         shape = ray_samples.frustums.directions.shape[:-1]
         directions = get_normalized_directions(ray_samples.frustums.directions)

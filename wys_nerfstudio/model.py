@@ -1,4 +1,4 @@
-"""Nerfacto with a relevance head: rendering, losses of the three phases, extra outputs. Knows nothing of diffusion."""
+"""Nerfacto with a relevance head: rendering, losses of the three phases, extra outputs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,29 +29,63 @@ from torch.nn import functional as F
 from wys_nerfstudio.evaluation.lpips import Lpips, lpips_is_cached
 from wys_nerfstudio.field import RelevanceInput, WysField
 from wys_nerfstudio.relevance import expectile_loss
+from wys_nerfstudio.training.distributed import broadcast_parameters
 from wys_nerfstudio.training.schedule import Phase
+from wys_nerfstudio.training.validation import minimum, validate_ranges, validate_share
 from wys_nerfstudio.utils.encodings import use_fast_encodings
+from wys_nerfstudio.utils.errors import WysError
 
 RELEVANCE_RAYS = 4
-"""While views are edited one ray in so many trains the relevance head, which has learned and must only keep up."""
+"""In the edit phase one ray in this many trains the relevance head, which has converged before."""
+
+MINIMA = {
+    **minimum(1, "hidden_dim", "hidden_dim_color", "num_levels", "base_res", "max_res", "log2_hashmap_size"),
+    **minimum(1, "features_per_level", "num_nerf_samples_per_ray", "num_proposal_iterations"),
+    **minimum(1, "eval_num_rays_per_chunk"),
+    **minimum(0, "near_plane", "relevance_loss_mult", "lpips_loss_mult", "interlevel_loss_mult"),
+    **minimum(0, "distortion_loss_mult", "appearance_embed_dim", "average_init_density", "proposal_update_every"),
+    **minimum(0, "proposal_warmup", "proposal_weights_anneal_max_num_iters"),
+}
+"""Smallest allowed values of options."""
 
 
 @dataclass
 class WysModelConfig(NerfactoModelConfig):
-    """Options of the scene's model: nerfacto's, and what editing adds."""
+    """Options of the model: nerfacto's, and those of editing."""
 
     _target: type = field(default_factory=lambda: WysModel)
     relevance_input: RelevanceInput = "geometry+position"
-    """What the relevance head sees: the backbone's geometry features, also an encoding of the position, or the hash
+    """Input of the relevance head: the backbone's geometry features, these and an encoding of the position, or the hash
     grid's own features (torch backend only)."""
     relevance_loss_mult: float = 1.0
-    """Weight of the relevance loss; it trains the relevance head and nothing else."""
+    """Weight of the relevance loss, which trains the relevance head only."""
     relevance_expectile: float = 0.75
-    """Share of its views that must find a surface relevant before it is so by half; 0.5 takes the views' mean."""
+    """Expectile of the relevance loss: the share of views that must agree for a relevance of 0.5; 0.5 is their mean."""
     lpips_loss_mult: float = 1.0
     """Weight of the perceptual loss on edited views; 0 trains without it, and without its 233 MB of weights."""
     lpips_weights: Optional[Path] = None
-    """File with torchvision's AlexNet weights; by default torch's cache, then the network."""
+    """File with torchvision's AlexNet weights. Default: torch's cache, else a download."""
+
+    def check(self) -> None:
+        """Refuse options that cannot work.
+
+        Raises:
+            WysError: For the first such option.
+        """
+        validate_ranges("pipeline.model.", self, MINIMA)
+        validate_share("--pipeline.model.relevance-expectile", self.relevance_expectile, exclusive=True)
+        if not self.near_plane < self.far_plane:
+            raise WysError(
+                f"--pipeline.model.near-plane {self.near_plane} must be below --pipeline.model.far-plane {self.far_plane}."
+            )
+        samples, passes = self.num_proposal_samples_per_ray, self.num_proposal_iterations
+        if len(samples) < passes or not all(count >= 1 for count in samples):
+            raise WysError(
+                f"--pipeline.model.num-proposal-samples-per-ray needs {passes} numbers, one per proposal network, of at "
+                f"least 1, not {' '.join(map(str, samples))}."
+            )
+        if self.predict_normals:
+            raise WysError("--pipeline.model.predict-normals is not supported: leave it out, in the base run too.")
 
 
 class WysModel(NerfactoModel):
@@ -61,8 +95,8 @@ class WysModel(NerfactoModel):
     field: WysField
 
     def populate_modules(self) -> None:
-        """Builds field, proposal networks, samplers and renderers as nerfacto does, but no LPIPS: that is needed in the
-        edit phase and for metrics only, and nerfacto would want the network for it even to render."""
+        """Build field, proposal networks, samplers and renderers as nerfacto does, but not LPIPS: only the edit phase and
+        metrics need it, and nerfacto would download its weights even to render."""
         Model.populate_modules(self)
         config = self.config
         contraction = None if config.disable_scene_contraction else SceneContraction(order=float("inf"))
@@ -87,7 +121,7 @@ class WysModel(NerfactoModel):
         self.camera_optimizer = config.camera_optimizer.setup(num_cameras=self.num_train_data, device="cpu")
         self._build_proposals(contraction)
         use_fast_encodings(self)
-        # nerfstudio's own would render from 0 on in eval mode, through what no ray of this camera has ever trained.
+        # nerfstudio's own collider renders from 0 in eval mode, through space that no training ray has passed.
         self.collider = NearFarCollider(config.near_plane, config.far_plane, reset_near_plane=False)
 
         self.renderer_rgb = RGBRenderer(background_color=config.background_color)
@@ -101,17 +135,23 @@ class WysModel(NerfactoModel):
 
         self.psnr = PeakSignalNoiseRatio(data_range=1.0)
         self.ssim = structural_similarity_index_measure
-        self._lpips: list[Lpips] = []  # in a list, so that it is neither saved nor counted among the parameters
+        self._lpips: list[Lpips] = []  # a list hides it from state_dict and parameters
 
         self.step = 0
         self.phase = Phase.EDIT
-        """Phase of the run; the pipeline sets it. A finished run stays in the last one."""
-        self.mask_threshold = 0.5
-        """tau of the `edit_mask` output; the pipeline sets it."""
-        self.localized = True
-        """Whether edits are confined at all; if not, everything is relevant."""
+        """Phase of the run, set by the edit session. A finished run stays in the last one."""
         self.proposals_pretrained = False
-        """Whether the proposal networks come trained, so that their annealing is over from the start."""
+        """Whether the proposal networks come from a base run, so that their annealing is over from the start."""
+        self.set_edit_mask(mask_threshold=0.5, localized=True)
+
+    def set_edit_mask(self, mask_threshold: float, localized: bool) -> None:
+        """Set what the outputs `relevance` and `edit_mask` show.
+
+        Args:
+            mask_threshold: Pixels of at least this relevance are in the mask.
+            localized: Whether edits are confined; if not, relevance is 1 everywhere.
+        """
+        self.mask_threshold, self.localized = mask_threshold, localized
 
     def _build_proposals(self, contraction: Optional[SceneContraction]) -> None:
         config = self.config
@@ -145,7 +185,7 @@ class WysModel(NerfactoModel):
         )
 
     def get_param_groups(self) -> dict[str, list[Parameter]]:
-        """Nerfacto's groups, and one for the relevance head alone."""
+        """Return nerfacto's groups, and one for the relevance head."""
         groups: dict[str, list[Parameter]] = {
             "proposal_networks": list(self.proposal_networks.parameters()),
             "fields": self.field.scene_parameters(),
@@ -157,7 +197,7 @@ class WysModel(NerfactoModel):
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
     ) -> list[TrainingCallback]:
-        """Nerfacto's callbacks for the proposal networks, past their warm-up if these come trained."""
+        """Return nerfacto's callbacks for the proposal networks, past their warmup if they are pretrained."""
         callbacks = super().get_training_callbacks(training_callback_attributes)
         if self.proposals_pretrained:
             ahead = max(self.config.proposal_weights_anneal_max_num_iters, self.config.proposal_warmup)
@@ -165,26 +205,31 @@ class WysModel(NerfactoModel):
                 callback.func = partial(_call_ahead, callback.func, ahead)
         return callbacks
 
-    def sampler_state(self) -> dict[str, float]:
-        """Counters of the proposal sampler; no weights, but they decide where samples lie while a scene is young."""
+    def training_state(self) -> dict[str, Any]:
+        """Return the state that is no weight: counters of the proposal sampler, which place samples early in training."""
         sampler = self.proposal_sampler
-        anneal = float(sampler._anneal)
-        return {"anneal": anneal, "steps_since_update": sampler._steps_since_update, "step": sampler._step}
+        return {
+            "anneal": float(sampler._anneal),
+            "steps_since_update": sampler._steps_since_update,
+            "step": sampler._step,
+            "proposals_pretrained": self.proposals_pretrained,
+        }
 
-    def set_sampler_state(self, state: dict[str, float]) -> None:
-        """Goes back to `sampler_state`."""
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Restore the result of `training_state`."""
         self.proposal_sampler.set_anneal(state["anneal"])
         self.proposal_sampler._steps_since_update = int(state["steps_since_update"])
         self.proposal_sampler._step = int(state["step"])
+        self.proposals_pretrained = state["proposals_pretrained"]
 
     # ------------------------------------------------------------------------------------------------- rendering
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
-        """Renders rays: `rgb`, `accumulation`, `relevance`, one number in [0, 1] per ray (of every `RELEVANCE_RAYS`-th only
-        while views are edited), and in eval mode nerfacto's depths and `relevance_overlay`, colours without the mask's
-        border, for point clouds. Relevance in mid-air counts in eval mode alone: the head is trained on surfaces.
+        """Render rays: `rgb`, `accumulation`, `relevance` in [0, 1] (in the edit phase of every `RELEVANCE_RAYS`-th ray), and in
+        eval mode nerfacto's depths and `relevance_overlay`, without the mask's border, for point clouds. Free-space relevance
+        is part of it in eval mode only: the head is trained on surfaces.
 
-        While only the relevance head is trained the scene is held fixed, and `relevance` is the only output.
+        In the localize phase the scene is fixed, and `relevance` is the only output.
         """
         localizing = self.training and self.phase is Phase.LOCALIZE
         # Edited views must not move cameras.
@@ -192,14 +237,14 @@ class WysModel(NerfactoModel):
         with torch.set_grad_enabled(posing and torch.is_grad_enabled()):
             if self.training:
                 self.camera_optimizer.apply_to_raybundle(ray_bundle)
-        waited = self.proposal_sampler._steps_since_update
+        steps_since_update = self.proposal_sampler._steps_since_update
         with torch.set_grad_enabled(torch.is_grad_enabled() and not localizing):
             samples, weights_list, samples_list = self.proposal_sampler(ray_bundle, density_fns=self.density_fns)
             density, features = self.field.get_density(samples)
-        if not self.training:  # looking on must not change when the proposal networks are trained
-            self.proposal_sampler._steps_since_update = waited
+        if not self.training:  # evaluation must not advance the counter that schedules proposal updates
+            self.proposal_sampler._steps_since_update = steps_since_update
         if localizing:
-            relevance = self.field.get_relevance(features)
+            relevance = self.field.get_relevance(samples, features)
             return {"relevance": self._composite(relevance, samples.get_weights(density).detach())}
 
         field_outputs: dict[Any, Tensor] = {
@@ -215,9 +260,9 @@ class WysModel(NerfactoModel):
         rgb = self.renderer_rgb(rgb=field_outputs[FieldHeadNames.RGB], weights=weights)
         outputs: dict[str, Any] = {"rgb": rgb, "accumulation": self.renderer_accumulation(weights=weights)}
         if not (self.training and self.phase is Phase.RECONSTRUCT):
-            # Detached: relevance is rendered on the scene's geometry and must not shape it.
+            # Detached: the relevance loss must not change the geometry.
             every = RELEVANCE_RAYS if self.training else 1
-            relevance = self.field.get_relevance(features, every)
+            relevance = self.field.get_relevance(samples, features, every)
             outputs["relevance"] = self._composite(relevance, weights[::every].detach())
         if self.training:
             outputs["weights_list"] = weights_list
@@ -227,41 +272,41 @@ class WysModel(NerfactoModel):
             outputs["expected_depth"] = self.renderer_expected_depth(weights=weights, ray_samples=samples)
             for i in range(self.config.num_proposal_iterations):
                 outputs[f"prop_depth_{i}"] = self.renderer_depth(weights=weights_list[i], ray_samples=samples_list[i])
-            relevant = torch.maximum(outputs["relevance"], self.field.free_space_relevance(samples, weights))
-            outputs["relevance"] = relevant if self.localized else torch.ones_like(relevant)
+            combined = torch.maximum(outputs["relevance"], self.field.free_space_relevance(samples, weights))
+            outputs["relevance"] = combined if self.localized else torch.ones_like(combined)
             outputs["relevance_overlay"] = self._overlay(outputs["rgb"], outputs["relevance"])
         return outputs
 
     def _composite(self, values: Float[Tensor, "n s 1"], weights: Float[Tensor, "n s 1"]) -> Float[Tensor, "n 1"]:
-        """Relevance of rays, composited as colours are, but untouched by nerfstudio's override of their background."""
+        """Composite relevance along rays like color, without nerfstudio's override of the background color."""
         if self.config.background_color == "last_sample":
             rest = (1 - weights[:, :-1].sum(dim=1, keepdim=True)).clamp_min(0)
             weights = torch.cat([weights[:, :-1], rest], dim=1)
         return (weights * values).sum(dim=1)
 
     def _overlay(self, rgb: Float[Tensor, "*bs 3"], relevance: Float[Tensor, "*bs 1"]) -> Float[Tensor, "*bs 3"]:
-        colours = colormaps.apply_float_colormap(relevance.clamp(0, 1), "inferno").to(rgb)
-        return torch.where(relevance >= self.mask_threshold, 0.5 * rgb + 0.5 * colours, 0.4 * rgb)
+        colors = colormaps.apply_float_colormap(relevance.clamp(0, 1), "inferno").to(rgb)
+        return torch.where(relevance >= self.mask_threshold, 0.5 * rgb + 0.5 * colors, 0.4 * rgb)
 
     @torch.no_grad()
     def get_outputs_for_camera_ray_bundle(self, camera_ray_bundle: RayBundle) -> dict[str, Tensor]:
-        """Renders a picture: nerfacto's outputs, and
+        """Render an image: nerfacto's outputs, and
 
         - `relevance_value` (height, width, 1) in [0, 1];
-        - `relevance` (height, width, 3), the same as colours of a fixed scale: nerfstudio's viewer would stretch numbers
-          anew in every frame;
+        - `relevance` (height, width, 3), the same as colors of a fixed scale: nerfstudio's viewer normalizes single-channel
+          outputs in every frame;
         - `edit_mask` (height, width, 3), white where relevance is at least `mask_threshold`, else black;
-        - `relevance_overlay` (height, width, 3), the render: tinted within the mask, dimmed outside, a white line between.
+        - `relevance_overlay` (height, width, 3), the render tinted within the mask, dimmed outside, with a white border.
         """
         outputs = super().get_outputs_for_camera_ray_bundle(camera_ray_bundle)
         relevance, rgb = outputs["relevance"], outputs["rgb"]
-        colours = colormaps.apply_float_colormap(relevance.clamp(0, 1), "inferno").to(rgb)
+        colors = colormaps.apply_float_colormap(relevance.clamp(0, 1), "inferno").to(rgb)
         mask = relevance >= self.mask_threshold
         outside = (~mask).float().permute(2, 0, 1)
         border = mask & (F.max_pool2d(outside, kernel_size=3, stride=1, padding=1).permute(1, 2, 0) > 0)
         return {
             **outputs,
-            "relevance": colours,
+            "relevance": colors,
             "relevance_value": relevance,
             "relevance_overlay": torch.where(border, torch.ones_like(rgb), outputs["relevance_overlay"]),
             "edit_mask": mask.float().expand(-1, -1, 3),
@@ -269,7 +314,7 @@ class WysModel(NerfactoModel):
 
     @contextmanager
     def eval_as_view(self, view: int) -> Iterator[None]:
-        """Eval mode with the appearance of one training view; everything is put back afterwards."""
+        """Context manager: eval mode with the appearance of one training view."""
         was_training = self.training
         self.eval()
         self.field.appearance_index = view
@@ -281,7 +326,7 @@ class WysModel(NerfactoModel):
 
     @torch.no_grad()
     def render_view(self, cameras: Cameras, view: int) -> dict[str, Tensor]:
-        """Renders a training view as the training sees it: its learned pose correction, its own appearance, no jitter.
+        """Render a training view with its learned pose correction and its own appearance, without jitter.
 
         Args:
             cameras: The training cameras.
@@ -297,12 +342,12 @@ class WysModel(NerfactoModel):
     def render_pixels(
         self, cameras: Cameras, view: int, where: Bool[Tensor, "h w"]
     ) -> tuple[Float[Tensor, "n 3"], Float[Tensor, " n"], Float[Tensor, " n"]]:
-        """Renders some pixels of a training view, as `render_view` does.
+        """Render pixels of a training view, as `render_view` does.
 
         Args:
             cameras: The training cameras.
             view: Index of the view among them.
-            where: Which pixels; its shape is the picture's size, whatever the camera's, for the same field of view.
+            where: Pixels to render. Its shape is the size of the render, for the camera's field of view.
 
         Returns:
             Colours, relevance and depth (along the rays, median) of these pixels, row by row.
@@ -318,25 +363,55 @@ class WysModel(NerfactoModel):
         return outputs["rgb"][:, 0], outputs["relevance"][:, 0, 0], outputs["depth"][:, 0, 0]
 
     def pose_corrected_camera(self, cameras: Cameras, view: int) -> Cameras:
-        """One of the training cameras, with its learned pose correction."""
+        """Return one of the training cameras with its learned pose correction."""
         camera = cameras[view : view + 1].to(self.device)
         camera.metadata = {"cam_idx": view}
         camera.camera_to_worlds = self.camera_optimizer.apply_to_camera(camera)
         return camera
 
+    def needs_visual_hull(self) -> bool:
+        """Return whether free-space relevance of the current instruction is still unknown."""
+        return not self.field.relevance_hull.known
+
+    @torch.no_grad()
+    def build_visual_hull(
+        self,
+        cameras: Cameras,
+        maps: Float[Tensor, "b h w"],
+        unclamped_maps: Float[Tensor, "b h w"],
+        depths: Float[Tensor, "b lh lw"],
+    ) -> None:
+        """Compute free-space relevance from the maps of all views (see `relevance.visual_hull`).
+
+        Args:
+            cameras: The training cameras.
+            maps: Relevance maps in [0, 1].
+            unclamped_maps: The same maps before outliers were clamped.
+            depths: Depth along the rays of a grid over each view.
+        """
+        corrected = cameras.to(self.device)
+        poses = [self.pose_corrected_camera(cameras, view).camera_to_worlds for view in range(len(cameras))]
+        corrected.camera_to_worlds = torch.cat(poses)
+        self.field.relevance_hull.build(self.field.to_world, corrected, maps, unclamped_maps, depths)
+
+    def reset_relevance(self) -> None:
+        """Collective: reset relevance head and free-space relevance, for another instruction."""
+        self.field.reset_relevance()
+        broadcast_parameters(self.field)
+
     # ---------------------------------------------------------------------------------------------------- losses
 
     def get_metrics_dict(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Any]:
-        """Metrics of a batch of rays; none while only the relevance head is trained."""
+        """Return metrics of a batch of rays; none in the localize phase."""
         return super().get_metrics_dict(outputs, batch) if "rgb" in outputs else {}
 
     def get_loss_dict(
         self, outputs: dict[str, Any], batch: dict[str, Any], metrics_dict: Optional[dict[str, Any]] = None
     ) -> dict[str, Tensor]:
-        """Weighted losses of the current phase.
+        """Return the weighted losses of the current phase.
 
-        Reconstruction is nerfacto's. Localisation is the relevance loss alone. Editing is L1 and LPIPS on the edited
-        views (as Instruct-NeRF2NeRF), nerfacto's regularisers and the relevance loss.
+        Reconstruct: nerfacto's losses. Localize: the relevance loss. Edit: L1 and LPIPS on the edited views (as
+        Instruct-NeRF2NeRF), nerfacto's regularizers and the relevance loss.
         """
         if not self.training or self.phase is Phase.RECONSTRUCT:
             return super().get_loss_dict(outputs, batch, metrics_dict)
@@ -363,7 +438,7 @@ class WysModel(NerfactoModel):
         return losses
 
     def perceptual_distance(self) -> Lpips:
-        """LPIPS, loaded on first use. No property: the viewer evaluates every property of every module."""
+        """Return LPIPS, loading it on first use. Not a property: nerfstudio's viewer reads every property."""
         if not self._lpips:
             self._lpips.append(Lpips(self.config.lpips_weights).to(self.device))
         return self._lpips[0]
@@ -371,7 +446,7 @@ class WysModel(NerfactoModel):
     def get_image_metrics_and_images(
         self, outputs: dict[str, Tensor], batch: dict[str, Any]
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """PSNR, SSIM and, where its weights are at hand, LPIPS against an image; pictures for the writers."""
+        """Return PSNR, SSIM and, if its weights are available, LPIPS against an image; images for the writers."""
         truth = self.renderer_rgb.blend_background(batch["image"].to(self.device))
         rgb = outputs["rgb"]
         first, second = (x.permute(2, 0, 1)[None] for x in (truth, rgb))
@@ -388,10 +463,10 @@ class WysModel(NerfactoModel):
 
 
 def _resize(camera: Cameras, height: int, width: int) -> None:
-    """Gives a camera another number of pixels for the same field of view, in place."""
-    for side, focal, centre, pixels in (("width", "fx", "cx", width), ("height", "fy", "cy", height)):
+    """Change the number of pixels of a camera in place; the field of view stays."""
+    for side, focal, center, pixels in (("width", "fx", "cx", width), ("height", "fy", "cy", height)):
         given = getattr(camera, side)
-        for name in (focal, centre):
+        for name in (focal, center):
             setattr(camera, name, getattr(camera, name) * pixels / given)
         setattr(camera, side, torch.full_like(given, pixels))
 

@@ -1,63 +1,232 @@
-"""The pipeline: knows all parts, says what happens at each step. No diffusion inside.
+"""The pipeline: connects data manager, model, editor and edit session to nerfstudio's trainer.
 
-A run goes through three phases (see `schedule`). Everything happens in one callback before each training step, outside
-autocast and without an autograd graph in memory.
+A run has three phases (see `training.schedule`). Edits happen in one callback before each training step, outside autocast and
+without an autograd graph in memory.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional, get_args
+from typing import Annotated, Any, Literal, Optional
 
 import torch
+import tyro
+from jaxtyping import Float
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
-from nerfstudio.engine.optimizers import Optimizers
-from nerfstudio.pipelines.base_pipeline import VanillaPipeline
-from nerfstudio.utils.rich_utils import CONSOLE
+from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from wys_nerfstudio.datamanager import WysDataManager
-from wys_nerfstudio.editing import Editor, load_editor
+from wys_nerfstudio import relevance
+from wys_nerfstudio.datamanager import WysDataManager, WysDataManagerConfig
+from wys_nerfstudio.editing import Editor, EditSettings, load_editor
 from wys_nerfstudio.evaluation import evaluate
 from wys_nerfstudio.evaluation.ground_truth import GroundTruth
 from wys_nerfstudio.evaluation.lpips import MIN_LPIPS_PATCH, lpips_is_cached
 from wys_nerfstudio.evaluation.niqe import NiqeParams, check_niqe
-from wys_nerfstudio.model import WysModel
-from wys_nerfstudio.training.checkpoint import CAPTURED_SCENE, model_state, read_checkpoint, run_folder
-from wys_nerfstudio.training.devices import same_device
-from wys_nerfstudio.training.distributed import broadcast_parameters, gather, main_process_only, wrap_ddp
-from wys_nerfstudio.training.edit_loop import EditLoop
-from wys_nerfstudio.training.history import History
-from wys_nerfstudio.training.lr_warmup import apply_lr_warmup
-from wys_nerfstudio.training.options import Localization, WysOptions
-from wys_nerfstudio.training.run_setup import copy_resumed_files, start_run
-from wys_nerfstudio.training.run_state import STATE_KEY, RunState, random_state
-from wys_nerfstudio.training.schedule import Phase, PhaseSchedule
-from wys_nerfstudio.utils.atomic_io import write_tensors
+from wys_nerfstudio.model import WysModel, WysModelConfig
+from wys_nerfstudio.relevance.cache import RelevanceRequest
+from wys_nerfstudio.relevance.localizer import Localization, available_localizations
+from wys_nerfstudio.training.devices import same_device, validate_editor_device
+from wys_nerfstudio.training.distributed import wrap_ddp
+from wys_nerfstudio.training.run_state import RunState
+from wys_nerfstudio.training.schedule import PhaseSchedule
+from wys_nerfstudio.training.session import EditSession, Run
+from wys_nerfstudio.training.settings import RunSettings, Settings
+from wys_nerfstudio.training.validation import flag, minimum, validate_ranges, validate_share
 from wys_nerfstudio.utils.data_checks import read_masks
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.viewer.panel import ViewerPanel
 
+MINIMA = {
+    **minimum(1, "edit_every", "edit_count", "edit_steps", "relevance_batch_size"),
+    **minimum(0, "reconstruct_steps", "localize_steps"),
+}
+"""Smallest allowed values of options."""
+
 
 @dataclass
-class WysPipelineConfig(WysOptions):
-    """Options of the edit."""
+class WysPipelineConfig(VanillaPipelineConfig):
+    """Options of scene, data and edit."""
 
     _target: type = field(default_factory=lambda: WysPipeline)
+    datamanager: WysDataManagerConfig = field(default_factory=WysDataManagerConfig)
+    """Options of the training views."""
+    model: WysModelConfig = field(default_factory=WysModelConfig)
+    """Options of the scene's model."""
+
+    instruction: Annotated[str, tyro.conf.arg(aliases=["--instruction"])] = ""
+    """What to change, in words: "Turn the bear into a panda"."""
+    base_run: Annotated[Optional[Path], tyro.conf.arg(aliases=["--base-run"])] = None
+    """Folder or config.yml of a nerfacto or wys run whose scene is edited; without it the scene is reconstructed first."""
+
+    editor: Annotated[str, tyro.conf.arg(aliases=["--editor"])] = "timbrooks/instruct-pix2pix"
+    """InstructPix2Pix-type checkpoint: a hub id, a local folder in diffusers format, or "embedded" for the small editor of
+    toy images that comes with the package."""
+    editor_device: Optional[str] = None
+    """Device of the editor, such as cuda:1; there it works while training continues. Default: the training device."""
+    editor_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the editor; auto is bfloat16 (or float16) on a GPU and float32 on the CPU."""
+    editor_allow_pickle: bool = False
+    """Load .bin files of an editor without safetensors files, with torch's weights-only loader."""
+    relevance_batch_size: int = 8
+    """Views per pass of the editor for relevance maps."""
+    edit_resolution: Optional[int] = None
+    """Longer side in pixels at which views are edited. Default: the editor's own (512 for InstructPix2Pix)."""
+
+    localization: Annotated[Localization, tyro.conf.arg(aliases=["--localization"])] = "relevance-field"
+    """What confines the edits: renders of the relevance field, the views' own relevance maps, a folder of masks, or
+    nothing (which is Instruct-NeRF2NeRF)."""
+    mask_threshold: Annotated[float, tyro.conf.arg(aliases=["--mask-threshold"])] = 0.5
+    """Pixels of at least this relevance are edited (tau); 0 edits everything, higher is more local."""
+    masks_dir: Optional[Path] = None
+    """Folder with one mask per view, named as the view, for --localization masks; white pixels are edited."""
+    relevance_noise_level: float = 0.8
+    """Noise level of relevance maps (t_rel), as a share of the diffusion."""
+    relevance_num_samples: int = 1
+    """Noise samples averaged in a relevance map; more reduce its noise and take proportionally longer."""
+    relevance_normalization: Literal["view", "scene"] = "view"
+    """Normalize relevance to [0, 1] in each view, or over all views of the scene."""
+    relevance_outlier_factor: float = relevance.OUTLIER_FACTOR
+    """Relevance is clamped at Q3 + this many interquartile ranges; a larger factor suits editors with clean maps."""
+
+    guidance_scale: Annotated[float, tyro.conf.arg(aliases=["--guidance-scale"])] = 7.5
+    """How strongly edits follow the instruction (S_T)."""
+    image_guidance_scale: Annotated[float, tyro.conf.arg(aliases=["--image-guidance-scale"])] = 1.5
+    """How strongly edits keep to the captured view (S_I)."""
+    diffusion_steps: int = 20
+    """Diffusion steps of an edit from pure noise; an edit from less noise takes proportionally fewer."""
+    min_strength: float = 0.02
+    """Minimum noise that an edit starts from, as a share of the diffusion."""
+    max_strength: float = 0.98
+    """Maximum noise that an edit starts from, as a share of the diffusion."""
+
+    reconstruct_steps: int = 30000
+    """Steps of plain reconstruction; 0 with a base run."""
+    localize_steps: int = 500
+    """Steps in which only the relevance head is trained."""
+    edit_steps: int = 4000
+    """Steps of training on edited views."""
+    edit_every: int = 10
+    """Steps from one edit to the next."""
+    edit_count: int = 1
+    """Views that are edited together."""
+    clip_model: Optional[str] = "openai/clip-vit-base-patch32"
+    """CLIP for ns-eval's metrics of the edit: a hub id, a local folder, or "embedded" for the toy world's own; None omits
+    them."""
+    niqe_params: Optional[Path] = None
+    """modelparameters.mat of NIQE's authors, for ns-eval's NIQE of the edited views; it is omitted without."""
+    caption_before: str = ""
+    """What the captured scene shows, such as "a stone bear in a garden"; for ns-eval."""
+    caption_after: str = ""
+    """What the edited scene shows, such as "a panda in a garden"; for ns-eval."""
+    seed: int = 0
+    """Seed of the edits: order of views, noise and noise strengths."""
+
+    def schedule(self, resumed: Optional[RunState] = None) -> PhaseSchedule:
+        """Return the phases of a run with these options.
+
+        Args:
+            resumed: State of the run that is resumed; it may have applied other instructions.
+        """
+        if resumed is not None:
+            phases = resumed.schedule
+            return PhaseSchedule(phases.reconstruct_steps, phases.localize_steps, self.edit_steps)
+        localize_steps = 0 if self.localization == "none" else self.localize_steps
+        return PhaseSchedule(
+            0 if self.base_run is not None else self.reconstruct_steps, localize_steps, self.edit_steps
+        )
+
+    def edit_settings(self, settings: RunSettings) -> EditSettings:
+        """Return guidance, steps and resolution of an edit."""
+        return EditSettings(
+            guidance_scale=settings.guidance_scale,
+            image_guidance_scale=settings.image_guidance_scale,
+            diffusion_steps=self.diffusion_steps,
+            resolution=self.edit_resolution,
+            mask_threshold=settings.mask_threshold,
+            relevance_noise_level=self.relevance_noise_level,
+            relevance_num_samples=self.relevance_num_samples,
+            relevance_outlier_factor=self.relevance_outlier_factor,
+        )
+
+    def relevance_request(self, instruction: str, reference: str) -> RelevanceRequest:
+        """Return what the relevance maps of an instruction depend on.
+
+        Args:
+            instruction: What to change.
+            reference: Result of `WysDataManager.reference_hash`.
+        """
+        return RelevanceRequest(
+            editor=self.editor,
+            instruction=instruction,
+            noise_level=self.relevance_noise_level,
+            num_samples=self.relevance_num_samples,
+            seed=self.seed,
+            resolution=self.edit_resolution,
+            reference=reference,
+        )
+
+    def preview_map(self, editor: Editor, views: WysDataManager, view: int, instruction: str) -> Float[Tensor, "h w"]:
+        """Return the relevance map of one view for any instruction.
+
+        Args:
+            editor: The editor.
+            views: The training views.
+            view: Index of the view.
+            instruction: What to change.
+        """
+        request = self.relevance_request(instruction, views.reference_hash())
+        return views.compute_relevance_map(editor, view, request, self.relevance_outlier_factor)
+
+    def check(self, settings: RunSettings) -> None:
+        """Refuse options that cannot work, before anything is built.
+
+        Args:
+            settings: Settings that the run starts with, which may be those of a resumed run.
+
+        Raises:
+            WysError: For the first such option.
+        """
+        if not settings.instruction.strip():
+            raise WysError(
+                'There is no instruction: say what to change, as in --instruction "Turn the bear into a panda".'
+            )
+        self.edit_settings(settings).check(lambda name: flag("edit_resolution" if name == "resolution" else name))
+        for name in ("min_strength", "max_strength"):
+            validate_share(flag(name), getattr(self, name), exclusive=True)
+        if self.min_strength > self.max_strength:
+            raise WysError(
+                f"{flag('min_strength')} {self.min_strength} is above {flag('max_strength')} {self.max_strength}: swap "
+                "them."
+            )
+        validate_ranges("pipeline.", self, MINIMA)
+        self.datamanager.check()
+        self.model.check()
+        validate_editor_device(self.editor_device)
+        if self.localization == "relevance-field" and self.localize_steps == 0:
+            raise WysError("--localization relevance-field needs --pipeline.localize-steps above 0 to train the field.")
+        if (self.localization == "masks") != (self.masks_dir is not None):
+            raise WysError("--localization masks and --pipeline.masks-dir FOLDER go together: give both or none.")
+        if self.model.lpips_loss_mult > 0 and self.datamanager.edit_patch_size < MIN_LPIPS_PATCH:
+            raise WysError(
+                f"--pipeline.datamanager.edit-patch-size must be at least {MIN_LPIPS_PATCH} for the perceptual loss, not "
+                f"{self.datamanager.edit_patch_size}; --pipeline.model.lpips-loss-mult 0 trains without it."
+            )
+        if bool(self.caption_before) != bool(self.caption_after):
+            raise WysError("--pipeline.caption-before and --pipeline.caption-after go together: give both or none.")
 
 
 class WysPipeline(VanillaPipeline):
-    """Reconstructs, localises and edits one scene.
+    """Reconstructs, localizes and edits one scene.
 
     Args:
         config: Options.
         device: Training device.
-        test_mode: "val" is training; in all other modes nothing of the editor is ever touched.
+        test_mode: "val" trains; in all other modes the editor is never loaded.
         world_size: Number of processes.
-        local_rank: This process's number.
-        grad_scaler: The trainer's.
+        local_rank: Number of this process.
+        grad_scaler: The trainer's gradient scaler.
     """
 
     config: WysPipelineConfig
@@ -72,96 +241,92 @@ class WysPipeline(VanillaPipeline):
         local_rank: int = 0,
         grad_scaler: Optional[GradScaler] = None,
     ) -> None:
-        config.datamanager.white_background = config.model.background_color == "white"
         super().__init__(config, device, test_mode, 1, local_rank, grad_scaler)  # type: ignore
+        if config.model.background_color == "white":
+            self.datamanager.set_background(1.0)
         self.world_size = world_size
         if world_size > 1:
             # nerfstudio's own wrapping works on CUDA devices only.
             self._model: Any = wrap_ddp(self.model)
-        self.plan = config.plan()
-        overlap = not same_device(self.editor_device, self.model.device)
-        self.edit_loop = EditLoop(config, self.scene_model, self.datamanager, self.editor, overlap)
-        """Edits the views; knows how many edits there were."""
-        self.history = History(Path())
-        """What was applied to the scene; of the run's folder once the run has begun."""
-        self.resumed: Optional[RunState] = None
-        """State of the run that is resumed; the trainer sets it."""
-        self.report: Callable[[str], None] = lambda text: None
-        """Told what long work has come to."""
-        self._lr_warmup_start = 0
-        self._editor: Optional[Editor] = None
-        self._phase: Optional[Phase] = None
-        self._masks: Optional[Tensor] = None
-        self._optimizers: Optional[Optimizers] = None
-        self._folder = Path()
-        self._set_threshold(config.mask_threshold)
-        self.scene_model.localized = config.localization != "none"
-        self.controls = ViewerPanel(
-            config.instruction,
-            config.live_settings(),
-            [name for name in get_args(Localization) if name != "masks" or config.masks_dir is not None],
-            live=test_mode == "val",
-            set_threshold=self._set_threshold,
+        self.settings = Settings(
+            RunSettings.from_options(config), available_localizations(config.masks_dir is not None)
         )
-
-    def _set_threshold(self, value: float) -> None:
-        self.scene_model.mask_threshold = value
+        """Options that can change during the run; the config keeps what was typed."""
+        self.session = EditSession(
+            config,
+            self.settings,
+            self.scene_model,
+            self.datamanager,
+            self.editor,
+            self.weights,
+            self._make_relevance_maps,
+            config.schedule(),
+            overlap=not same_device(self.editor_device, self.model.device),
+        )
+        """The edits of the run."""
+        self.report: Callable[[str], None] = lambda text: None
+        """Receives the progress of long work."""
+        self.resumed: Optional[tuple[RunState, Path]] = None
+        """State and checkpoint of the run that is resumed."""
+        self._editor: Optional[Editor] = None
+        self._masks: Optional[Tensor] = None
+        self.panel = ViewerPanel(self.settings, live=test_mode == "val")
 
     @property
     def scene_model(self) -> WysModel:
-        """The model, typed, without the wrapper of distributed training."""
+        """The model without the wrapper of distributed training."""
         return self.model  # type: ignore
 
-    # ---------------------------------------------------------------------------------------------- start of a run
+    # ------------------------------------------------------------------------------------------------------- start
+
+    def resume(self, state: RunState, checkpoint: Path) -> None:
+        """Continue a run from its checkpoint, whose weights are loaded.
+
+        Args:
+            state: State in the checkpoint.
+            checkpoint: File of the checkpoint.
+        """
+        typed = RunSettings.from_options(self.config)
+        self.settings.load(state.resumed_settings(typed))
+        self.session.cli_settings = state.resumed_cli_settings(typed)
+        self.session.schedule = self.config.schedule(state)
+        self.scene_model.load_training_state(state.scene)
+        self.resumed = (state, checkpoint)
 
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
     ) -> list[TrainingCallback]:
-        """The run's preparations, whatever can fail among them first, and the callbacks of its steps."""
-        trainer = training_callback_attributes.trainer
-        assert trainer is not None
-        self._folder = trainer.base_dir / "wys"
-        self._optimizers = training_callback_attributes.optimizers
-        self._train_lock = trainer.train_lock
-        self._check_what_editing_needs()
-        self.scene_model.proposals_pretrained = self.config.base_run is not None
+        """Start the run, first of all what can fail, and return the callbacks of its steps."""
+        trainer, optimizers = training_callback_attributes.trainer, training_callback_attributes.optimizers
+        assert trainer is not None and optimizers is not None
+        self._check_requirements()
+        run = Run(trainer.base_dir / "wys", optimizers, use_patches=self.config.model.lpips_loss_mult > 0)
         if self.resumed is not None:
-            self._resume(self.resumed)
+            self.session.resume(run, *self.resumed)
         else:
-            self.history = start_run(self.config, self._folder, self.scene_model, self.datamanager)
+            self.scene_model.proposals_pretrained = self.config.base_run is not None
+            outputs = self.datamanager.train_dataparser_outputs
+            transform = {"transform": outputs.dataparser_transform.tolist(), "scale": outputs.dataparser_scale}
+            self.session.start(run, transform)
         callbacks = super().get_training_callbacks(training_callback_attributes)
-        return [TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], self._before_step), *callbacks]
+        before_step = TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], self.session.before_step)
+        return [before_step, *callbacks]
 
-    def _check_what_editing_needs(self) -> None:
-        """Loads editor and LPIPS once, so that nothing turns out to be missing half an hour later."""
-        config = self.config
-        self.editor().encode_text(config.instruction)
+    def _check_requirements(self) -> None:
+        """Load editor and LPIPS once, so that nothing turns out to be missing half an hour later."""
+        config, data = self.config, self.datamanager
+        self.editor().encode_text(self.settings.current.instruction)
         if config.model.lpips_loss_mult > 0:
             self.scene_model.perceptual_distance()
-            sampler = self.datamanager.train_pixel_sampler
-            self.datamanager.use_edit_rays(in_patches=True)
-            self.datamanager.train_pixel_sampler = sampler
+            data.check_patches()
         if config.niqe_params is not None:
-            check_niqe(config.niqe_params, *self.datamanager.view_size)
+            check_niqe(config.niqe_params, *data.view_size)
         if config.masks_dir is not None:
-            pictures = self.datamanager.train_dataset.image_filenames
-            self._masks = read_masks(config.masks_dir, pictures, *self.datamanager.view_size)
-        if self.plan.reconstruct_steps > 0 and torch.device(self.editor_device).type == "cuda":
+            self._masks = read_masks(config.masks_dir, data.train_dataset.image_filenames, *data.view_size)
+        if self.session.schedule.reconstruct_steps > 0 and torch.device(self.editor_device).type == "cuda":
             # Reconstruction should have the GPU's memory to itself; loading again takes seconds.
             self._editor = None
             torch.cuda.empty_cache()
-
-    def _resume(self, state: RunState) -> None:
-        """Goes on with a run, in its own folder or in another."""
-        assert self.config.resume_from is not None
-        copy_resumed_files(state, run_folder(self.config.resume_from) / "wys", self._folder)
-        self.history = History(self._folder, state.history)
-        self.datamanager.set_state(state.views)
-        self.edit_loop.set_state(state.edits, state.pending)
-        self._lr_warmup_start = state.lr_warmup_start
-        self.scene_model.proposals_pretrained = state.proposals_pretrained
-        self.scene_model.set_sampler_state(state.sampler)
-        CONSOLE.print(f"Resuming at step {state.step + 1} with {len(self.datamanager.edited_views)} edited views.")
 
     @property
     def editor_device(self) -> str:
@@ -169,7 +334,7 @@ class WysPipeline(VanillaPipeline):
         return self.config.editor_device or str(self.model.device)
 
     def editor(self) -> Editor:
-        """The editor, loaded on first use. No property: the viewer evaluates every property of every module."""
+        """Return the editor, loading it on first use. Not a property: nerfstudio's viewer reads every property."""
         if self._editor is None:
             config = self.config
             self._editor = load_editor(
@@ -177,247 +342,76 @@ class WysPipeline(VanillaPipeline):
             )
         return self._editor
 
-    # -------------------------------------------------------------------------------------------------- each step
+    def _make_relevance_maps(self, folder: Path) -> None:
+        """Compute or find the relevance maps of all views; given masks replace them.
 
-    def _before_step(self, step: int) -> None:
-        phase = self.plan.phase(step)
-        if phase is not self._phase:
-            self.enter_phase(phase)
-        if phase is not Phase.EDIT:
-            return
-        assert self._optimizers is not None
-        apply_lr_warmup(self._optimizers, step - self._lr_warmup_start)
-        if self.plan.edits_due(step, self.config.edit_every) and not self.edit_loop.paused:
-            self.edit_loop.edit(step, self._folder)
-
-    @property
-    def phase(self) -> Optional[Phase]:
-        """The phase that the run is in; None before its first step, and right after an instruction was applied."""
-        return self._phase
-
-    def enter_phase(self, phase: Phase) -> None:
-        """Makes everything ready for a phase; relevance maps are made or found here. The caller holds the train lock."""
-        CONSOLE.print(f"Phase: {phase.value}.")
-        if phase is not Phase.RECONSTRUCT:
-            self._prepare_relevance()
-        if phase is Phase.EDIT:
-            self.edit_loop.carve_hull()
-            self.datamanager.use_edit_rays(in_patches=self.config.model.lpips_loss_mult > 0)
-            self._keep_captured_scene()
-            self._lr_warmup_start = max(self._lr_warmup_start, self.plan.edit_start)
-        else:
-            self.datamanager.use_reconstruction_rays()
-        self._phase = phase
-        self.scene_model.phase = phase
-
-    @property
-    def has_captured_scene(self) -> bool:
-        """Whether there is a captured scene to return to."""
-        return (self._folder / CAPTURED_SCENE).is_file()
-
-    @main_process_only
-    def _keep_captured_scene(self) -> None:
-        """Keeps the scene as it is before the first edit, as a checkpoint that --base-run takes."""
-        if not self.has_captured_scene:
-            write_tensors(self._folder / CAPTURED_SCENE, {"step": self.plan.edit_start - 1, "pipeline": self.weights()})
-
-    def _prepare_relevance(self) -> None:
-        config = self.config
-        if self.datamanager.relevance_state is not None or not self.scene_model.localized:
-            return
+        Args:
+            folder: The run's `wys` folder.
+        """
+        config, data = self.config, self.datamanager
         if self._masks is not None:
-            self.datamanager.set_relevance(self._masks.float())
+            data.set_relevance(self._masks.float())
             return
-        self.datamanager.make_relevance_maps(
+        data.make_relevance_maps(
             self.editor(),
-            config.relevance_request(config.instruction, self.datamanager.reference_hash()),
+            config.relevance_request(self.settings.current.instruction, data.reference_hash()),
             config.relevance_normalization,
             config.relevance_outlier_factor,
-            self._folder / "relevance",
+            folder / "relevance",
             config.relevance_batch_size,
-            self._maps_made,
+            lambda done, total: self.report(f"relevance map {done} of {total}"),
         )
 
-    def _maps_made(self, done: int, total: int) -> None:
-        self.report(f"relevance map {done} of {total}")
-        # Maps do not touch the scene, and all of them take long: the viewer may draw in between.
-        self._train_lock.release()
-        time.sleep(0.02)
-        self._train_lock.acquire()
+    # --------------------------------------------------------------------------------------------------- checkpoints
 
-    # ------------------------------------------------------------------------------------- other instructions, and back
-
-    def update_setting(self, name: str, value: Any) -> None:
-        """Changes a live setting.
-
-        Raises:
-            WysError: If the value cannot work; the old one stays.
-        """
-        old = getattr(self.config, name)
-        setattr(self.config, name, value)
-        try:
-            self.config.check()
-        except WysError:
-            setattr(self.config, name, old)
-            raise
-        self.scene_model.mask_threshold = self.config.mask_threshold
-
-    def weights(self) -> dict[str, Tensor]:
-        """The pipeline's state, named the same for any number of ranks."""
+    def weights(self) -> dict[str, Any]:
+        """Return the pipeline's state with the same names for any number of processes."""
         return {name.replace("_model.module.", "_model.", 1): value for name, value in self.state_dict().items()}
 
-    def run_state(self, step: int) -> RunState:
-        """What resuming needs beside weights and optimizers. All ranks must come here.
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what renders and evaluation need beside weights; part of the pipeline's state (`SETTINGS_KEY`)."""
+        return {"settings": self.settings.current.as_dict(), "localized": self.session.localized}
 
-        Args:
-            step: The step that has just been trained.
-        """
-        return RunState(
-            step=step,
-            plan=self.plan,
-            edits=self.edit_loop.edits,
-            pending=[vars(edit) for edit in self.edit_loop.pending()],
-            settings={"instruction": self.config.instruction, **self.config.live_settings()},
-            cli_settings=self.config.cli_settings,
-            views=self.datamanager.state(),
-            history=self.history.data(),
-            sampler=self.scene_model.sampler_state(),
-            lr_warmup_start=self._lr_warmup_start,
-            proposals_pretrained=self.scene_model.proposals_pretrained,
-            random=gather(random_state()),
-        )
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore the result of `get_extra_state`."""
+        self.settings.load(RunSettings(**state["settings"]))
+        self.session.localized = state["localized"]
 
-    def snapshot(self, step: int) -> dict[str, Any]:
-        """The run as of now for `restore`: a checkpoint without optimizers, but with the relevance maps. All ranks must come
-        here.
-
-        Args:
-            step: The step that has just been trained.
-        """
-        state = {"step": step, "pipeline": self.weights(), STATE_KEY: self.run_state(step).data()}
-        return {**state, "relevance": self.datamanager.relevance_state}
-
-    def restore(self, snapshot: dict[str, Any], step: int) -> None:
-        """Returns to a snapshot; what was left of its plan then is what is left now.
-
-        Args:
-            snapshot: As of `snapshot`.
-            step: The step that has just been trained.
-        """
-        state = RunState.of(snapshot, self._folder)
-        self.scene_model.load_state_dict(model_state(snapshot))
-        self.scene_model.set_sampler_state(state.sampler)
-        self.datamanager.set_state(state.views)
-        plan = state.plan
-        self.plan = PhaseSchedule(plan.reconstruct_steps + step - state.step, plan.localize_steps, plan.edit_steps)
-        self.edit_loop.set_state(state.edits, state.pending)
-        for name, value in state.settings.items():
-            setattr(self.config, name, value)
-        self.scene_model.mask_threshold = self.config.mask_threshold
-        self.scene_model.localized = self.config.localization != "none"
-        self.datamanager.forget_relevance()
-        if snapshot.get("relevance") is not None:
-            self.datamanager.set_relevance(*snapshot["relevance"])
-        else:
-            self._prepare_relevance()
-        self._start_over(step)
-
-    def reset(self, step: int) -> None:
-        """Returns to the captured scene and the captured views; nothing is left to do.
-
-        Args:
-            step: The step that has just been trained.
-        """
-        self.scene_model.load_state_dict(model_state(read_checkpoint(self._folder / CAPTURED_SCENE)))
-        self.datamanager.start_from_captured()
-        self.edit_loop.set_state(self.edit_loop.edits, made=[])
-        self._start_over(step)
-
-    def apply(self, instruction: str, on_top: bool, step: int) -> None:
-        """Begins anew with another instruction: relevance maps, relevance head, edits.
-
-        Args:
-            instruction: What to change.
-            on_top: Start from the scene and the views as they are now, not as they were captured.
-            step: The step that has just been trained.
-        """
-        if on_top:
-            self.edit_loop.commit(step + 1, self._folder)
-            self.datamanager.start_from_current()
-        else:
-            self.reset(step)
-        config = self.config
-        config.instruction = instruction
-        self.datamanager.forget_relevance()
-        self.scene_model.field.reset_relevance()
-        broadcast_parameters(self.scene_model.field)
-        self.scene_model.localized = config.localization != "none"
-        localize = config.localize_steps if self.scene_model.localized else 0
-        self.plan = PhaseSchedule(step + 1, localize, config.edit_steps)
-        self._start_over(step)
-
-    def _start_over(self, step: int) -> None:
-        assert self._optimizers is not None
-        for optimizer in self._optimizers.optimizers.values():
-            optimizer.state.clear()
-        self._lr_warmup_start = step + 1
-        self._phase = None
-
-    # ------------------------------------------------------------------------------------------------- evaluation
+    # ---------------------------------------------------------------------------------------------------- evaluation
 
     @torch.no_grad()
     def get_average_eval_image_metrics(
         self, step: Optional[int] = None, output_path: Optional[Path] = None, get_std: bool = False
     ) -> dict[str, Any]:
-        """nerfstudio's figures of the held-out views; for ns-eval also `edit`, what became of the training views.
+        """Return nerfstudio's metrics of the held-out views; for ns-eval also `edit`, the metrics of the training views.
 
-        `edit` holds `mean` and `views`, the measures of `evaluation` as means and per view (those of neighbours under the
-        first view's name).
+        `edit` holds `mean` and `views`: the metrics of `evaluation.evaluate` as means and per view (those of neighboring
+        views under the first one's name).
         """
         results: dict[str, Any] = super().get_average_eval_image_metrics(step, output_path, get_std)
         if self.test_mode != "val":
             self.eval()
-            edit_metrics = self.evaluate_edit()
-            views = evaluate.per_view(edit_metrics, self.datamanager.view_names)
-            results["edit"] = {"mean": evaluate.means(edit_metrics), "views": views}
+            metrics = self.evaluate_edit()
+            views = evaluate.per_view(metrics, self.datamanager.view_names)
+            results["edit"] = {"mean": evaluate.means(metrics), "views": views}
         return results
 
     @torch.no_grad()
     def evaluate_edit(self) -> evaluate.Metrics:
-        """Render the training views and compute the metrics of the edit. Requires eval mode."""
+        """Render the training views and return the metrics of the edit. Requires eval mode."""
         config, data, model = self.config, self.datamanager, self.scene_model
         all_views = range(data.num_views)
-        cameras = data.train_dataset.cameras
-        captured = data.captured_views(all_views).cpu()
-        edited = torch.stack([model.render_view(cameras, view)["rgb"].clamp(0, 1).cpu() for view in all_views])
+        edited = torch.stack([model.render_view(data.cameras, view)["rgb"].clamp(0, 1).cpu() for view in all_views])
         perceptual = None
         if lpips_is_cached(config.model.lpips_weights) and min(data.view_size) >= MIN_LPIPS_PATCH:
             perceptual = model.perceptual_distance().cpu()
         return evaluate.evaluate_edit(
-            captured,
+            data.captured_views(all_views).cpu(),
             edited,
             [path.name for path in data.train_dataset.image_filenames],
             perceptual,
             NiqeParams.read(config.niqe_params) if config.niqe_params is not None else None,
-            GroundTruth.find(data.get_datapath(), config.instruction),
+            GroundTruth.find(data.get_datapath(), self.settings.current.instruction),
             (config.caption_before, config.caption_after) if config.caption_after else None,
             config.clip_model,
         )
-
-    # ------------------------------------------------------------------------------------------- the run's folder
-
-    def write_pictures(self) -> None:
-        """Writes edited views and history as they are now, for people: what is read again is in the checkpoint."""
-        self.datamanager.write_edited_views(self._folder / "edits")
-        self.history.write()
-
-    def finish(self, step: int) -> None:
-        """Puts the last edits in place and writes the contact sheet. All ranks must come here.
-
-        Args:
-            step: The step that has just been trained.
-        """
-        self.edit_loop.commit(step + 1, self._folder)
-        # The viewer draws from other threads, and a training view is rendered in that view's own appearance.
-        with self._train_lock:
-            self.edit_loop.write_contact_sheet(self._folder)

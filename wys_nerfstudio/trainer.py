@@ -1,5 +1,5 @@
-"""nerfstudio's trainer, taught three things: recipes and checks before anything starts, resuming by total steps, and
-errors that are sentences instead of tracebacks."""
+"""nerfstudio's trainer, with recipes and validation before anything starts, resuming by total steps, and error messages
+instead of tracebacks."""
 
 import sys
 import time
@@ -27,7 +27,7 @@ from wys_nerfstudio.training.checkpoint import (
     read_checkpoint,
     save_checkpoint_file,
 )
-from wys_nerfstudio.training.devices import check_devices, choose_device
+from wys_nerfstudio.training.devices import choose_device, choose_implementation, validate_machine
 from wys_nerfstudio.training.distributed import broadcast_from_main, convert_lost_rank_errors, main_process_only, rank
 from wys_nerfstudio.training.interrupts import (
     INTERRUPTED,
@@ -36,8 +36,9 @@ from wys_nerfstudio.training.interrupts import (
     exit_on_error,
     resume_hint,
 )
-from wys_nerfstudio.training.options import validate_ranges
 from wys_nerfstudio.training.run_state import STATE_KEY, RunState, set_random_state
+from wys_nerfstudio.training.settings import RunSettings
+from wys_nerfstudio.training.validation import validate_ranges
 from wys_nerfstudio.utils.atomic_io import write_text
 from wys_nerfstudio.utils.data_checks import check_capture
 from wys_nerfstudio.utils.errors import WysError
@@ -54,15 +55,14 @@ class WysTrainerConfig(TrainerConfig):
     pipeline: WysPipelineConfig = field(default_factory=WysPipelineConfig)
     """Scene, data and editing."""
     recipe: Optional[Path] = None
-    """YAML file of options, written as they are typed but without the dashes; what is typed wins over it."""
+    """YAML file of options, written as typed but without the dashes; options on the command line override it."""
     max_num_iterations: Optional[int] = None  # type: ignore
-    """Stop after this many steps in all; by default when all three phases are through."""
+    """Stop after this many steps in all. Default: at the end of the three phases."""
 
     def set_timestamp(self) -> None:
-        """Settles everything that must be settled before nerfstudio saves config.yml and starts.
+        """Resolve and validate all options, before nerfstudio saves config.yml and starts.
 
-        nerfstudio's train script calls this first thing after parsing, once per run. Errors end the program here, with
-        their sentence and without a traceback.
+        nerfstudio's train script calls this first after parsing, once per run. Errors end the program here with a sentence.
         """
         ignore_warnings()
         with exit_on_error():
@@ -70,34 +70,34 @@ class WysTrainerConfig(TrainerConfig):
         super().set_timestamp()
         with exit_on_error():
             self._refuse_to_overwrite()
-            self._refuse_nonsense()
+            self._validate_ranges()
 
     def save_config(self) -> None:
-        """Writes config.yml, whole or not at all."""
+        """Write config.yml atomically."""
         path = self.get_base_dir() / "config.yml"
         with exit_on_error():
             try:
                 write_text(path, yaml.dump(self))
             except OSError as error:
                 raise WysError(
-                    f'The run\'s folder "{path.parent}" cannot be written: {error.strerror}. Give another one with '
+                    f'The run\'s folder "{path.parent}" cannot be written: {error.strerror}. Choose another one with '
                     "--output-dir."
                 ) from error
 
     def _refuse_to_overwrite(self) -> None:
-        resumed, folder = self.pipeline.resume_from, self.get_checkpoint_dir()
+        resumed, folder = self.load_checkpoint, self.get_checkpoint_dir()
         if newest_checkpoint(folder) is not None and (resumed is None or resumed.parent.resolve() != folder.resolve()):
             raise WysError(
                 f'There is a run in "{self.get_base_dir()}" already: {resume_hint(self.get_base_dir())[:-1]}, or leave out '
                 "--timestamp to start another one."
             )
 
-    def _refuse_nonsense(self) -> None:
-        """Refuses numbers of nerfstudio's own options with which training cannot begin."""
+    def _validate_ranges(self) -> None:
+        """Refuse numbers among nerfstudio's own options that cannot work."""
         validate_ranges("", self, {"max_num_iterations": 1, "steps_per_save": 0})
         if not 0 <= self.machine.seed < 2**32:
             raise WysError(f"--machine.seed must be from 0 to {2**32 - 1}, not {self.machine.seed}.")
-        check_devices(self.machine, self.pipeline.edit_count, self.pipeline.edit_every)
+        validate_machine(self.machine, self.pipeline.edit_count, self.pipeline.edit_every)
         for name, group in self.optimizers.items():
             flag = f"optimizers.{name.replace('_', '-')}"
             validate_ranges(f"{flag}.optimizer.", group["optimizer"], {"lr": 0, "eps": 0, "max_norm": 0})
@@ -109,17 +109,20 @@ class WysTrainerConfig(TrainerConfig):
             parsed = parse_with_recipe(str(self.method_name), self.recipe)
             for option in fields(self):
                 setattr(self, option.name, getattr(parsed, option.name))
-            # What nerfstudio's script had done to the first parse.
+            # nerfstudio's script has done this to the first parse.
             if self.data is not None:
                 self.pipeline.datamanager.data = self.data
         self._take_prompt()
-        self.pipeline.cli_settings = {"instruction": self.pipeline.instruction, **self.pipeline.live_settings()}
-        choose_device(self.method_name, self.machine, self.pipeline.model)
-        resumed = self._take_load_dir()
-        self.pipeline.check()
+        choose_device(self.method_name, self.machine)
+        self.pipeline.model.implementation = choose_implementation(self.pipeline.model.implementation)  # type: ignore
+        resumed = self._resolve_load_dir()
+        settings = RunSettings.from_options(self.pipeline)
+        if resumed is not None:
+            settings = resumed.resumed_settings(settings)
+        self.pipeline.check(settings)
         self._check_data()
         if self.max_num_iterations is None:
-            self.max_num_iterations = self.pipeline.plan().total_steps
+            self.max_num_iterations = self.pipeline.schedule(resumed).total_steps
         if resumed is not None:
             self._refuse_finished(resumed)
 
@@ -132,58 +135,61 @@ class WysTrainerConfig(TrainerConfig):
             check_capture(data, manager.dataparser.downscale_factor)
 
     def _take_prompt(self) -> None:
-        """nerfstudio's own --prompt means the instruction here, as its users expect."""
+        """Take nerfstudio's own --prompt as the instruction."""
         if self.prompt is None:
             return
         if self.pipeline.instruction and self.pipeline.instruction != self.prompt:
-            raise WysError("--prompt and --instruction mean the same and say different things here: give one of them.")
+            raise WysError(
+                "--prompt and --instruction are the same option and have different values: give one of them."
+            )
         self.pipeline.instruction = self.prompt
 
-    def _take_load_dir(self) -> Optional[RunState]:
-        """A checkpoint of this method is resumed; one of nerfacto is a base, as Instruct-NeRF2NeRF's users type it.
+    def _resolve_load_dir(self) -> Optional[RunState]:
+        """Resolve --load-dir: a checkpoint of this method is resumed, one of nerfacto is a base run, as for
+        Instruct-NeRF2NeRF. The checkpoint to resume is `load_checkpoint` from here on.
 
         Returns:
-            The state of the run that is resumed, if one is.
+            State of the run that is resumed; None without.
         """
         given = self.load_checkpoint or self.load_dir
         if given is None:
             return None
         path = find_checkpoint(given, "--load-dir", self.load_step)
-        # What is written into config.yml must not send ns-eval to that step, too.
-        self.load_dir, self.load_checkpoint, self.load_step = path.parent, None, None
+        # Not load_step: config.yml would make ns-eval evaluate that step, too.
+        self.load_dir, self.load_step, self.load_checkpoint = None, None, path
         checkpoint = read_checkpoint(path)
         if is_wys(checkpoint):
-            state = RunState.of(checkpoint, path)
-            self.pipeline.adopt_resumed_run(path, state)
-            return state
+            # The resumed run has a scene already.
+            self.pipeline.base_run = None
+            return RunState.from_checkpoint(checkpoint, path)
         if self.pipeline.base_run is not None:
-            raise WysError("--load-dir holds a nerfacto run and --base-run is given too: give one of them.")
-        CONSOLE.print(f'"{self.load_dir}" is no wys run: it is taken as the base, as with --base-run.')
-        self.pipeline.base_run, self.load_dir = path, None
+            raise WysError("--load-dir names a nerfacto run and --base-run is given too: give one of them.")
+        CONSOLE.print(f'"{path.parent}" is not a wys run: it is used as the base, as with --base-run.', markup=False)
+        self.pipeline.base_run, self.load_checkpoint = path, None
         return None
 
     def _refuse_finished(self, resumed: RunState) -> None:
-        """A finished run has nothing to train, but with a viewer other instructions can be applied to it."""
+        """Refuse to resume a finished run, unless a viewer can apply other instructions to it."""
         assert self.max_num_iterations is not None
         done = resumed.step + 1
-        through = done >= self.max_num_iterations or resumed.history[-1]["start"] == "reset"
-        if through and (not self.is_viewer_enabled() or self.viewer.quit_on_train_completion):
+        finished = done >= self.max_num_iterations or resumed.history[-1]["start"] == "reset"
+        if finished and (not self.is_viewer_enabled() or self.viewer.quit_on_train_completion):
             raise WysError(
-                f"The run is through: it has {done} of {self.max_num_iterations} steps. For more editing raise "
+                f"The run is finished: it has {done} of {self.max_num_iterations} steps. For more editing raise "
                 "--pipeline.edit-steps; for another edit give this run to --base-run."
             )
 
 
 class WysTrainer(Trainer):
-    """nerfstudio's trainer with the total number of steps as its measure, which the viewer's panel can move."""
+    """nerfstudio's trainer, with a total number of steps that commands of the viewer can change."""
 
     config: WysTrainerConfig
     pipeline: WysPipeline  # type: ignore
     last_step: int
-    """The run's last step; it moves when instructions are applied and taken back."""
+    """Last step of the run; it moves when instructions are applied and undone."""
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
-        """As nerfstudio's; what fails here fails before the first step."""
+        """Build pipeline and viewer, before the first step."""
         CONSOLE.quiet = rank() > 0
         try:
             with exit_on_error(), convert_disk_errors(self.base_dir), convert_lost_rank_errors():
@@ -194,7 +200,7 @@ class WysTrainer(Trainer):
 
     @main_process_only
     def _remove_empty_run(self) -> None:
-        """Removes the folder of a run that did not begin, if nothing but its config.yml is in it."""
+        """Remove the folder of a run that did not start, if it contains only config.yml."""
         if self.base_dir.is_dir() and [path.name for path in self.base_dir.iterdir()] == ["config.yml"]:
             (self.base_dir / "config.yml").unlink()
             for folder in (self.base_dir, *self.base_dir.parents):
@@ -203,10 +209,10 @@ class WysTrainer(Trainer):
                 folder.rmdir()
 
     def train(self) -> None:
-        """Trains what is left of the run, and what is asked for in the viewer after that.
+        """Train the remaining steps of the run, then carry out the viewer's commands until it is closed.
 
-        A loop of its own: nerfstudio 1.1.5 counts `max_num_iterations` from the resumed step on, cannot be given more
-        or less to do once it has begun, and hears nothing while it is paused.
+        nerfstudio's own loop (1.1.5) counts `max_num_iterations` from the resumed step, has a fixed end, and processes no
+        commands while it is paused.
         """
         assert self.config.max_num_iterations is not None
         self.step, self.last_step, self.stop_training = self._start_step - 1, self.config.max_num_iterations - 1, False
@@ -217,18 +223,18 @@ class WysTrainer(Trainer):
             convert_lost_rank_errors(),
             GracefulInterrupt() as self._interrupts,
         ):
-            self._steering = CommandHandler(self)
-            if self._steering.was_reset:
+            self._commands = CommandHandler(self)
+            if self._commands.was_reset:
                 self.last_step = self.step
             if self._left() <= 0:
                 self._reopen()
             self._started = self.step
             self._save_transform()
             self._init_viewer_state()
-            random = self.pipeline.resumed and self.pipeline.resumed.random_of_this_rank()
+            random = self.pipeline.resumed and self.pipeline.resumed[0].random_of_this_rank()
             if random is not None:
                 set_random_state(random)
-            self._listen()
+            self._sync()
             while self._left() > 0 and not self._stopped:
                 with TimeWriter(writer, EventName.TOTAL_TRAIN_TIME):
                     self._train_steps()
@@ -247,13 +253,13 @@ class WysTrainer(Trainer):
                 time.sleep(0.02)
             else:
                 self._train_step(self.step + 1)
-            self._listen()
+            self._sync()
 
-    def _listen(self) -> None:
-        """Takes requests, and learns from the first rank, which has the viewer, what comes next."""
-        self._steering.take_requests(self.step)
+    def _sync(self) -> None:
+        """Carry out commands and take over the training state of rank 0, which has the viewer."""
+        self._commands.run_commands(self.step)
         self._paused, self._interrupted, shut_down = broadcast_from_main(
-            lambda: (self.training_state == "paused", self._interrupts.came, self.stop_training)
+            lambda: (self.training_state == "paused", self._interrupts.received, self.stop_training)
         )
         self._stopped = self._interrupted or shut_down
 
@@ -263,7 +269,7 @@ class WysTrainer(Trainer):
         outputs.save_dataparser_transform(self.base_dir / "dataparser_transforms.json")
 
     def _stop_here(self) -> NoReturn:
-        """Saves what there is, and says how to go on."""
+        """Save the run and print how to resume it."""
         self.shutdown()
         sentence = "Stopped before the first step; there is nothing to save."
         if self.step > self._started:
@@ -273,27 +279,31 @@ class WysTrainer(Trainer):
             print(f"wys: {sentence}", file=sys.stderr)
         raise SystemExit(INTERRUPTED)
 
-    def _refuse_unless_finite(self, step: int, what: str, *values: torch.Tensor) -> None:
+    def _check_finite(self, step: int, what: str, *values: torch.Tensor) -> None:
+        """Stop training, without saving, if a value is NaN or infinite."""
         if all(bool(value.isfinite().all()) for value in values):
             return
         good = newest_checkpoint(self.checkpoint_dir)
         self.shutdown()
         raise WysError(
-            f"{what} no finite number any more at step {step}: training stops and saves nothing. "
+            f"{what} became NaN or Inf at step {step}: training stops and saves nothing. "
             + (f'The last good checkpoint is "{good}"; ' if good else "There is no checkpoint yet; ")
             + "try lower learning rates, such as --optimizers.fields.optimizer.lr 0.001"
             + (f', and --load-dir "{good}".' if good else ".")
         )
 
     def _train_step(self, step: int) -> None:
-        """One step, with all that nerfstudio does around it."""
+        """Train one step, with everything that nerfstudio does around it."""
         self.step = step
+        # Without the lock: maps take long and do not touch the scene, so the viewer may render meanwhile.
+        session = self.pipeline.session
+        session.prepare_relevance(session.schedule.phase(step))
         with self.train_lock, TimeWriter(writer, EventName.ITER_TRAIN_TIME, step=step) as timer:
             self.pipeline.train()
             for callback in self.callbacks:
                 callback.run_callback_at_location(step, location=TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
             loss, losses, metrics = self.train_iteration(step)
-            self._refuse_unless_finite(step, "The loss is", loss.detach())
+            self._check_finite(step, "The loss", loss.detach())
             for callback in self.callbacks:
                 callback.run_callback_at_location(step, location=TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
         if step > 1:  # the first ones are slow
@@ -314,18 +324,21 @@ class WysTrainer(Trainer):
         writer.write_out_storage()
 
     def _reopen(self) -> None:
-        """Shows a finished run, so that other instructions can be applied to it."""
+        """Show a finished run, so that other instructions can be applied to it."""
+        session = self.pipeline.session
+        phase = session.schedule.phase(self.step)
+        session.prepare_relevance(phase)
         with self.train_lock:
-            self.pipeline.enter_phase(self.pipeline.plan.phase(self.step))
+            session.enter_phase(phase)
         self._init_viewer_state()
         self._train_complete_viewer()
 
     def set_total_steps(self, steps: int, paused: bool = False) -> None:
-        """Moves the run's end.
+        """Move the end of the run.
 
         Args:
             steps: Steps of the whole run.
-            paused: Whether training waits for nerfstudio's Resume Training; if not, it goes on.
+            paused: Wait for Resume Training in the viewer.
         """
         self.last_step = steps - 1
         paused = paused and self._left() > 0
@@ -335,18 +348,18 @@ class WysTrainer(Trainer):
             self.viewer_state.resume_train.visible = paused
 
     def redraw(self) -> None:
-        """Lets the viewer draw the scene anew, whatever it is drawing."""
+        """Make the viewer render the scene again, interrupting the current render."""
         if isinstance(self.viewer_state, Viewer):
             with suppress(KeyError):  # as below
                 self.viewer_state._trigger_rerender()
 
     def _update_viewer_state(self, step: int) -> None:
-        # nerfstudio tells every client of a list that it has copied; one that has left since is no longer in its table.
+        # nerfstudio iterates over a copy of its clients; one that has left since raises KeyError.
         with suppress(KeyError):
             super()._update_viewer_state(step)
 
     def _train_complete_viewer(self) -> None:
-        """Waits, as nerfstudio does, but for requests."""
+        """Wait for commands until the viewer is closed."""
         if not self.config.is_viewer_enabled():
             return
         if isinstance(self.viewer_state, Viewer):
@@ -355,49 +368,44 @@ class WysTrainer(Trainer):
         while self._left() <= 0 and not self._stopped:
             self.training_state = "completed"
             time.sleep(0.02)
-            self._listen()
+            self._sync()
 
     def _after_train(self) -> None:
-        """Leaves all that is to be left before the last checkpoint says that the run is through."""
-        self.pipeline.finish(self.step)
+        """Finish the run, before the last checkpoint marks it as finished."""
+        session = self.pipeline.session
+        session.finish(self.step)
+        # The viewer renders in other threads, and a training view is rendered with its own appearance.
+        with self.train_lock:
+            session.edit_loop.write_contact_sheet(session.run.folder)
         super()._after_train()
 
     def _load_checkpoint(self) -> None:
-        """Takes over everything of the run that is resumed but the state, which is the pipeline's business."""
-        path = self.config.pipeline.resume_from
+        """Load weights, optimizers and state of the run that is resumed."""
+        path = self.config.load_checkpoint
         if path is None:
             return
         checkpoint = read_checkpoint(path)
-        self.pipeline.resumed = RunState.of(checkpoint, path)
         self._start_step = checkpoint["step"] + 1
         self.pipeline.load_pipeline(checkpoint["pipeline"], checkpoint["step"])
+        self.pipeline.resume(RunState.from_checkpoint(checkpoint, path), path)
         self.optimizers.load_optimizers(checkpoint["optimizers"])
         if self.config.load_scheduler:
             self.optimizers.load_schedulers(checkpoint["schedulers"])
         self.grad_scaler.load_state_dict(checkpoint["scalers"])
 
     def save_checkpoint(self, step: int) -> None:
-        """Saves weights, optimizers, edited views and the run's state in one file: a run that is killed at any moment has
-        all of one step or all of another."""
-        pipeline, optimizers = self.pipeline, self.optimizers
-        self._refuse_unless_finite(step, "A weight is", *(value.detach() for value in pipeline.parameters()))
-        pipeline.write_pictures()
+        """Save weights, optimizers, edited views and the run's state in one file, so that a run which is killed at any moment
+        has a checkpoint of one step."""
+        pipeline, session, optimizers = self.pipeline, self.pipeline.session, self.optimizers
+        self._check_finite(step, "A weight", *(value.detach() for value in pipeline.parameters()))
+        session.write_images()
         checkpoint = {
             "step": step,
             "pipeline": pipeline.weights(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.optimizers.items()},
             "schedulers": {name: scheduler.state_dict() for name, scheduler in optimizers.schedulers.items()},
             "scalers": self.grad_scaler.state_dict(),
-            STATE_KEY: pipeline.run_state(step).data(),
+            STATE_KEY: session.state(step).data(),
         }
         save_checkpoint_file(self.checkpoint_dir, checkpoint, self.config.save_only_latest_checkpoint)
-        pipeline.history.prune()
-        if self._steering.changed:
-            self._save_config()
-
-    @main_process_only
-    def _save_config(self) -> None:
-        """Writes config.yml again, so that whatever opens the run sees the settings that it ended with."""
-        total, self.config.max_num_iterations = self.config.max_num_iterations, self.last_step + 1
-        self.config.save_config()
-        self.config.max_num_iterations = total
+        session.history.prune()

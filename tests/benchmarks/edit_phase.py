@@ -73,8 +73,8 @@ def watch_parts(trainer: WysTrainer, stopwatch: Stopwatch) -> None:
     stopwatch.watch(trainer, "train_iteration", "backward pass of the steps")
     stopwatch.watch(pipeline, "get_train_loss_dict", "forward pass of the steps")
     stopwatch.watch(trainer.optimizers, "optimizer_scaler_step_some", "optimizers")
-    stopwatch.watch(pipeline.edit_loop, "edit", "the rest of the edit: masks, files")
-    stopwatch.watch(pipeline.edit_loop, "prepare_edit", "render of the view")
+    stopwatch.watch(pipeline.session.edit_loop, "edit", "the rest of the edit: masks, files")
+    stopwatch.watch(pipeline.session.edit_loop, "prepare_edit", "render of the view")
     stopwatch.watch(editor, "predict_noise", "UNet")
     stopwatch.watch(editor, "encode", "VAE")
     stopwatch.watch(editor, "decode", "VAE")
@@ -96,7 +96,7 @@ def measure(options: Options) -> dict[str, Any]:
     """Parts and operations, as plain data."""
     build = speed.Options(options.scene, instruction=options.instruction, batch=1, output=options.output)
     trainer = speed.build_trainer(build, options.run, localized=True)
-    first, every = trainer.pipeline.plan.edit_start, trainer.config.pipeline.edit_every
+    first, every = trainer.pipeline.session.schedule.edit_start, trainer.config.pipeline.edit_every
     stopwatch = Stopwatch()
     watch_parts(trainer, stopwatch)
     for number in range(options.periods + 1):

@@ -122,7 +122,7 @@ class Moments:
             result = iteration(trainer, step)
             self.happens("step ends")
             if step == APPLIED_AT:
-                trainer.pipeline.controls.requests.put(ViewerCommand("apply", ON_TOP, "make the bear red"))
+                trainer.pipeline.panel.commands.put(ViewerCommand("apply", ON_TOP, "make the bear red"))
             return result
 
         def watched_predict(editor: StableDiffusionEditor, *arguments: Any, **named: Any) -> Any:

@@ -26,7 +26,7 @@ from wys_nerfstudio.evaluation.ground_truth import GroundTruth
 from wys_nerfstudio.evaluation.metrics import average_precision, intersection_over_union
 from wys_nerfstudio.field import RelevanceInput
 from wys_nerfstudio.pipeline import WysPipeline
-from wys_nerfstudio.training.checkpoint import load_base
+from wys_nerfstudio.training.base_run import load_base
 from wys_nerfstudio.training.schedule import Phase
 
 EDITS = ("panda", "polar-bear", "hat", "sunglasses", "ball-blue", "block-red")
@@ -151,7 +151,7 @@ def main(options: Options) -> None:
                     train_head(pipeline, options.steps)
                     key = {"seed": seed, "edit": slug, "normalization": normalization}
                     rows.append({**key, "source": variant, **figures(field_renders(pipeline), truth, names)})
-                    pipeline.edit_loop.carve_hull()
+                    pipeline.session.edit_loop.build_visual_hull()
                     rows.append(
                         {**key, "source": f"{variant} and hull", **figures(field_renders(pipeline), truth, names)}
                     )

@@ -124,11 +124,13 @@ def measure(scene: Path, options: Options, views: int, side: int, editing_side: 
     pipeline, every = trainer.pipeline, trainer.config.pipeline.edit_every
     began = time.process_time()
     with trainer.train_lock:
-        pipeline.enter_phase(Phase.LOCALIZE)
+        pipeline.session.enter_phase(Phase.LOCALIZE)
         maps = time.process_time() - began
-        pipeline.enter_phase(Phase.EDIT)
+        pipeline.session.enter_phase(Phase.EDIT)
     rounds = []
-    for first in range(pipeline.plan.edit_start, pipeline.plan.edit_start + (options.rounds + 1) * every, every):
+    for first in range(
+        pipeline.session.schedule.edit_start, pipeline.session.schedule.edit_start + (options.rounds + 1) * every, every
+    ):
         began = time.process_time()
         train_steps(trainer, first, every)
         rounds.append(time.process_time() - began)

@@ -39,9 +39,9 @@ from wys_nerfstudio.editing import EMBEDDED, EditSettings, edit_images, load_edi
 from wys_nerfstudio.editing.editor import NoiseLevel, resize_images
 from wys_nerfstudio.editing.sampling import add_noise, apply_guidance, seeded_noise
 from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor
+from wys_nerfstudio.pipeline import WysPipelineConfig
 from wys_nerfstudio.trainer import WysTrainer, WysTrainerConfig
 from wys_nerfstudio.training import schedule
-from wys_nerfstudio.training.options import WysOptions
 from wys_nerfstudio.training.schedule import Phase
 from wys_nerfstudio.utils.encodings import FastHashEncoding, use_fast_encodings
 from wys_nerfstudio.utils.visualization import read_png
@@ -188,7 +188,11 @@ def in_turns(work: str, slow: Callable[[int], None], ours: Callable[[int], None]
 
 
 def editing_rows(
-    editor: StableDiffusionEditor, slow: StableDiffusionEditor, pictures: Tensor, options: Options, config: WysOptions
+    editor: StableDiffusionEditor,
+    slow: StableDiffusionEditor,
+    pictures: Tensor,
+    options: Options,
+    config: WysPipelineConfig,
 ) -> list[Row]:
     """Edits of all views with a method's settings, from noise levels as its runs draw them, and their relevance maps."""
     count, settings = len(pictures), config.edit_settings()
@@ -199,7 +203,7 @@ def editing_rows(
     def strength(turn: int, view: int) -> float:
         # Views that are edited together start from the same level, as in a run.
         number = turn * count + view // options.batch
-        return schedule.noise_level_of_edit(0, number, *levels)
+        return schedule.strength_of_edit(0, number, *levels)
 
     def edit_slow(turn: int) -> None:
         for view in range(count):
@@ -261,8 +265,8 @@ def build_trainer(options: Options, run: Path, localized: bool) -> WysTrainer:
     trainer: WysTrainer = config.setup(local_rank=0, world_size=1)
     trainer.setup()
     with trainer.train_lock:
-        trainer.pipeline.enter_phase(Phase.LOCALIZE)
-        trainer.pipeline.enter_phase(Phase.EDIT)
+        trainer.pipeline.session.enter_phase(Phase.LOCALIZE)
+        trainer.pipeline.session.enter_phase(Phase.EDIT)
     return trainer
 
 
@@ -286,7 +290,7 @@ def edit_phase_row(
     settings = other.config.pipeline.edit_settings()
     states = slow_states(slow, options.instruction)
     steps = ours.config.pipeline.edit_every
-    first_step = ours.pipeline.plan.edit_start
+    first_step = ours.pipeline.session.schedule.edit_start
 
     def turn_ours(turn: int) -> None:
         train_steps(ours, first_step + turn * steps, steps)
@@ -308,7 +312,7 @@ def edit_phase_row(
                     render = Model.get_outputs_for_camera_ray_bundle(model, rays)["rgb"][None].clamp(0, 1)
                     model.phase = Phase.EDIT
                     captured = data.captured_views([view])
-                    level = schedule.noise_level_of_edit(0, number // options.batch, 0.5, 0.98)
+                    level = schedule.strength_of_edit(0, number // options.batch, 0.5, 0.98)
                     slow_map(slow, render, captured, states, settings, number)
                     data.set_view(view, slow_edit(slow, render, captured, states, settings, level, number)[0])
             torch.stack(list(losses.values())).sum().backward()

@@ -19,7 +19,7 @@ from wys_nerfstudio.cli import main
 from wys_nerfstudio.demo import ablations
 from wys_nerfstudio.demo.ablations import VARIANTS, psnr_outside, table
 from wys_nerfstudio.evaluation.ground_truth import GroundTruth
-from wys_nerfstudio.training.options import Localization
+from wys_nerfstudio.relevance.localizer import Localization
 from wys_nerfstudio.utils.visualization import write_png
 
 

@@ -74,7 +74,7 @@ def train_as(rank: int, ranks: int, port: int, arguments: list[str], folder: Pat
         dist.init_process_group("gloo", init_method=url, world_size=ranks, rank=rank, timeout=timedelta(seconds=60))
         comms.LOCAL_PROCESS_GROUP = dist.new_group(list(range(ranks)))
     kept: dict[str, Any] = {"rounds": [], "edited": [], "maps": []}
-    edit, edited, raw_maps = EditLoop.edit, WysDataManager.edited, WysDataManager._raw_maps
+    edit, edited, raw_maps = EditLoop.edit, WysDataManager.edit_views, WysDataManager._raw_maps
     iteration = WysTrainer.train_iteration
 
     def watched_edit(loop: EditLoop, step: int, where: Path) -> None:
@@ -94,7 +94,7 @@ def train_as(rank: int, ranks: int, port: int, arguments: list[str], folder: Pat
         happens(trainer, step)
         return result
 
-    EditLoop.edit, WysDataManager.edited = watched_edit, watched_edited
+    EditLoop.edit, WysDataManager.edit_views = watched_edit, watched_edited
     WysDataManager._raw_maps, WysTrainer.train_iteration = watched_maps, watched_iteration
     sys.argv = ["ns-train", *arguments]
     config: Any = tyro.cli(AnnotatedBaseConfigUnion, args=arguments)  # type: ignore
@@ -111,7 +111,7 @@ def train_as(rank: int, ranks: int, port: int, arguments: list[str], folder: Pat
         "weights": trainer.pipeline.weights(),
         "views": data.current_views(range(VIEWS)),
         "relevance": data.cached_batch["relevance"],
-        "history": trainer.pipeline.history.data(),
+        "history": trainer.pipeline.session.history.data(),
     }
     torch.save(kept, folder / f"rank-{rank}.pt")
 
@@ -161,7 +161,7 @@ def at(step: int, what: Callable[[WysTrainer], object], only: Optional[int] = No
 
 def ask(*requests: ViewerCommand) -> Callable[[WysTrainer], object]:
     """Puts requests into the panel's queue, as the viewer does."""
-    return lambda trainer: [trainer.pipeline.controls.requests.put(request) for request in requests]
+    return lambda trainer: [trainer.pipeline.panel.commands.put(request) for request in requests]
 
 
 def main() -> None:

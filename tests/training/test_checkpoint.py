@@ -14,14 +14,13 @@ from nerfstudio.models.nerfacto import NerfactoModelConfig
 from test_model import SIZES, VIEWS, build
 
 from wys_nerfstudio.model import WysModel
+from wys_nerfstudio.training.base_run import load_base, read_run_config
 from wys_nerfstudio.training.checkpoint import (
     checkpoint_name,
     find_checkpoint,
     is_wys,
-    load_base,
     model_state,
     read_checkpoint,
-    read_run_config,
     register_safe_globals,
     run_folder,
     save_checkpoint_file,

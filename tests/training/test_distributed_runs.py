@@ -60,7 +60,9 @@ def test_every_edit_is_made_by_one_rank_and_known_to_all_after_each_round(runs):
 
 
 def test_two_ranks_make_the_edits_that_one_makes(runs):
-    named = [[(edit["edit"], edit["step"], edit["view"], edit["t"]) for edit in edits(runs, n)] for n in ("one", "two")]
+    named = [
+        [(edit["edit"], edit["step"], edit["view"], edit["time"]) for edit in edits(runs, n)] for n in ("one", "two")
+    ]
     assert named[0] == named[1]
 
 

@@ -231,7 +231,7 @@ def test_edits_follow_one_another_and_every_earlier_state_can_be_brought_back(
     # Undo returns to it, and there is nothing left to do then.
     undone = Command(scene, editor_folder, tmp_path / "undone", monkeypatch)
     undo = ViewerCommand("undo")
-    ask = {"at": 4, "happens": lambda trainer: trainer.pipeline.controls.requests.put(undo)}
+    ask = {"at": 4, "happens": lambda trainer: trainer.pipeline.panel.commands.put(undo)}
     assert undone("--instruction=make the bear red", "--base-run", first.run, **ask) is None
     assert entries(undone) == [("make the ball blue", "captured")]
     assert same(undone.newest()) and undone.newest().name == "step-000000004.ckpt"

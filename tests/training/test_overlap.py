@@ -40,7 +40,7 @@ def edits(command: Command) -> list[dict]:
 
 
 def test_training_goes_on_while_the_editor_works(overlapped, monkeypatch):
-    trained, edited = threading.Event(), WysDataManager.edited
+    trained, edited = threading.Event(), WysDataManager.edit_views
     before: list[bool] = []
 
     def waits_for_training(*arguments, **named):
@@ -48,7 +48,7 @@ def test_training_goes_on_while_the_editor_works(overlapped, monkeypatch):
         trained.clear()
         return edited(*arguments, **named)
 
-    monkeypatch.setattr(WysDataManager, "edited", waits_for_training)
+    monkeypatch.setattr(WysDataManager, "edit_views", waits_for_training)
     iteration = WysTrainer.train_iteration
     monkeypatch.setattr(WysTrainer, "train_iteration", lambda *a: (iteration(*a), trained.set())[0])
     assert overlapped("--mask-threshold=0") is None
@@ -62,8 +62,8 @@ def test_the_same_edits_are_made_and_each_is_in_place_when_the_next_are_due(over
         serial = Command(scene, editor_folder, tmp_path / "serial", patch)
         assert serial("--mask-threshold=0") is None
     ours, theirs = edits(overlapped), edits(serial)
-    assert [(edit["edit"], edit["view"], edit["t"]) for edit in ours] == [
-        (edit["edit"], edit["view"], edit["t"]) for edit in theirs
+    assert [(edit["edit"], edit["view"], edit["time"]) for edit in ours] == [
+        (edit["edit"], edit["view"], edit["time"]) for edit in theirs
     ]
     assert [edit["step"] for edit in theirs] == [6, 8, 10]
     assert [edit["step"] for edit in ours] == [8, 10, 11]
@@ -98,7 +98,7 @@ def test_what_is_being_made_when_the_scene_is_taken_back_is_dropped(overlapped):
             ViewerCommand("undo"),
             ViewerCommand("reset"),
         ):
-            trainer.pipeline.controls.requests.put(request)
+            trainer.pipeline.panel.commands.put(request)
 
     assert overlapped("--mask-threshold=0", at=10, happens=apply_and_undo) is None
     assert not (overlapped.run / "wys" / "edits").exists() or not list((overlapped.run / "wys" / "edits").iterdir())

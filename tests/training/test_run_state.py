@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,31 +11,47 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wys_nerfstudio.training.run_state import STATE_KEY, RunState, edit_records, random_state, set_random_state
+from wys_nerfstudio.training.edit_log import read_edit_lines
+from wys_nerfstudio.training.run_state import SETTINGS_KEY, STATE_KEY, RunState, random_state, set_random_state
 from wys_nerfstudio.training.schedule import PhaseSchedule
+from wys_nerfstudio.training.settings import RunSettings
 from wys_nerfstudio.utils.errors import WysError
 
 ENTRY = {"instruction": "a", "start": "captured", "settings": {}, "first_step": 0, "snapshot": None}
 
 
 def state() -> RunState:
-    cli_settings = {"instruction": 'Turn it into "snow" – now', "mask_threshold": 0.5}
+    cli_settings = RunSettings('Turn it into "snow" – now', 0.5, 7.5, 1.5, "relevance-field", 10, 1)
     return RunState(
         step=1234,
-        plan=PhaseSchedule(1000, 200, 4000),
+        schedule=PhaseSchedule(1000, 200, 4000),
+        settings=replace(cli_settings, mask_threshold=0.25),
+        localized=True,
+        cli_settings=cli_settings,
         edits=17,
         pending=[
-            {"number": 16, "view": 0, "t": 300, "steps": 6, "mask": torch.ones(2, 3) > 0, "image": None, "seconds": 0.5}
+            {
+                "number": 16,
+                "view": 0,
+                "time": 300,
+                "steps": 6,
+                "mask": torch.ones(2, 3) > 0,
+                "image": None,
+                "seconds": 0.5,
+            }
         ],
-        settings={**cli_settings, "mask_threshold": 0.25},
-        cli_settings=cli_settings,
         views={"names": ["a"], "size": [2, 3], "edited": [0], "current": torch.zeros(1, 2, 3, 3), "reference": None},
         history=[ENTRY],
-        sampler={"anneal": 0.5, "steps_since_update": 3, "step": 1234},
+        scene={"anneal": 0.5, "steps_since_update": 3, "step": 1234, "proposals_pretrained": False},
         lr_warmup_start=1200,
-        proposals_pretrained=False,
         random=[random_state()],
     )
+
+
+def checkpoint_of(state: RunState) -> dict:
+    """A checkpoint as it is saved: settings beside the weights, the rest under a key of its own."""
+    shown = {"settings": state.settings.as_dict(), "localized": state.localized}
+    return {"pipeline": {SETTINGS_KEY: shown}, STATE_KEY: state.data()}
 
 
 def draws() -> list[float]:
@@ -47,25 +64,30 @@ def test_a_state_is_read_as_it_was_written_by_the_weights_only_loader(tmp_path):
     random.gauss(0, 1), np.random.randn()  # both keep a second number back
     written.random = [random_state()]
     wanted = draws()
-    torch.save({STATE_KEY: written.data()}, tmp_path / "x.ckpt")
-    read = RunState.of(torch.load(tmp_path / "x.ckpt", weights_only=True), tmp_path / "x.ckpt")
+    torch.save(checkpoint_of(written), tmp_path / "x.ckpt")
+    read = RunState.from_checkpoint(torch.load(tmp_path / "x.ckpt", weights_only=True), tmp_path / "x.ckpt")
     random_of_rank = read.random_of_this_rank()
     assert random_of_rank is not None
     set_random_state(random_of_rank)
     assert draws() == wanted != draws()
     assert read.pending[0].keys() == written.pending[0].keys()
-    for name in (
-        "step",
-        "plan",
-        "edits",
-        "settings",
-        "cli_settings",
-        "history",
-        "sampler",
-        "lr_warmup_start",
-        "proposals_pretrained",
-    ):
+    for name in (option.name for option in fields(RunState) if option.name not in ("pending", "views", "random")):
         assert getattr(read, name) == getattr(written, name), name
+
+
+@pytest.mark.parametrize("typed", [{}, {"instruction": ""}, {"mask_threshold": 0.7}, {"edit_every": 3}])
+def test_resumed_settings_keep_live_changes_unless_retyped(typed):
+    saved = state()
+    settings = saved.resumed_settings(replace(saved.cli_settings, **typed))
+    assert settings == replace(saved.settings, **{k: v for k, v in typed.items() if k != "instruction"})
+    assert (
+        saved.resumed_cli_settings(replace(saved.cli_settings, **typed)).instruction == saved.cli_settings.instruction
+    )
+
+
+def test_resuming_with_another_instruction_is_refused():
+    with pytest.raises(WysError, match="--base-run to apply another instruction"):
+        state().resumed_settings(replace(state().cli_settings, instruction="make it snow"))
 
 
 PARTS = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
@@ -80,29 +102,36 @@ def test_whatever_a_checkpoint_holds_is_a_state_or_is_refused_with_the_way_out(p
         del data[name]
     else:
         data[name] = part
-    for checkpoint in ({STATE_KEY: data}, {STATE_KEY: part}, {}):
+    shown = checkpoint_of(state())["pipeline"]
+    for checkpoint in (
+        {"pipeline": shown, STATE_KEY: data},
+        {"pipeline": shown, STATE_KEY: part},
+        {"pipeline": {SETTINGS_KEY: part}, STATE_KEY: state().data()},
+        {"pipeline": {}, STATE_KEY: state().data()},
+        {"pipeline": {}},
+    ):
         try:
-            read = RunState.of(checkpoint, Path("run/nerfstudio_models/step-000001234.ckpt"))
+            read = RunState.from_checkpoint(checkpoint, Path("run/nerfstudio_models/step-000001234.ckpt"))
         except WysError as error:
             assert "cannot be resumed from" in str(error) and "--base-run" in str(error)
         else:
-            assert isinstance(read.plan.total_steps, int) and read.history[0]["start"] is not None
-            assert read.settings["instruction"] and read.settings.keys() == read.cli_settings.keys()
+            assert isinstance(read.schedule.total_steps, int) and read.history[0]["start"] is not None
+            assert read.settings.instruction and read.cli_settings.instruction
 
 
 def test_edit_records_are_those_before_a_step(tmp_path):
-    assert edit_records(tmp_path) == []
+    assert read_edit_lines(tmp_path) == []
     lines = [json.dumps({"edit": i, "step": 10 * i}) for i in range(5)]
     (tmp_path / "edits.jsonl").write_text("\n".join([*lines[:3], "", *lines[3:], ""]))
-    assert edit_records(tmp_path) == lines
-    assert edit_records(tmp_path, before_step=20) == lines[:2]
-    assert edit_records(tmp_path, before_step=21) == lines[:3]
-    assert edit_records(tmp_path, before_step=0) == []
+    assert read_edit_lines(tmp_path) == lines
+    assert read_edit_lines(tmp_path, before_step=20) == lines[:2]
+    assert read_edit_lines(tmp_path, before_step=21) == lines[:3]
+    assert read_edit_lines(tmp_path, before_step=0) == []
 
 
 @pytest.mark.parametrize("rest", ['{"ste', "[]", "7", "{}", '"step"'])
 def test_half_written_edit_record_is_no_record(tmp_path: Path, rest: str) -> None:
     (tmp_path / "edits.jsonl").write_text(f'{{"step": 1}}\n{{"step": 2}}\n{rest}')
-    assert edit_records(tmp_path) == ['{"step": 1}', '{"step": 2}']
-    assert edit_records(tmp_path, before_step=2) == ['{"step": 1}']
-    assert edit_records(tmp_path / "nowhere") == []
+    assert read_edit_lines(tmp_path) == ['{"step": 1}', '{"step": 2}']
+    assert read_edit_lines(tmp_path, before_step=2) == ['{"step": 1}']
+    assert read_edit_lines(tmp_path / "nowhere") == []

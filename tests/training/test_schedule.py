@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from wys_nerfstudio.training.schedule import (
     Phase,
     PhaseSchedule,
-    noise_level_of_edit,
+    strength_of_edit,
     view_of_edit,
 )
 
@@ -46,7 +46,7 @@ def test_every_view_is_edited_once_per_round(seed, num_views, edit_round):
 @given(seeds, st.integers(0, 500), st.integers(1, 50))
 def test_what_an_edit_draws_depends_on_seed_and_number_alone(seed, number, num_views):
     def draw():
-        level = noise_level_of_edit(seed, number, 0.02, 0.98)
+        level = strength_of_edit(seed, number, 0.02, 0.98)
         return view_of_edit(seed, number, num_views), level
 
     first = draw()
@@ -67,16 +67,16 @@ def test_rounds_and_runs_have_orders_of_their_own():
 def test_draws_are_the_same_on_every_machine_and_in_every_release():
     # A resumed run must edit as the uninterrupted one would have, so these numbers are for ever.
     assert [view_of_edit(0, i, 6) for i in range(6)] == [0, 2, 1, 3, 4, 5]
-    assert noise_level_of_edit(0, 0, 0.0, 1.0) == 0.4333551030570951
+    assert strength_of_edit(0, 0, 0.0, 1.0) == 0.4333551030570951
 
 
 @given(seeds, st.integers(0, 1000), st.floats(0.01, 0.99), st.floats(0.01, 0.99))
 def test_noise_levels_stay_in_their_range(seed, number, a, b):
     low, high = min(a, b), max(a, b)
-    assert low <= noise_level_of_edit(seed, number, low, high) <= high
+    assert low <= strength_of_edit(seed, number, low, high) <= high
 
 
 def test_noise_levels_are_spread_evenly_over_their_range():
-    levels = [noise_level_of_edit(1, number, 0.2, 0.8) for number in range(3000)]
+    levels = [strength_of_edit(1, number, 0.2, 0.8) for number in range(3000)]
     counts = [sum(0.2 + 0.1 * i <= level < 0.3 + 0.1 * i for level in levels) for i in range(6)]
     assert all(400 < count < 600 for count in counts)  # 500 expected, standard deviation 20

@@ -61,11 +61,11 @@ def wait(condition: Callable[[], bool], seconds: float = 120) -> None:
 
 def ask(trainer: WysTrainer, action, name: str = "", value=None) -> str:
     """Asks, waits until it is carried out, and returns what the status line says about it."""
-    controls = trainer.pipeline.controls
+    controls = trainer.pipeline.panel
     said: list[str] = []
     # Settings are shown right after a request was carried out, and then the status.
     controls.show_settings = lambda *_: setattr(controls, "show_status", said.append)
-    controls.requests.put(ViewerCommand(action, name, value))
+    controls.commands.put(ViewerCommand(action, name, value))
     wait(lambda: len(said) > 0)
     del controls.show_settings, controls.show_status
     return said[0]
@@ -86,7 +86,8 @@ def look(trainer: WysTrainer) -> tuple[torch.Tensor, ...]:
             *(render[name].clone() for render in renders for name in ("rgb", "relevance_value")),
             data.current_views(range(data.num_views)).clone(),
             data.reference_views(range(data.num_views)).clone(),
-            *(state.clone() for state in data.relevance_state),
+            data.relevance_maps.clone(),
+            data.unclamped_maps.clone(),
         )
 
 
@@ -143,8 +144,8 @@ def test_apply_undo_and_reset_on_a_finished_run_and_after_a_restart(
             said = ask(trainer, "undo")
             assert "is undone" in said, said
             assert same(look(trainer), looks[undone]), undone
-        assert trainer.pipeline.config.guidance_scale == 2.5  # what was set before the Apply, not by it
-        assert trainer.pipeline.config.instruction == "make the ball blue"
+        assert trainer.pipeline.settings.current.guidance_scale == 2.5  # what was set before the Apply, not by it
+        assert trainer.pipeline.settings.current.instruction == "make the ball blue"
         assert "nothing to undo" in ask(trainer, "undo")
 
     options = {**OPTIONS, "instruction": "make the bear blue"}
@@ -153,18 +154,18 @@ def test_apply_undo_and_reset_on_a_finished_run_and_after_a_restart(
     config.vis, config.viewer.quit_on_train_completion = "viewer", False
     config.set_timestamp()
     with running(config, after_restart) as trainer:
-        assert len(trainer.pipeline.history.entries) == 1
+        assert len(trainer.pipeline.session.history.entries) == 1
 
 
 def test_undo_in_the_middle_of_editing_waits_and_then_goes_on_with_what_was_left(
     ring_scene: Path, editor_folder: Path, tmp_path: Path
 ) -> None:
     def then(trainer: WysTrainer) -> None:
-        wait(lambda: trainer.pipeline.phase is Phase.EDIT and trainer.step > 26)
+        wait(lambda: trainer.pipeline.session.phase is Phase.EDIT and trainer.step > 26)
         pause(trainer)
         before, left = look(trainer), trainer.last_step - trainer.step
         ask(trainer, "apply", ON_TOP, "make the bear red")
-        wait(lambda: trainer.pipeline.phase is Phase.EDIT)
+        wait(lambda: trainer.pipeline.session.phase is Phase.EDIT)
         said = ask(trainer, "undo")
         assert f"goes on with the {left} steps that were left" in said
         assert trainer.training_state == "paused" and same(look(trainer), before)
@@ -173,7 +174,7 @@ def test_undo_in_the_middle_of_editing_waits_and_then_goes_on_with_what_was_left
         wait(lambda: finished(trainer))
 
     with running(small_config(ring_scene, editor_folder, tmp_path, **OPTIONS), then) as trainer:
-        assert trainer.step == trainer.last_step == trainer.pipeline.plan.total_steps - 1
+        assert trainer.step == trainer.last_step == trainer.pipeline.session.schedule.total_steps - 1
 
 
 def test_what_a_run_cannot_take_is_refused_in_the_status_line(
@@ -181,7 +182,7 @@ def test_what_a_run_cannot_take_is_refused_in_the_status_line(
 ) -> None:
     def then(trainer: WysTrainer) -> None:
         config = trainer.pipeline.config
-        wait(lambda: trainer.pipeline.phase is Phase.RECONSTRUCT)
+        wait(lambda: trainer.pipeline.session.phase is Phase.RECONSTRUCT)
         pause(trainer)
         for action in ("undo", "reset"):
             assert "possible once editing has begun" in ask(trainer, action)
@@ -193,7 +194,7 @@ def test_what_a_run_cannot_take_is_refused_in_the_status_line(
         assert config.edit_every == 2
         assert "There is no instruction" in ask(trainer, "apply", ON_TOP, "  ")
         assert "shorten it" in ask(trainer, "apply", ON_TOP, "make the bear red " * 40)
-        assert len(trainer.pipeline.history.entries) == 1
+        assert len(trainer.pipeline.session.history.entries) == 1
         ask(trainer, "set", "localization", "none")
         assert config.localization == "none"
         ask(trainer, "set", "localization", "relevance-map")
@@ -232,18 +233,18 @@ def test_a_preview_is_what_the_next_edit_would_be_and_leaves_no_trace(
     def then(trainer: WysTrainer) -> None:
         wait(lambda: finished(trainer))
         pipeline = trainer.pipeline
-        monkeypatch.setattr(pipeline.controls, "show_preview", lambda *arguments: shown.append(arguments))
-        before, edits = look(trainer), pipeline.edit_loop.edits
+        monkeypatch.setattr(pipeline.panel, "show_preview", lambda *arguments: shown.append(arguments))
+        before, edits = look(trainer), pipeline.session.edit_loop.edits
         camera = pipeline.datamanager.train_dataset.cameras.camera_to_worlds[3]
         ask(trainer, "set", "mask_threshold", 0.0)
         ask(trainer, "preview", value=(*camera[:, 3].tolist(), *(-camera[:, 2]).tolist()))
-        assert pipeline.edit_loop.edits == edits and same(look(trainer), before)
+        assert pipeline.session.edit_loop.edits == edits and same(look(trainer), before)
         ((caption, (captured, mask, edited)),) = shown
         assert pipeline.datamanager.view_names[3] in caption
         assert torch.equal(captured, pipeline.datamanager.captured_views([3])[0]) and mask.all()
         monkeypatch.setattr("wys_nerfstudio.training.schedule.view_of_edit", lambda *arguments: 3)
         with trainer.train_lock:
-            pipeline.edit_loop.edit(trainer.step, trainer.base_dir / "wys")
+            pipeline.session.edit_loop.edit(trainer.step, trainer.base_dir / "wys")
         assert torch.allclose(pipeline.datamanager.current_views([3])[0], edited, atol=0.5 / 255 + 1e-6)
 
     with running(small_config(ring_scene, editor_folder, tmp_path, **OPTIONS), then):
@@ -259,7 +260,7 @@ def test_a_preview_of_what_is_typed_asks_the_editor_about_that_view_alone(
         wait(lambda: finished(trainer))
         pipeline = trainer.pipeline
         data = pipeline.datamanager
-        monkeypatch.setattr(pipeline.controls, "show_preview", lambda *arguments: shown.append(arguments))
+        monkeypatch.setattr(pipeline.panel, "show_preview", lambda *arguments: shown.append(arguments))
         before = look(trainer)
         camera = data.train_dataset.cameras.camera_to_worlds[3]
         where = (*camera[:, 3].tolist(), *(-camera[:, 2]).tolist())
@@ -271,7 +272,7 @@ def test_a_preview_of_what_is_typed_asks_the_editor_about_that_view_alone(
         ask(trainer, "set", "localization", "relevance-map")
         ask(trainer, "apply", INSTEAD, "make the bear red")
         wait(lambda: finished(trainer) and trainer.step == 49)
-        assert torch.equal(mask[..., 0] > 0, data.relevance_of(3) >= pipeline.config.mask_threshold)
+        assert torch.equal(mask[..., 0] > 0, data.relevance_maps[3] >= pipeline.config.mask_threshold)
 
     with running(small_config(ring_scene, editor_folder, tmp_path, **OPTIONS), then):
         pass
@@ -279,10 +280,10 @@ def test_a_preview_of_what_is_typed_asks_the_editor_about_that_view_alone(
 
 def test_apply_goes_on_although_training_was_paused(ring_scene: Path, editor_folder: Path, tmp_path: Path) -> None:
     def then(trainer: WysTrainer) -> None:
-        wait(lambda: trainer.pipeline.phase is Phase.EDIT and trainer.step > 26)
+        wait(lambda: trainer.pipeline.session.phase is Phase.EDIT and trainer.step > 26)
         pause(trainer)
         ask(trainer, "apply", ON_TOP, "make the bear red")
-        wait(lambda: finished(trainer) and trainer.pipeline.config.instruction == "make the bear red")
+        wait(lambda: finished(trainer) and trainer.pipeline.settings.current.instruction == "make the bear red")
 
     with running(small_config(ring_scene, editor_folder, tmp_path, **OPTIONS), then):
         pass
@@ -329,7 +330,7 @@ def test_a_client_that_leaves_while_it_is_told_ends_nothing(
         wait(lambda: finished(trainer))
 
     with running(small_config(ring_scene, editor_folder, tmp_path, **OPTIONS), then) as trainer:
-        assert len(told) > 3 and trainer.pipeline.config.guidance_scale == 2.0
+        assert len(told) > 3 and trainer.pipeline.settings.current.guidance_scale == 2.0
 
 
 @pytest.mark.parametrize("seed", [0])
@@ -353,15 +354,15 @@ def test_300_random_requests_break_nothing(ring_scene: Path, editor_folder: Path
         return ViewerCommand(action, value={"pause": draw.random() < 0.5, "preview": camera}.get(action))
 
     def then(trainer: WysTrainer) -> None:
-        controls = trainer.pipeline.controls
+        controls = trainer.pipeline.panel
         for number in range(300):
             if number == 50:  # the first ones come too early for most things, however slow the machine
-                wait(lambda: trainer.step >= trainer.pipeline.plan.edit_start)
-            controls.requests.put(request())
+                wait(lambda: trainer.step >= trainer.pipeline.session.schedule.edit_start)
+            controls.commands.put(request())
             time.sleep(draw.uniform(0, 0.05))
             if trainer.training_state == "paused" and draw.random() < 0.3:
                 trainer.training_state = "training"
-        wait(controls.requests.empty)
+        wait(controls.commands.empty)
         ask(trainer, "pause", value=False)
         wait(lambda: trainer.training_state != "paused" or setattr(trainer, "training_state", "training") is not None)
         wait(lambda: finished(trainer))
@@ -371,7 +372,7 @@ def test_300_random_requests_break_nothing(ring_scene: Path, editor_folder: Path
         pipeline = trainer.pipeline
         assert pipeline.config.edit_every >= 1 and 0 <= pipeline.config.mask_threshold <= 1
         assert pipeline.scene_model.mask_threshold == pipeline.config.mask_threshold
-        history = trainer.pipeline.history
+        history = trainer.pipeline.session.history
         kept = {path.name for path in (trainer.base_dir / "wys" / "history").iterdir()}
         assert kept == {Path(e.snapshot).name for e in history.entries if e.snapshot}
         assert all(torch.isfinite(value).all() for value in pipeline.scene_model.state_dict().values())

@@ -72,7 +72,7 @@ def run_demo(output: Path, instruction: str, recipe: Path | None) -> None:
     if truth is not None:
         paths = [dataset.image_filenames[i] for dataset, i in _scored_views(pipeline)]
         views, names = [read_png(path) for path in paths], [path.name for path in paths]
-        result = score(truth, views, names, before, after, pipeline.config.mask_threshold)
+        result = score(truth, views, names, before, after, pipeline.settings.current.mask_threshold)
         (output / "figures.json").write_text(json.dumps(asdict(result), indent=1), "utf8")
         CONSOLE.print(result.table())
     another = "turn the bear into a panda" if "hat" in instruction else "give the bear a hat"

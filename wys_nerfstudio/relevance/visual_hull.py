@@ -1,15 +1,15 @@
-"""Relevance in mid-air: the visual hull of the views' relevance maps.
+"""Free-space relevance: the visual hull of the views' relevance maps.
 
-The relevance head knows surfaces. What an instruction adds in mid-air, say a hat, has none yet: every view's map shows it
-before another piece of background, and on the background the maps contradict each other. In space they agree. So they are
-intersected there, as silhouettes are for a visual hull (Laurentini, 1994): a point of free space is as relevant as three quarters
-of the views that look through it find it, unless surfaces explain that. Rays are followed to their first surface; what lies on it is
-the relevance head's.
+The relevance head is defined on surfaces. An object that the instruction adds, such as a hat, has no surface yet: the map of every
+view shows it in front of another part of the background, where the maps contradict each other. In space they agree. The maps are
+therefore intersected in space, like silhouettes for a visual hull (Laurentini, 1994): the relevance of a point of free space is the
+value that three quarters of the views through it reach, unless the surfaces behind the point explain it. Rays are followed to their
+first surface; relevance on surfaces comes from the relevance head.
 
-What is intersected is relevance before its outliers are clamped. A clamp that suits surfaces makes the halo around an object as
-relevant as the object; on the surfaces behind, the halos of different views contradict each other, but in mid-air they do not. For
-the same reason these maps are asked what the surfaces explain, not the relevance head, which is trained on clamped ones. What has
-been found is then put on the scale of clamped relevance.
+The intersected maps are those before outliers were clamped. A clamp that suits surfaces makes the halo around an object as relevant
+as the object. On the surfaces behind it the halos of different views contradict each other, but in free space they do not. For the
+same reason the relevance that surfaces explain is computed from these maps, not from the relevance head, which is trained on clamped
+ones. The result is rescaled to the range of clamped relevance.
 """
 
 from collections.abc import Callable
@@ -22,32 +22,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 RESOLUTION = 96
-"""Points per side of the grid that relevance is kept on; even."""
+"""Grid points per side; even."""
 MIN_RELEVANCE = 0.1
-"""Where a grid of half the resolution finds nothing more relevant, it is not refined."""
+"""A grid of half the resolution is refined only where its relevance reaches this value."""
 CHUNK = 8192
-"""Points that are looked at together."""
+"""Points per batch."""
 SAMPLES = 64
-"""Points per ray at which it is looked up."""
+"""Samples per ray at which free-space relevance is evaluated."""
 VIEW_QUANTILE = 0.75
-"""Share of the views through a point that must find it relevant."""
+"""Share of the views through a point that must reach its relevance."""
 FEWEST_VIEWS, FEWEST_SHARE = 3, 0.1
-"""What fewer views, or a smaller share of them, look through has no known place and is not relevant: a point right before a
-camera is seen by its neighbours alone, all from the same side."""
+"""Points seen by fewer views, or by a smaller share of them, have relevance 0: a point just in front of a camera is seen by
+neighboring cameras only, all from the same side."""
 DEPTH_MARGIN = 1.02
-"""A point is hidden from a view if it is so many times as far as the surface there: depths are known for cells, not for pixels."""
+"""A point is hidden from a view if its distance is this many times that of the surface: depths are per cell, not per pixel."""
 UNEXPLAINED = 4.0
-"""A point has its whole relevance if the surfaces behind it leave a quarter of it unexplained, and less in proportion."""
+"""A point keeps its full relevance if the surfaces behind it leave a quarter of it unexplained, and proportionally less below."""
 PEAK_QUANTILE = 0.999
-"""Quantile of the surfaces' relevance that stands for the most relevant of them."""
+"""Quantile of the surfaces' relevance that is taken as its maximum."""
 LENSES = (CameraType.PERSPECTIVE.value, CameraType.FISHEYE.value)
-"""Cameras that points can be projected into."""
+"""Camera types that points can be projected into."""
 
 
 def project(
     points: Float[Tensor, "n 3"], cameras: Cameras
 ) -> tuple[Float[Tensor, "b n 2"], Float[Tensor, "b n"], Bool[Tensor, "b n"]]:
-    """Where points appear in views: the inverse of `Cameras.generate_rays`.
+    """Project points into views: the inverse of `Cameras.generate_rays`.
 
     Args:
         points: Positions in the world.
@@ -74,13 +74,13 @@ def project(
         )
     columns, rows = cameras.fx * x + cameras.cx, cameras.fy * y + cameras.cy
     within = (columns >= 0) & (columns < cameras.width) & (rows >= 0) & (rows < cameras.height)
-    # Far beyond a picture's corners the distortion's polynomial may come back into it.
+    # Far outside the image the distortion polynomial may map points back into it.
     within &= angle <= 1.01 * _widest_angle(cameras)
     return torch.stack([columns, rows], dim=-1), distance, within
 
 
 def _widest_angle(cameras: Cameras) -> Float[Tensor, "b 1"]:
-    """The angle between each view's corners and its axis."""
+    """Return the largest angle between each view's axis and its corners."""
     width, height = float(cameras.width.max()), float(cameras.height.max())
     corners = cameras.fx.new_tensor([[0, 0], [0, width], [height, 0], [height, width]])
     indices = torch.arange(len(cameras), device=corners.device)
@@ -96,8 +96,8 @@ def free_space_relevance(
     surfaces: Float[Tensor, "b rows columns"],
     depths: Float[Tensor, "b rows columns"],
 ) -> Float[Tensor, " n"]:
-    """Relevance of points of free space: what three quarters of the views that see them reach in their maps, as far as that is
-    more than what three quarters of them see on the surfaces behind.
+    """Return the relevance of points of free space: the value that three quarters of the views that see them reach in their maps,
+    as far as it exceeds what three quarters of them reach on the surfaces behind.
 
     Args:
         points: Positions in the world.
@@ -107,7 +107,7 @@ def free_space_relevance(
         depths: Distances of these surfaces.
 
     Returns:
-        Values in [0, 1]; 0 for what too few of them see.
+        Values in [0, 1]; 0 for points that too few views see.
     """
     places, seen = _views_of(points, cameras, depths)
     claimed, explained = _agreed(maps, places, seen), _agreed(surfaces, places, seen)
@@ -118,7 +118,7 @@ def free_space_relevance(
 def surface_relevance(
     cameras: Cameras, maps: Float[Tensor, "b h w"], depths: Float[Tensor, "b rows columns"]
 ) -> Float[Tensor, "b rows columns"]:
-    """Relevance of the surfaces that views see: what three quarters of the views that see them, too, reach in their maps.
+    """Return the relevance of the surfaces that views see: the value that three quarters of the views that see them reach.
 
     Args:
         cameras: As for `free_space_relevance`.
@@ -138,7 +138,7 @@ def surface_relevance(
 def _views_of(
     points: Float[Tensor, "n 3"], cameras: Cameras, depths: Float[Tensor, "b rows columns"]
 ) -> tuple[Float[Tensor, "b n 2"], Bool[Tensor, "b n"]]:
-    """Places of points in the views, 0 to 1 from corner to corner, and which views see them."""
+    """Return the positions of points in the views, in [0, 1] from corner to corner, and which views see them."""
     pixels, distance, within = project(points, cameras)
     places = pixels / torch.cat([cameras.width, cameras.height], dim=-1)[:, None]
     return places, within & (distance < DEPTH_MARGIN * _at(depths, places))
@@ -147,24 +147,24 @@ def _views_of(
 def _agreed(
     images: Float[Tensor, "b h w"], places: Float[Tensor, "b n 2"], seen: Bool[Tensor, "b n"]
 ) -> Float[Tensor, " n"]:
-    """What three quarters of the views that see a point reach at its places; something above 1 if none sees it."""
+    """Return the value that three quarters of the views that see a point reach there; above 1 if none sees it."""
     beyond = 2.0  # sorts after every relevance
     values = torch.where(seen, _at(images, places), beyond).sort(dim=0).values
     return values.gather(0, (seen.sum(dim=0) * (1 - VIEW_QUANTILE)).long()[None])[0]
 
 
 def _at(images: Float[Tensor, "b h w"], places: Float[Tensor, "b n 2"]) -> Float[Tensor, "b n"]:
-    """Values of the nearest pixels at places in [0, 1]; beyond that those of the border."""
+    """Return the values of the nearest pixels at positions in [0, 1], clamped to the border."""
     (height, width), (x, y) = images.shape[1:], places.unbind(-1)
     column, row = (x * width).long().clamp(0, width - 1), (y * height).long().clamp(0, height - 1)
     return images.flatten(1).gather(1, row * width + column)
 
 
 class RelevanceHull(nn.Module):
-    """Relevance of free space, on a grid over the unit cube that the field's positions lie in."""
+    """Free-space relevance on a grid over the unit cube of the field's positions."""
 
     relevance: Float[Tensor, "z y x"]
-    """Values in [0, 1] at the grid's points; -1 while they are not known."""
+    """Values in [0, 1] at the grid points; -1 while unknown."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,11 +172,11 @@ class RelevanceHull(nn.Module):
 
     @property
     def known(self) -> bool:
-        """Whether the hull of the current instruction has been carved."""
+        """Whether the hull of the current instruction has been built."""
         return bool(self.relevance[0, 0, 0] >= 0)
 
-    def forget(self) -> None:
-        """Begins anew, for another instruction."""
+    def reset(self) -> None:
+        """Make all values unknown, for another instruction."""
         self.relevance.fill_(-1)
 
     @torch.no_grad()
@@ -188,13 +188,13 @@ class RelevanceHull(nn.Module):
         unclamped_maps: Float[Tensor, "b h w"],
         depths: Float[Tensor, "b rows columns"],
     ) -> None:
-        """Fills the grid from the maps of all views; from cameras of other kinds than `LENSES` with zeros.
+        """Fill the grid from the maps of all views; with zeros for cameras of other types than `LENSES`.
 
         Args:
-            to_world: From the unit cube to the world.
+            to_world: Map from the unit cube to the world.
             cameras: As for `free_space_relevance`.
             maps: Relevance of the views in [0, 1], as the relevance head is trained on it.
-            peaks: The same before outliers were clamped.
+            unclamped_maps: The same maps before outliers were clamped.
             depths: As for `free_space_relevance`.
         """
         self.relevance.zero_()
@@ -217,7 +217,7 @@ class RelevanceHull(nn.Module):
         self.relevance *= (clamped / top.clamp_min(MIN_RELEVANCE)).clamp_min(1)
 
     def forward(self, positions: Float[Tensor, "*bs 3"]) -> Float[Tensor, "*bs"]:
-        """Relevance at positions in the unit cube, interpolated."""
+        """Return relevance at positions in the unit cube, interpolated."""
         grid = self.relevance[None, None]
         places = positions.reshape(1, -1, 1, 1, 3) * 2 - 1
         values = F.grid_sample(grid, places, align_corners=False, padding_mode="border")
@@ -225,18 +225,18 @@ class RelevanceHull(nn.Module):
 
 
 def _grid_points(resolution: int, device: torch.device) -> Float[Tensor, "n 3"]:
-    """The centres of a grid's cells in the unit cube, x fastest."""
+    """Return the centers of a grid's cells in the unit cube, x fastest."""
     places = (torch.arange(resolution, device=device) + 0.5) / resolution
     z, y, x = torch.meshgrid(places, places, places, indexing="ij")
     return torch.stack([x, y, z], dim=-1).view(-1, 3)
 
 
 def free_space(samples: RaySamples, weights: Float[Tensor, "rays samples 1"]) -> Float[Tensor, "rays some 3"]:
-    """Points along rays from where they begin to the first surface, where half of the light is stopped.
+    """Return points along rays from their origin to the first surface, where half of the light is absorbed.
 
     Args:
-        samples: Where the rays were rendered.
-        weights: Weights of these samples.
+        samples: Samples of the rays.
+        weights: Rendering weights of the samples.
     """
     assert samples.spacing_starts is not None and samples.spacing_to_euclidean_fn is not None
     passed = (weights[..., 0].cumsum(dim=-1) < 0.5).sum(dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Which devices a run has: chosen, and refused where they are not there, before anything starts."""
+"""Choice and validation of the devices of a run."""
 
 from typing import Optional
 
@@ -6,32 +6,63 @@ import torch
 from nerfstudio.configs.base_config import MachineConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 
-from wys_nerfstudio.model import WysModelConfig
 from wys_nerfstudio.utils.errors import WysError
 
 
-def choose_device(method: Optional[str], machine: MachineConfig, model: WysModelConfig) -> None:
-    """Takes the CPU where there is no CUDA, torch's encodings where there is no tiny-cuda-nn, and says so."""
+def choose_device(method: Optional[str], machine: MachineConfig) -> None:
+    """Replace CUDA by the CPU where there is no CUDA device, and say so.
+
+    Args:
+        method: Name of the method.
+        machine: nerfstudio's options of the machine; changed in place.
+    """
     if machine.device_type == "cuda" and not torch.cuda.is_available():
         machine.device_type = "cpu"
-        hint = " Try ns-train wys-tiny for a size that suits it." if method == "wys" else ""
+        hint = " Try ns-train wys-tiny, which has a suitable size." if method == "wys" else ""
         CONSOLE.print(f"No CUDA device was found: running on the CPU.{hint}")
-    if model.implementation == "tcnn":
-        from nerfstudio.utils.external import TCNN_EXISTS
 
-        if not TCNN_EXISTS:
-            model.implementation = "torch"
-            CONSOLE.print("tiny-cuda-nn is not installed: nerfstudio's torch encodings are used, which are slower.")
+
+def choose_implementation(implementation: str) -> str:
+    """Return the backend of encodings and networks: "torch" instead of "tcnn" where tiny-cuda-nn is not installed."""
+    if implementation != "tcnn":
+        return implementation
+    from nerfstudio.utils.external import TCNN_EXISTS
+
+    if TCNN_EXISTS:
+        return implementation
+    CONSOLE.print("tiny-cuda-nn is not installed: nerfstudio's torch encodings are used, which are slower.")
+    return "torch"
 
 
 def same_device(first: "str | torch.device", second: "str | torch.device") -> bool:
-    """Whether two names mean one device; "cuda" is "cuda:0"."""
+    """Return whether two names mean the same device; "cuda" is "cuda:0"."""
     one, other = torch.device(first), torch.device(second)
     return (one.type, one.index or 0) == (other.type, other.index or 0)
 
 
-def check_devices(machine: MachineConfig, edit_count: int, edit_every: int) -> None:
-    """Refuses devices that are not there, and says when some of them will edit nothing.
+def validate_editor_device(device: Optional[str]) -> None:
+    """Refuse an editor device that does not exist.
+
+    Raises:
+        WysError: If it does not.
+    """
+    if device is None:
+        return
+    count = torch.cuda.device_count()
+    try:
+        parsed = torch.device(device)
+        exists = parsed.type == "cpu" or (parsed.type == "cuda" and (parsed.index or 0) < count)
+    except RuntimeError:
+        exists = False
+    if not exists:
+        raise WysError(
+            f'There is no device "{device}": --pipeline.editor-device can be cpu, or cuda:0 and so on where there is a GPU '
+            f"({count} here)."
+        )
+
+
+def validate_machine(machine: MachineConfig, edit_count: int, edit_every: int) -> None:
+    """Refuse devices that do not exist, and report devices that will edit nothing.
 
     Args:
         machine: nerfstudio's options of the machine.
@@ -46,7 +77,7 @@ def check_devices(machine: MachineConfig, edit_count: int, edit_every: int) -> N
         raise WysError("A scene is trained on one machine: leave out --machine.num-machines.")
     if devices < 1 or 1 < devices and (devices > found or machine.device_type != "cuda"):
         raise WysError(
-            f"--machine.num-devices is {devices}, and this machine has {found} CUDA devices; without CUDA leave it out."
+            f"--machine.num-devices is {devices}, but this machine has {found} CUDA devices; without CUDA leave it out."
         )
     if devices > edit_count:
         CONSOLE.print(

@@ -1,8 +1,7 @@
-"""Several processes that train one scene, a device each: what they tell each other. In a single process all of it is trivial.
+"""Several processes that train one scene, one device each. In a single process every function is trivial.
 
-Every process, or rank, holds the whole scene and all views. They stay one run because gradients are averaged (torch's
-DistributedDataParallel), because each makes a share of the maps and edits and all get the results, because all do what the
-first one has heard from its user, and because the first one alone writes files.
+Every process (rank) holds the whole scene and all views. Gradients are averaged by torch's DistributedDataParallel, maps and
+edits are sharded and gathered, commands of the viewer are broadcast from rank 0, and only rank 0 writes files.
 """
 
 import functools
@@ -17,80 +16,80 @@ from torch.nn.parallel import DistributedDataParallel
 
 from wys_nerfstudio.utils.errors import WysError
 
-LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "nccl", "gloo")
-"""What torch's errors speak of when another rank is gone."""
+LOST_RANK_MESSAGES = ("connection closed by peer", "connection reset by peer", "broken pipe", "nccl", "gloo")
+"""Parts of torch's error messages when another process has ended."""
 T = TypeVar("T")
 P = ParamSpec("P")
 
 
 def world_size() -> int:
-    """Number of processes that train the scene."""
+    """Return the number of processes that train the scene."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number, from 0 on."""
+    """Return the number of this process, counted from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def shard(items: Sequence[T]) -> list[T]:
-    """This rank's items: every item belongs to one rank, and no rank has two more than another."""
+    """Return this process's items. Every item belongs to one process; counts differ by at most one."""
     return list(items[rank() :: world_size()])
 
 
-def gather(mine: T) -> list[T]:
-    """What each rank brings, in the order of the ranks; tensors must be on the CPU. All ranks must come here."""
+def gather(value: T) -> list[T]:
+    """Collective: return the values of all processes in the order of their ranks. Tensors must be on the CPU."""
     if world_size() == 1:
-        return [mine]
-    everyones: list[T] = [mine] * world_size()
-    dist.all_gather_object(everyones, mine)
-    return everyones
+        return [value]
+    values: list[T] = [value] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def broadcast_from_main(get: Callable[[], T]) -> T:
-    """What the first rank gets; the others do not ask. Tensors must be on the CPU. All ranks must come here."""
+    """Collective: call `get` on rank 0 and return its value on all. Tensors must be on the CPU."""
     if world_size() == 1:
         return get()
-    told = [get() if rank() == 0 else None]
-    dist.broadcast_object_list(told, src=0)
-    return told[0]  # type: ignore
+    values = [get() if rank() == 0 else None]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]  # type: ignore
 
 
 def broadcast_parameters(module: nn.Module) -> None:
-    """Gives all ranks the first one's parameters. All ranks must come here."""
+    """Collective: copy the parameters of rank 0 to all."""
     if world_size() > 1:
         for parameter in module.parameters():
             dist.broadcast(parameter.data, src=0)
 
 
 def wrap_ddp(model: nn.Module) -> DistributedDataParallel:
-    """Wraps a model whose every backward pass averages its gradients over the ranks. All ranks must come here."""
+    """Collective: wrap a model so that every backward pass averages its gradients over all processes."""
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
 
 
 def main_process_only(function: Callable[P, None]) -> Callable[P, None]:
-    """For what is done to files: what ranks would write is equal, so the first one does it and the others do nothing."""
+    """Make a function do nothing except on rank 0. For file writes: all processes would write the same."""
 
     @functools.wraps(function)
-    def on_first(*arguments: P.args, **named: P.kwargs) -> None:
+    def wrapper(*arguments: P.args, **named: P.kwargs) -> None:
         if rank() == 0:
             function(*arguments, **named)
 
-    return on_first
+    return wrapper
 
 
 @contextmanager
 def convert_lost_rank_errors() -> Iterator[None]:
-    """Makes a `WysError` of what torch raises when another rank is gone."""
+    """Convert torch's error about a lost process to a `WysError`."""
     try:
         yield
     except RuntimeError as error:
-        said = textwrap.shorten(str(error), 100)
-        if world_size() == 1 or not any(word in said.lower() for word in LOST):
+        message = textwrap.shorten(str(error), 100)
+        if world_size() == 1 or not any(part in message.lower() for part in LOST_RANK_MESSAGES):
             raise
         raise WysError(
-            f"Of the {world_size()} processes that train this scene another one seems to have ended ({said}), so this one "
-            f"(rank {rank()}) ends too: see what that one said last."
+            f"Another of the {world_size()} processes that train this scene seems to have ended ({message}), so this one "
+            f"(rank {rank()}) ends too: see the last lines of the other one's output."
         ) from error

@@ -1,82 +1,109 @@
-"""What a run leaves in its `wys` folder while it edits: a line and a mask per edit, pictures of some views."""
+"""What a run records of its edits in its `wys` folder: a line and a mask per edit, and images for TensorBoard."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 import torch
 from jaxtyping import Bool, Float
 from nerfstudio.utils import writer
 from torch import Tensor
 
-from wys_nerfstudio.datamanager import WysDataManager
 from wys_nerfstudio.training.distributed import main_process_only
+from wys_nerfstudio.training.scene import TrainingViews
 from wys_nerfstudio.utils.visualization import apply_colormap, write_png
 
+EDITS_FILE = "edits.jsonl"
 TITLES = ("captured", "relevance map", "relevance field", "mask", "edited view", "render")
-"""Of the pictures of a view, from left to right; TensorBoard, which is shown every edit, does without the render."""
+"""Columns of the contact sheet. TensorBoard, which receives every edit, shows all but the render."""
 
 
 @dataclass
 class EditRecord:
-    """One edit, as `edits.jsonl` tells it."""
+    """One line of `edits.jsonl`."""
 
     edit: int
-    """Its number, from 0 on."""
+    """Number of the edit, counted from 0."""
     step: int
-    """The step that it came before."""
+    """Training step before which the edit was committed."""
     view: str
     """Name of the view."""
-    t: int
-    """Timestep that the render was noised to."""
+    time: "int | float"
+    """The editor's time of the level that the render was noised to: the timestep of Stable Diffusion."""
     steps: int
     """Diffusion steps from there."""
     mask: Bool[Tensor, "h w"]
-    """Where the view was edited; if nowhere, the edit was skipped."""
+    """Pixels that were edited; if there are none, the edit was skipped."""
     seconds: float
-    """How long it took."""
+    """Duration."""
 
     def line(self) -> str:
-        """The edit as a line of JSON."""
-        share = float(self.mask.float().mean())
-        record = {"edit": self.edit, "step": self.step, "view": self.view, "t": self.t}
-        record |= {"steps": self.steps if share else 0}
-        record |= {"mask_fraction": round(share, 5), "seconds": round(self.seconds, 4)}
+        """Return the record as a line of JSON."""
+        fraction = float(self.mask.float().mean())
+        record = {
+            "edit": self.edit,
+            "step": self.step,
+            "view": self.view,
+            "time": self.time,
+            "steps": self.steps if fraction else 0,
+            "mask_fraction": round(fraction, 5),
+            "seconds": round(self.seconds, 4),
+        }
         return f"{json.dumps(record)}\n"
 
 
 @main_process_only
 def record_edit(folder: Path, edit: EditRecord) -> None:
-    """Appends an edit to `edits.jsonl` in a run's `wys` folder, and puts its mask into `masks`."""
+    """Append an edit to `edits.jsonl` in a run's `wys` folder and write its mask to `masks`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "edits.jsonl").open("a", encoding="utf8") as file:
+    with (folder / EDITS_FILE).open("a", encoding="utf8") as file:
         file.write(edit.line())
     write_png(folder / "masks" / f"{edit.view}.png", edit.mask.float())
 
 
-def picture_row(
-    data: WysDataManager, view: int, field: Float[Tensor, "h w"], mask: Bool[Tensor, "h w"]
-) -> list[Float[Tensor, "h w 3"]]:
-    """The pictures of a view that `TITLES` names, all but the render.
+def read_edit_lines(folder: Path, before_step: Optional[int] = None) -> list[str]:
+    """Return the complete lines of `edits.jsonl` in a run's `wys` folder.
 
     Args:
-        data: The training views.
-        view: Which view.
-        field: The field's relevance, seen from there.
-        mask: Where it may be edited.
+        folder: The folder.
+        before_step: Return only edits that were committed before this step.
     """
-    view_map = data.relevance_of(view) if data.relevance_state is not None else torch.zeros(data.view_size)
+    path = folder / EDITS_FILE
+    lines = []
+    for line in path.read_text("utf8").splitlines() if path.is_file() else []:
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError):  # cut off when the run was killed
+            continue
+        if before_step is None or step < before_step:
+            lines.append(line)
+    return lines
+
+
+def image_row(
+    views: TrainingViews, view: int, field: Float[Tensor, "h w"], mask: Bool[Tensor, "h w"]
+) -> list[Float[Tensor, "h w 3"]]:
+    """Return the images of a view in the order of `TITLES`, all but the render.
+
+    Args:
+        views: The training views.
+        view: Index of the view.
+        field: The field's relevance, rendered from that view.
+        mask: Pixels that may change.
+    """
+    maps = views.relevance_maps
     return [
-        data.captured_views([view])[0],
-        apply_colormap(view_map),
+        views.captured_views([view])[0],
+        apply_colormap(torch.zeros(views.view_size) if maps is None else maps[view]),
         apply_colormap(field),
         mask.float()[..., None].expand(-1, -1, 3),
-        data.current_views([view])[0],
+        views.current_views([view])[0],
     ]
 
 
 def show_edit(step: int, row: Sequence[Float[Tensor, "h w 3"]]) -> None:
-    """Sends an edit's pictures to TensorBoard and its kin."""
-    strip = torch.cat([picture.to("cpu") for picture in row], dim=1)
+    """Send an edit's images to nerfstudio's writers, such as TensorBoard."""
+    strip = torch.cat([image.to("cpu") for image in row], dim=1)
     writer.put_image(name=f"Edit ({' | '.join(TITLES[:-1])})", image=strip, step=step)

@@ -1,4 +1,4 @@
-"""What was applied to a scene, one entry after the other, and how it looked before each: in the run's `wys` folder."""
+"""The instructions applied to a scene, with a snapshot from before each for Undo; kept in the run's `wys` folder."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,32 +14,32 @@ HISTORY_FILE = "history.json"
 SNAPSHOTS = "history"
 """Folder of the snapshots, beside the file."""
 
-
 ApplyMode = Literal["captured", "on top", "instead", "reset"]
+"""The run's first instruction, one on top of the current scene, one on the captured scene, or a reset to that scene."""
 
 
 @dataclass(frozen=True)
 class HistoryEntry:
-    """One thing that happened to the scene."""
+    """One change of what is applied to the scene."""
 
     instruction: str
-    """What was applied; what had been applied, for a reset."""
+    """The instruction; for a reset, the one that was applied before."""
     start: ApplyMode
-    """The run's first instruction, one on top of the scene as it was, one on the captured scene, or a reset."""
+    """What it started from."""
     settings: dict[str, Any]
-    """The settings that it began with."""
+    """The settings at that moment."""
     first_step: int
-    """Step from which it was in force."""
+    """First step under this entry."""
     snapshot: Optional[str]
-    """Checkpoint, relative to the `wys` folder, of the moment before; the first entry of a captured scene has none."""
+    """Checkpoint from the moment before, relative to the `wys` folder; None for the first entry of a captured scene."""
 
 
 class History:
-    """The entries of a run. They are part of its checkpoints; `history.json` is for people.
+    """Entries of a run. They are part of its checkpoints; `history.json` is a readable copy.
 
     Args:
         folder: The run's `wys` folder.
-        entries: As of `data`.
+        entries: Result of `data`.
     """
 
     def __init__(self, folder: Path, entries: Sequence[dict[str, Any]] = ()) -> None:
@@ -47,7 +47,7 @@ class History:
         self.entries = [HistoryEntry(**entry) for entry in entries]
 
     def data(self) -> list[dict[str, Any]]:
-        """The entries as plain data, oldest first."""
+        """Return the entries as plain data, oldest first."""
         return [asdict(entry) for entry in self.entries]
 
     def add(
@@ -58,14 +58,14 @@ class History:
         first_step: int,
         before: Optional[dict[str, Any]],
     ) -> None:
-        """Appends an entry.
+        """Append an entry and save its snapshot.
 
         Args:
             instruction: As in `HistoryEntry`.
             start: As in `HistoryEntry`.
             settings: As in `HistoryEntry`.
             first_step: As in `HistoryEntry`.
-            before: A checkpoint of the moment before; it is kept as the entry's snapshot.
+            before: Checkpoint from the moment before.
         """
         snapshot = None
         if before is not None:
@@ -74,14 +74,16 @@ class History:
         self.entries.append(HistoryEntry(instruction, start, settings, first_step, snapshot))
 
     def last_snapshot(self) -> dict[str, Any]:
-        """The checkpoint from before the last entry.
+        """Return the checkpoint from before the last entry.
 
         Raises:
             WysError: If there is none, or it cannot be read.
         """
         if self.entries[-1].snapshot is None:
-            raise WysError("There is nothing to undo: nothing was applied since the run began. Reset returns to the "
-                           "captured scene.")  # fmt: skip
+            raise WysError(
+                "There is nothing to undo: no instruction was applied since the run began. Reset returns to the captured "
+                "scene."
+            )
         path = self._folder / self.entries[-1].snapshot
         try:
             return read_checkpoint(path)
@@ -89,17 +91,17 @@ class History:
             raise WysError(f'The snapshot "{path}" cannot be read, so this cannot be undone.') from error
 
     def drop_last(self) -> None:
-        """Removes the last entry; its snapshot stays until `prune`."""
+        """Remove the last entry; `prune` removes its snapshot."""
         self.entries.pop()
 
     @main_process_only
     def write(self) -> None:
-        """Writes `history.json`."""
+        """Write `history.json`."""
         write_json(self._folder / HISTORY_FILE, self.data())
 
     @main_process_only
     def prune(self) -> None:
-        """Removes the snapshots that no entry names, once no checkpoint needs them."""
+        """Remove snapshots without an entry, once no checkpoint needs them."""
         kept = {entry.snapshot for entry in self.entries}
         for path in (self._folder / SNAPSHOTS).glob("*.ckpt"):
             if f"{SNAPSHOTS}/{path.name}" not in kept:

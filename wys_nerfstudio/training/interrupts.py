@@ -1,4 +1,4 @@
-"""How a run ends before its time: by an error, by Ctrl-C, or because the disk is full. Always with a sentence."""
+"""Early ends of a run: errors, Ctrl-C and SIGTERM, a full disk. Each ends with a sentence instead of a traceback."""
 
 import errno
 import signal
@@ -21,19 +21,19 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Ends the program with the sentence of a `WysError` and exit code 1, or with that of Ctrl-C."""
+    """End the program on a `WysError` (exit code 1) or a second Ctrl-C (130), with a sentence."""
     try:
         yield
     except WysError as error:
         raise SystemExit(f"wys: {error}") from error
     except KeyboardInterrupt as error:
-        print("wys: Stopped at once; what came after the last checkpoint is not saved.", file=sys.stderr)
+        print("wys: Stopped at once; nothing since the last checkpoint is saved.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from error
 
 
 @contextmanager
 def convert_disk_errors(folder: Path) -> Iterator[None]:
-    """Makes a disk that cannot be written to a `WysError`.
+    """Convert errors of a disk that cannot be written to a `WysError`.
 
     Args:
         folder: The run's folder.
@@ -44,41 +44,41 @@ def convert_disk_errors(folder: Path) -> Iterator[None]:
         if error.errno not in DISK_ERRORS:
             raise
         raise WysError(
-            f'"{error.filename or folder}" could not be written: {error.strerror}. Mend that and start again; a run that has '
-            f"checkpoints is whole as of the newest: {resume_hint(folder)}"
+            f'"{error.filename or folder}" could not be written: {error.strerror}. Correct that first; a run with '
+            f"checkpoints is intact as of its newest one: {resume_hint(folder)}"
         ) from error
 
 
 def resume_hint(folder: Path) -> str:
-    """What to type to go on with a run, as a sentence.
+    """Return the sentence that tells how to resume a run.
 
     Args:
         folder: The run's folder.
     """
-    return f'to go on, type the same command with --load-dir "{folder}".'
+    return f'to resume, type the same command with --load-dir "{folder}".'
 
 
 class GracefulInterrupt:
-    """While it is entered, a first Ctrl-C is only noted, so that the step that is being trained can come to its end.
-    A second one is Python's own. SIGTERM, which ends a job in a queue and one of several ranks, is always only noted."""
+    """Context manager that lets the current step finish after Ctrl-C or SIGTERM. A second Ctrl-C raises
+    KeyboardInterrupt; SIGTERM, which queueing systems send, never does."""
 
     def __init__(self) -> None:
-        self.came = False
-        """Whether there was one."""
-        self._before: dict[signal.Signals, Any] = {}
+        self.received = False
+        """Whether a signal was received."""
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "GracefulInterrupt":
-        # Signals can only be taken in the main thread.
+        # Python accepts signal handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
-            self._before = {kind: signal.signal(kind, self._note) for kind in (signal.SIGINT, signal.SIGTERM)}
+            self._previous = {kind: signal.signal(kind, self._handle) for kind in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for kind, handler in self._before.items():
+        for kind, handler in self._previous.items():
             signal.signal(kind, handler)
 
-    def _note(self, _number: int, _frame: Optional[FrameType]) -> None:
-        if not self.came:
+    def _handle(self, _number: int, _frame: Optional[FrameType]) -> None:
+        if not self.received:
             CONSOLE.print("Stopping after this step. Ctrl-C again stops at once and saves nothing.")
-        self.came = True
+        self.received = True
         signal.signal(signal.SIGINT, signal.default_int_handler)

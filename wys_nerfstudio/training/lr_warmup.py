@@ -1,29 +1,28 @@
-"""How the scene's optimizers come from reconstruction to editing."""
+"""Learning-rate warmup when editing begins."""
 
 from nerfstudio.engine.optimizers import Optimizers
 
-WARM_UP_STEPS = 50
-"""Steps over which learning rates rise when editing begins."""
-SCENE = ("fields", "proposal_networks")
-"""Names of the scene's optimizers."""
+WARMUP_STEPS = 50
+"""Steps over which learning rates rise."""
+SCENE_OPTIMIZERS = ("fields", "proposal_networks")
 
 
 def apply_lr_warmup(optimizers: Optimizers, steps: int) -> None:
-    """Starts the scene's optimizers anew and brings their learning rates up slowly.
+    """Reset the scene's optimizers at the first step of editing and scale their learning rates linearly after it.
 
     Reconstruction's squared error leaves Adam with second moments far too small for the gradients of editing's absolute
-    error: at the full rate its first step would throw the scene out of place, with old moments as with new ones.
+    error: at the full rate the first step would displace the scene, with old moments as with new ones.
 
     Args:
-        optimizers: Those of the run.
-        steps: Steps of editing so far.
+        optimizers: The run's optimizers.
+        steps: Number of edit steps so far.
     """
-    share = (steps + 1) / WARM_UP_STEPS
-    for name in SCENE:
+    factor = (steps + 1) / WARMUP_STEPS
+    for name in SCENE_OPTIMIZERS:
         optimizer = optimizers.optimizers[name]
         if steps == 0:
             optimizer.state.clear()
-        # A scheduler sets the rate anew after each step, so this one's factor does not pile up.
-        if share < 1 and name in optimizers.schedulers:
+        # The scheduler sets the rate anew after each step, so factors do not accumulate.
+        if factor < 1 and name in optimizers.schedulers:
             for group in optimizer.param_groups:
-                group["lr"] *= share
+                group["lr"] *= factor

@@ -1,12 +1,12 @@
-"""The panel in the viewer: it shows what a run is doing and takes requests. It decides nothing.
+"""The panel in nerfstudio's viewer: shows the state of a run and queues commands. It carries out nothing itself.
 
-The viewer calls back from threads of its own. A callback only puts a request into a queue, which the trainer empties
-between steps; the mask threshold is a number that the model reads, so it is set at once and the scene is drawn again.
+The viewer calls back from threads of its own. A callback puts a command into a queue, which the trainer empties between steps. The
+mask threshold also changes at once, so that the mask in the viewer follows the slider.
 """
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Literal, Optional
@@ -20,91 +20,73 @@ from nerfstudio.viewer.viewer_elements import ViewerElement
 from PIL import Image
 from torch import Tensor
 
+from wys_nerfstudio.training.settings import RunSettings, Settings
 from wys_nerfstudio.utils.visualization import to_uint8
 
 ON_TOP, INSTEAD = "on top", "instead"
-"""Where an applied instruction starts from: the scene as it is now, or as it was captured."""
+"""What an applied instruction starts from: the scene as it is now, or as captured."""
 
-LIVE_SETTINGS = (
-    "mask_threshold",
-    "guidance_scale",
-    "image_guidance_scale",
-    "localization",
-    "edit_every",
-    "edit_count",
-)
-"""Options of the pipeline that can be changed while it runs."""
+Action = Literal["set", "pause", "apply", "preview", "undo", "reset"]
 
 
 @dataclass(frozen=True)
 class ViewerCommand:
-    """Something that was asked for."""
+    """A command of the panel."""
 
-    action: Literal["set", "pause", "apply", "preview", "undo", "reset"]
-    """What to do: change a setting, pause or go on editing, ..."""
+    action: Action
+    """Change a setting, pause or resume editing, apply an instruction, ..."""
     name: str = ""
-    """The setting; for "apply" the start, `ON_TOP` or `INSTEAD`; for "preview" the instruction, the run's if empty."""
+    """Name of the setting; for "apply" `ON_TOP` or `INSTEAD`; for "preview" the instruction, the run's if empty."""
     value: Any = None
-    """Its value; for "apply" the instruction, for "preview" the camera's position and direction, six numbers."""
+    """Value of the setting; for "apply" the instruction, for "preview" the camera's position and direction, six numbers."""
 
 
 class ViewerPanel(ViewerElement[None]):
-    """The panel. nerfstudio sorts elements by their attribute's name, so this one element installs all of them, in order.
+    """The panel. One element installs all controls, because nerfstudio sorts elements by the names of their attributes.
 
     Args:
-        instruction: What is being applied.
-        settings: Present values of `LIVE_SETTINGS`.
-        localizations: Choices of the localisation.
-        live: Whether there is a run that can be steered; if not, only the threshold is shown.
-        set_threshold: Called with the threshold when the slider moves, at once.
+        settings: Settings of the run; the panel shows every change.
+        live: Whether there is a run that takes commands; if not, only the threshold is shown.
     """
 
-    def __init__(
-        self,
-        instruction: str,
-        settings: dict[str, Any],
-        localizations: Sequence[str],
-        live: bool,
-        set_threshold: Callable[[float], None],
-    ) -> None:
+    def __init__(self, settings: Settings, live: bool) -> None:
         super().__init__("Watch Your Steps")
-        self.requests: SimpleQueue[ViewerCommand] = SimpleQueue()
-        """What was asked for and not yet taken."""
-        self._instruction = instruction
+        self.commands: SimpleQueue[ViewerCommand] = SimpleQueue()
+        """Commands that are not taken yet."""
         self._settings = settings
-        self._localizations = localizations
         self._live = live
-        self._set_threshold = set_threshold
+        self._instruction = settings.current.instruction
         self._status: Optional[viser.GuiMarkdownHandle] = None
         self._preview: Optional[viser.GuiMarkdownHandle] = None
         self._handles: dict[str, viser.GuiInputHandle[Any]] = {}
+        settings.subscribe(self.show_settings)
 
     def install(self, viser_server: viser.ViserServer) -> None:
-        """Builds the panel; nerfstudio calls this when the viewer starts."""
-        gui, settings = viser_server.gui, self._settings
+        """Build the panel; nerfstudio calls this when the viewer starts."""
+        gui, settings = viser_server.gui, self._settings.current
         with gui.add_folder(self.name):
             if not self._live:
                 self._add_threshold(gui)
                 return
             self._status = gui.add_markdown("starting")
-            self._handles["instruction"] = gui.add_text("Instruction", self._instruction)
-            # Two buttons: of a group, viser 0.2 passes on only clicks that change the group's value.
+            self._handles["instruction"] = gui.add_text("Instruction", settings.instruction)
+            # Two buttons, because viser 0.2 reports only those clicks in a button group that change its value.
             on_top = gui.add_button("Apply on top", hint="Edit the scene as it is now")
             on_top.on_click(lambda event: self._put(event, "apply", ON_TOP, self._value("instruction")))
             instead = gui.add_button("Apply instead", hint="Start again from the captured scene")
             instead.on_click(lambda event: self._put(event, "apply", INSTEAD, self._value("instruction")))
             self._add_threshold(gui)
-            self._add("guidance_scale", gui.add_number("Guidance scale", settings["guidance_scale"], min=0.0, step=0.1))
+            self._add("guidance_scale", gui.add_number("Guidance scale", settings.guidance_scale, min=0.0, step=0.1))
             self._add(
                 "image_guidance_scale",
-                gui.add_number("Image guidance scale", settings["image_guidance_scale"], min=0.0, step=0.1),
+                gui.add_number("Image guidance scale", settings.image_guidance_scale, min=0.0, step=0.1),
             )
             self._add(
                 "localization",
-                gui.add_dropdown("Localization", self._localizations, initial_value=settings["localization"]),
+                gui.add_dropdown("Localization", self._settings.localizations, initial_value=settings.localization),
             )
-            self._add("edit_every", gui.add_number("Edit every", settings["edit_every"], step=1))
-            self._add("edit_count", gui.add_number("Edit count", settings["edit_count"], step=1))
+            self._add("edit_every", gui.add_number("Edit every", settings.edit_every, step=1))
+            self._add("edit_count", gui.add_number("Edit count", settings.edit_count, step=1))
             pause = gui.add_checkbox("Pause editing", False, hint="Train on, but edit no further views")
             pause.on_update(lambda event: self._put(event, "pause", value=pause.value))
             preview = gui.add_button("Preview", hint="Edit the training view nearest to the camera, without using it")
@@ -121,12 +103,15 @@ class ViewerPanel(ViewerElement[None]):
             reset.on_click(lambda event: self._put(event, "reset"))
 
     def _add_threshold(self, gui: viser.GuiApi) -> None:
-        slider = gui.add_slider("Mask threshold", 0.0, 1.0, step=0.01, initial_value=self._settings["mask_threshold"])
+        slider = gui.add_slider(
+            "Mask threshold", 0.0, 1.0, step=0.01, initial_value=self._settings.current.mask_threshold
+        )
 
         def redraw(event: viser.GuiEvent) -> None:
-            self._set_threshold(slider.value)
+            if event.client is not None:
+                self._settings.update(mask_threshold=slider.value)
             self._put(event, "set", "mask_threshold", slider.value)
-            self.cb_hook(self)  # nerfstudio's own: draws the scene again
+            self.cb_hook(self)  # renders the scene again
 
         slider.on_update(redraw)
         self._handles["mask_threshold"] = slider
@@ -138,13 +123,13 @@ class ViewerPanel(ViewerElement[None]):
     def _put(
         self,
         event: viser.GuiEvent,
-        action: Literal["set", "pause", "apply", "preview", "undo", "reset"],
+        action: Action,
         name: str = "",
         value: Any = None,
     ) -> None:
-        # Without a client it was this program that changed the value.
+        # Without a client this program itself has changed the value.
         if event.client is not None and self._live:
-            self.requests.put(ViewerCommand(action, name, value))
+            self.commands.put(ViewerCommand(action, name, value))
 
     def _value(self, name: str) -> Any:
         return self._handles[name].value
@@ -152,38 +137,40 @@ class ViewerPanel(ViewerElement[None]):
     # ------------------------------------------------------------------------------------------- from the training loop
 
     def take(self) -> Optional[ViewerCommand]:
-        """What was asked for first and has not been taken yet, if anything."""
-        return None if self.requests.empty() else self.requests.get()
+        """Remove and return the oldest command; None if there is none."""
+        return None if self.commands.empty() else self.commands.get()
 
     def show_status(self, text: str) -> None:
-        """Shows Markdown in the status line."""
+        """Show Markdown in the status line."""
         if self._status is not None and self._status.content != text:
             self._status.content = text
 
-    def show_settings(self, instruction: str, settings: dict[str, Any]) -> None:
-        """Shows what is really in force, for instance after a value was refused. What is being typed as the next instruction
-        stays, unless the run's has changed."""
-        shown = settings if instruction == self._instruction else {"instruction": instruction, **settings}
-        self._instruction = instruction
+    def show_settings(self, settings: RunSettings) -> None:
+        """Show the settings in force, for instance after a value was refused. The text of the next instruction stays, unless
+        the run's instruction has changed."""
+        shown = settings.as_dict()
+        if settings.instruction == self._instruction:
+            del shown["instruction"]
+        self._instruction = settings.instruction
         for name, value in shown.items():
             handle = self._handles.get(name)
             if handle is not None and handle.value != value:
                 handle.value = value
 
-    def show_preview(self, caption: str, pictures: Sequence[Float[Tensor, "h w 3"]]) -> None:
-        """Shows pictures side by side under the Preview button."""
+    def show_preview(self, caption: str, images: Sequence[Float[Tensor, "h w 3"]]) -> None:
+        """Show images side by side under the Preview button."""
         if self._preview is None:
             return
-        strip = np.concatenate([to_uint8(picture) for picture in pictures], axis=1)
+        strip = np.concatenate([to_uint8(image) for image in images], axis=1)
         buffer = io.BytesIO()
         Image.fromarray(strip).save(buffer, format="PNG")
         encoded = base64.b64encode(buffer.getvalue()).decode()
-        # viser 0.2 has no image element, but its Markdown takes pictures inline.
+        # viser 0.2 has no image element, but its Markdown accepts inline images.
         self._preview.content = f"{caption}\n\n![preview](data:image/png;base64,{encoded})"
 
 
 def camera_of(client: viser.ClientHandle) -> tuple[float, ...]:
-    """Position and direction of view of a client's camera, in the scene's coordinates."""
+    """Return position and viewing direction of a client's camera, in the scene's coordinates."""
     position = np.asarray(client.camera.position) / VISER_NERFSTUDIO_SCALE_RATIO
     direction = vtf.SO3(np.asarray(client.camera.wxyz)).as_matrix()[:, 2]
     return (*map(float, position), *map(float, direction))

@@ -1,0 +1,124 @@
+"""The options that can change during a run, and their only owner."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, get_args
+
+from wys_nerfstudio.editing import EditSettings
+from wys_nerfstudio.relevance.localizer import Localization, Localizer
+from wys_nerfstudio.training.validation import flag, validate_range
+from wys_nerfstudio.utils.errors import WysError
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Values of the options that can change during a run; the names are those of the pipeline's options."""
+
+    instruction: str
+    """What to change."""
+    mask_threshold: float
+    """Pixels of at least this relevance are edited (tau)."""
+    guidance_scale: float
+    """How strongly edits follow the instruction (S_T)."""
+    image_guidance_scale: float
+    """How strongly edits keep to the captured view (S_I)."""
+    localization: Localization
+    """What confines the edits."""
+    edit_every: int
+    """Steps from one edit to the next."""
+    edit_count: int
+    """Views that are edited together."""
+
+    @staticmethod
+    def from_options(options: Any) -> "RunSettings":
+        """Return the settings that a run starts with.
+
+        Args:
+            options: An object with this class's fields as attributes, such as the pipeline's config.
+        """
+        return RunSettings(**{option.name: getattr(options, option.name) for option in fields(RunSettings)})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as plain data."""
+        return asdict(self)
+
+    def validate(self, name: Callable[[str], str] = flag) -> None:
+        """Refuse values that cannot work.
+
+        Args:
+            name: How the user sees an option: its flag, or its label in the viewer.
+
+        Raises:
+            WysError: For the first such value.
+        """
+        EditSettings(
+            guidance_scale=self.guidance_scale,
+            image_guidance_scale=self.image_guidance_scale,
+            mask_threshold=self.mask_threshold,
+        ).check(name)
+        for option in ("edit_every", "edit_count"):
+            validate_range(name(option), getattr(self, option), 1)
+        if self.localization not in get_args(Localization):
+            raise WysError(
+                f"{name('localization')} must be one of {', '.join(get_args(Localization))}, not {self.localization}."
+            )
+
+
+def label(name: str) -> str:
+    """Return the name of a setting as the viewer's panel shows it."""
+    return name.replace("_", " ").capitalize()
+
+
+class Settings:
+    """Owner of a run's settings. Observers receive every new value.
+
+    Args:
+        values: Initial values.
+        localizations: Localizations that the run can switch between.
+    """
+
+    def __init__(self, values: RunSettings, localizations: Sequence[Localization]) -> None:
+        self.localizations = tuple(localizations)
+        self._current = values
+        self._observers: list[Callable[[RunSettings], None]] = []
+
+    @property
+    def current(self) -> RunSettings:
+        """The values in force. The object is immutable: read it once for work that must not see two values."""
+        return self._current
+
+    def subscribe(self, observer: Callable[[RunSettings], None]) -> None:
+        """Call a function now and after each change with the values in force."""
+        self._observers.append(observer)
+        observer(self._current)
+
+    def update(self, **changes: Any) -> None:
+        """Change settings.
+
+        Args:
+            **changes: New values by name.
+
+        Raises:
+            WysError: If a value cannot work; nothing changes then.
+        """
+        values = replace(self._current, **changes)
+        values.validate(label)
+        if values.localization not in self.localizations:
+            raise WysError(
+                f"Localization {values.localization} is not available in this run; choose {' or '.join(self.localizations)}."
+            )
+        self.load(values)
+
+    def load(self, values: RunSettings) -> None:
+        """Put all values in force, for instance those of a checkpoint."""
+        self._current = values
+        for observer in self._observers:
+            observer(values)
+
+    def localizer(self, maps: Any) -> Localizer:
+        """Return where views may change under the values in force.
+
+        Args:
+            maps: As in `Localizer`.
+        """
+        return Localizer(self._current.localization, self._current.mask_threshold, maps)
