@@ -8,11 +8,12 @@ from typing import Optional
 
 import torch
 from jaxtyping import Bool, Float
+from nerfstudio.configs import base_config  # noqa: F401  # imported before the writer, which it imports in a circle
 from nerfstudio.utils import writer
 from torch import Tensor
 
 from wys_nerfstudio.training.distributed import main_process_only
-from wys_nerfstudio.training.scene import TrainingViews
+from wys_nerfstudio.training.scene import EditInput, TrainingViews
 from wys_nerfstudio.utils.visualization import apply_colormap, write_png
 
 EDITS_FILE = "edits.jsonl"
@@ -103,7 +104,16 @@ def image_row(
     ]
 
 
-def show_edit(step: int, row: Sequence[Float[Tensor, "h w 3"]]) -> None:
-    """Send an edit's images to nerfstudio's writers, such as TensorBoard."""
+def show_edit(step: int, views: TrainingViews, inputs: Sequence[EditInput]) -> None:
+    """Send the images of a batch's first edit to nerfstudio's writers, such as TensorBoard. Only the main process has writers.
+
+    Args:
+        step: The step that is about to be trained.
+        views: The training views.
+        inputs: Renders and masks of this process's edits.
+    """
+    if not writer.EVENT_WRITERS:
+        return
+    row = image_row(views, inputs[0].view, inputs[0].relevance, inputs[0].mask)
     strip = torch.cat([image.to("cpu") for image in row], dim=1)
     writer.put_image(name=f"Edit ({' | '.join(TITLES[:-1])})", image=strip, step=step)

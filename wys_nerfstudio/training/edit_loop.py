@@ -9,7 +9,6 @@ from typing import Any, Optional
 
 import torch
 from jaxtyping import Bool, Float
-from nerfstudio.utils import writer
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import track
 from torch import Tensor
@@ -154,9 +153,7 @@ class EditLoop:
         self._queue.submit(lambda: self._compute(batch))
         if not self._queue.overlap:
             self.commit(step, folder)
-            if writer.EVENT_WRITERS:  # on the main process only
-                first = batch.inputs[0]
-                show_edit(step, image_row(self._views, first.view, first.relevance, first.mask))
+            show_edit(step, self._views, batch.inputs)
 
     def commit(self, step: int, folder: Path) -> None:
         """Collective: put all pending edits in place and record them.
