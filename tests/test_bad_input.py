@@ -266,11 +266,11 @@ OPTIONS = [
     case("field without localising", lambda d: ["--pipeline.localize-steps=0"], "needs --pipeline.localize-steps above 0"),
     case("patches larger than views", lambda d: ["--pipeline.model.lpips-loss-mult=1", "--pipeline.model.lpips-weights",
          d.folder / "none.pth", "--pipeline.datamanager.edit-patch-size=8"], "edit-patch-size must be at least 32"),
-    case("two devices", lambda d: ["--machine.num-devices=2"], "num-devices is 2, and this machine has 0 CUDA devices"),
-    case("no device", lambda d: ["--machine.num-devices=0"], "num-devices is 0, and this machine has 0 CUDA devices"),
+    case("two devices", lambda d: ["--machine.num-devices=2"], "num-devices is 2, but this machine has 0 CUDA devices"),
+    case("no device", lambda d: ["--machine.num-devices=0"], "num-devices is 0, but this machine has 0 CUDA devices"),
     case("two machines", lambda d: ["--machine.num-machines=2"], "A scene is trained on one machine"),
-    case("editor device that is not there", lambda d: ["--pipeline.editor-device=cuda:7"], 'no device "cuda:7" here'),
-    case("editor device of no kind", lambda d: ["--pipeline.editor-device=gpu"], 'no device "gpu" here'),
+    case("editor device that is not there", lambda d: ["--pipeline.editor-device=cuda:7"], 'no device "cuda:7": --pipeline.editor-device can be cpu'),
+    case("editor device of no kind", lambda d: ["--pipeline.editor-device=gpu"], 'no device "gpu": --pipeline.editor-device can be cpu'),
     case("one caption", lambda d: ["--pipeline.caption-after", "a panda"], "go together"),
     case("normals", lambda d: ["--pipeline.model.predict-normals=True"], "is not supported"),
     case("not all views in memory", lambda d: ["--pipeline.datamanager.train-num-images-to-sample-from=2"],
@@ -287,7 +287,7 @@ OPTIONS = [
          r"The instruction has \d+ tokens, but the text encoder of .* takes at most 40: shorten it"),
     case("non-Latin words for the embedded editor", lambda d: (setattr(d, "editor", "embedded"),
          setattr(d, "instruction", "снег")) and None, "has words that the editor .embedded. was not trained on"),
-    case("prompt and instruction", lambda d: ["--prompt", "make it red"], "--prompt and --instruction mean the same"),
+    case("prompt and instruction", lambda d: ["--prompt", "make it red"], "--prompt and --instruction are the same option"),
 ]  # fmt: skip
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -352,13 +352,13 @@ def without_poses(desk: Desk) -> list[object]:
 
 
 RUNS = [
-    case("base run that is not there", lambda d: ["--base-run", d.folder / "none"], "no checkpoint in .*--base-run takes"),
-    case("base run without a checkpoint", lambda d: ["--base-run", d.scene], "no checkpoint in .*--base-run takes"),
+    case("base run that is not there", lambda d: ["--base-run", d.folder / "none"], "No checkpoint found in .*--base-run takes"),
+    case("base run without a checkpoint", lambda d: ["--base-run", d.scene], "No checkpoint found in .*--base-run takes"),
     case("base run of another method", lambda d: base(d, other_method), "is not a scene of this shape"),
     case("base run of other views", lambda d: base(d, fewer_views), "trained on 5 views and this data has 6"),
     case("base run of another backend", lambda d: base(d, other_backend), "with tiny-cuda-nn, whose weights only"),
     case("base run with renamed keys", lambda d: base(d, rename), "is not a scene of this shape: .*head"),
-    case("base run that saw other poses", without_poses, "saw the cameras in another place or scale"),
+    case("base run that saw other poses", without_poses, "has its cameras in another place or scale"),
     case("base run with edited views of other data",
          lambda d: base(d, lambda c: c["wys"]["views"].update(size=[9, 9]), nerfacto=False), "edited views of that run"),
     case("base run of an empty checkpoint", lambda d: half(d, everything=False), "could not be read"),
@@ -367,8 +367,8 @@ RUNS = [
     case("resume with a damaged state", lambda d: ["--load-dir", d.run(lambda c: c["wys"].update(plan=3))],
          "cannot be resumed from"),
     case("resume of a step that is not there", lambda d: ["--load-dir", d.finished, "--load-step=3"],
-         "no checkpoint of step 3 in .*--load-step can be 4"),
-    case("resume of a finished run", lambda d: ["--load-dir", d.finished], "The run is through: it has 5 of 5 steps"),
+         "No checkpoint of step 3 found in .*--load-step can be 4"),
+    case("resume of a finished run", lambda d: ["--load-dir", d.finished], "The run is finished: it has 5 of 5 steps"),
     case("resume with another instruction", lambda d: (setattr(d, "instruction", "make it snow"),
          ["--load-dir", d.finished])[1], "resumes a run whose instruction is"),
     case("nerfacto to resume and a base", lambda d: ["--load-dir", d.run(nerfacto=True), "--base-run", d.finished],
@@ -423,7 +423,9 @@ def existing(desk: Desk) -> list[object]:
     ("spoil", "sentence"),
     [
         case("output folder that cannot be made", in_the_way, "folder .* cannot be written: .*--output-dir"),
-        case("a run of this name is there", existing, 'There is a run in ".*run" already: to go on, type .*--load-dir'),
+        case(
+            "a run of this name is there", existing, 'There is a run in ".*run" already: to resume, type .*--load-dir'
+        ),
     ],
 )
 def test_an_output_folder_that_will_not_do_is_refused(desk, refused, spoil, sentence):

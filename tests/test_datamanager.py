@@ -157,11 +157,6 @@ def test_sizes_that_only_the_cameras_have_are_refused_too(tmp_path):
         load(scene)
 
 
-def test_all_views_must_be_in_memory(ring_scene):
-    with pytest.raises(WysError, match="leave out --pipeline.datamanager.train-num-images-to-sample-from"):
-        load(ring_scene, train_num_images_to_sample_from=4)
-
-
 # --------------------------------------------------------------------------------------------------------------- ray batches
 
 

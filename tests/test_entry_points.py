@@ -264,7 +264,7 @@ def test_resuming_a_finished_run_or_another_instruction_is_explained(finished_ru
                                                                      editor_folder: Path, tmp_path: Path) -> None:  # fmt: skip
     same = [*SMALL_MODEL, *SHORT, "--editor", editor_folder, "--load-dir", finished_run / "nerfstudio_models"]
     done = train("wys-tiny", ring_scene, tmp_path / "a", *same, check=False)
-    assert done.returncode == 1 and "The run is through: it has 33 of 33 steps" in done.stderr
+    assert done.returncode == 1 and "The run is finished: it has 33 of 33 steps" in done.stderr
     done = train("wys-tiny", ring_scene, tmp_path / "b", *same, "--instruction", "make it snow", check=False)
     assert done.returncode == 1 and "--base-run" in done.stderr and "Traceback" not in done.stderr
 

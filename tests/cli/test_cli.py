@@ -15,6 +15,7 @@ from nerfstudio.plugins.types import MethodSpecification
 
 from wys_nerfstudio.pipeline import WysPipelineConfig
 from wys_nerfstudio.trainer import WysTrainerConfig
+from wys_nerfstudio.training.settings import RunSettings
 from wys_nerfstudio.utils.recipes import recipe_arguments
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
@@ -141,7 +142,7 @@ def test_recipes_parse_through_the_command_line(recipe: Path, tmp_path: Path, mo
     config = resolve(monkeypatch, method, "--recipe", recipe, *typed)
     assert config.pipeline.instruction == content.get("instruction", "make it red")
     assert config.pipeline.localization == content.get("localization", "relevance-field")
-    config.pipeline.check()
+    config.pipeline.check(RunSettings.from_options(config.pipeline))
     for option in ("guidance-scale", "image-guidance-scale", "mask-threshold"):
         if option in content:
             assert getattr(config.pipeline, option.replace("-", "_")) == content[option]
@@ -250,8 +251,12 @@ def test_steps_are_those_of_the_phases_or_those_that_are_typed(monkeypatch, tmp_
         (["--pipeline.masks-dir", "m"], ["--localization masks", "give both or none"]),
         (["--pipeline.model.predict-normals", "True"], ["--pipeline.model.predict-normals is not supported"]),
         (["--pipeline.datamanager.edit-patch-size", "16"], ["at least 32", "--pipeline.model.lpips-loss-mult 0"]),
+        (
+            ["--pipeline.datamanager.train-num-images-to-sample-from", "4"],
+            ["leave out --pipeline.datamanager.train-num-images-to-sample-from"],
+        ),
         (["--data", "nowhere/at/all"], ["no data at", "--data"]),
-        (["--load-dir", "nowhere/at/all"], ["no checkpoint in", "--load-dir"]),
+        (["--load-dir", "nowhere/at/all"], ["No checkpoint found in", "--load-dir"]),
     ],
 )
 def test_options_that_cannot_work_are_refused_in_a_sentence(

@@ -63,7 +63,9 @@ def test_a_run_is_found_by_its_folder_its_config_its_checkpoints_or_one_of_these
 def test_a_path_without_a_checkpoint_is_refused_with_its_option(tmp_path, name):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "file.txt").touch()
-    sentence = f'no checkpoint in "{tmp_path / name}": --load-dir takes the folder or the config.yml of a finished'
+    sentence = (
+        f'No checkpoint found in "{tmp_path / name}": --load-dir takes the folder or the config.yml of a finished'
+    )
     with pytest.raises(WysError, match=sentence):
         find_checkpoint(tmp_path / name, "--load-dir")
 
@@ -99,7 +101,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, content):
 @pytest.mark.parametrize("content", [[1, 2], {"step": 1}, {"pipeline": {}}])
 def test_another_kind_of_file_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "x.ckpt")
-    with pytest.raises(WysError, match='x.ckpt" is no nerfstudio checkpoint: it has no "pipeline"'):
+    with pytest.raises(WysError, match='x.ckpt" is not a nerfstudio checkpoint: it has no entry "pipeline"'):
         read_checkpoint(tmp_path / "x.ckpt")
 
 
@@ -296,7 +298,7 @@ def test_settings_that_no_weight_shows_are_compared_by_the_config(tmp_path, opti
 
 @pytest.mark.parametrize("change", [{"scale": 0.26}, {"transform": [[1.0, 0, 0, 0.6], [0, 1.0, 0, 0], [0, 0, 1.0, 0]]}])
 def test_cameras_in_another_place_or_scale_are_refused(tmp_path, change):
-    sentence = "saw the cameras in another place or scale: use the same --data"
+    sentence = "has its cameras in another place or scale: use the same --data"
     refused(build(), write_run(tmp_path, nerfacto_state(build())), sentence, {**TRANSFORM, **change})
 
 
@@ -332,7 +334,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_sentence(tmp_path, ca
     (folder / checkpoint_name(10)).write_bytes(b"")
     assert find_checkpoint(run, "--load-dir") == folder / checkpoint_name(5)
     said = " ".join(capsys.readouterr().out.split())
-    assert said.count("could not be read") == said.count("The one before it is used.") == 2
+    assert said.count("could not be read") == said.count("The previous one is used.") == 2
     (folder / checkpoint_name(5)).write_bytes(whole[:9])
     with pytest.raises(WysError, match="could not be read"):
         read_checkpoint(find_checkpoint(run, "--load-dir"))
@@ -341,5 +343,5 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_sentence(tmp_path, ca
 def test_an_older_checkpoint_is_found_by_its_step(tmp_path):
     run = write_run(write_run(tmp_path, {}, step=5), {}, step=10)
     assert find_checkpoint(run, "--load-dir", 5).name == checkpoint_name(5)
-    with pytest.raises(WysError, match="no checkpoint of step 7 .*--load-step can be 10, 5"):
+    with pytest.raises(WysError, match="No checkpoint of step 7 found .*--load-step can be 10, 5"):
         find_checkpoint(run, "--load-dir", 7)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from test_bad_input import TINY
 
 from wys_nerfstudio.trainer import WysTrainer
 from wys_nerfstudio.training.checkpoint import newest_checkpoint, read_checkpoint
+from wys_nerfstudio.training.run_state import SETTINGS_KEY
 from wys_nerfstudio.viewer.panel import ViewerCommand
 
 STEPS = 11
@@ -66,7 +67,8 @@ class Command:
         assert path is not None
         return path
 
-    def weights(self) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, Any]:
+        """The last checkpoint's weights and, under `SETTINGS_KEY`, settings."""
         assert self.newest().name == f"step-{STEPS - 1:09d}.ckpt"
         return read_checkpoint(self.newest())["pipeline"]
 
@@ -77,7 +79,7 @@ def command(scene: Path, editor_folder: Path, tmp_path: Path, monkeypatch) -> Co
 
 
 @pytest.fixture(scope="module")
-def whole(scene: Path, editor_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+def whole(scene: Path, editor_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Weights of the run that nothing happens to."""
     with pytest.MonkeyPatch.context() as patch:
         command = Command(scene, editor_folder, tmp_path_factory.mktemp("whole"), patch)
@@ -85,10 +87,16 @@ def whole(scene: Path, editor_folder: Path, tmp_path_factory: pytest.TempPathFac
         return command.weights()
 
 
-def goes_on_as_if_nothing_had_happened(command: Command, whole: dict[str, torch.Tensor]) -> None:
+def assert_equal_weights(weights: dict[str, Any], expected: dict[str, Any]) -> None:
+    settings, expected_settings = weights.pop(SETTINGS_KEY), expected[SETTINGS_KEY]
+    assert settings == expected_settings
+    assert weights.keys() == expected.keys() - {SETTINGS_KEY}
+    assert all(torch.equal(weights[key], expected[key]) for key in weights)
+
+
+def assert_resume_matches(command: Command, whole: dict[str, Any]) -> None:
     assert command("--load-dir", command.run) is None
-    resumed = command.weights()
-    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[key], whole[key]) for key in whole)
+    assert_equal_weights(command.weights(), whole)
 
 
 def interrupt(_trainer: WysTrainer) -> None:
@@ -101,11 +109,11 @@ def test_ctrl_c_saves_says_how_to_resume_and_exits_with_130(command, whole, caps
     assert command(at=step, happens=interrupt) == 130
     said = capsys.readouterr()
     assert "Stopping after this step" in said.out and "Traceback" not in said.out + said.err
-    ending = f'wys: Stopped after step {step}; to go on, type the same command with --load-dir "{command.run}".'
+    ending = f'wys: Stopped after step {step}; to resume, type the same command with --load-dir "{command.run}".'
     assert ending in said.err
     assert command.newest().name == f"step-{step:09d}.ckpt"
     assert signal.getsignal(signal.SIGINT) is before
-    goes_on_as_if_nothing_had_happened(command, whole)
+    assert_resume_matches(command, whole)
 
 
 def test_the_end_of_a_queues_time_is_taken_as_ctrl_c(command, whole, capsys):
@@ -115,9 +123,9 @@ def test_the_end_of_a_queues_time_is_taken_as_ctrl_c(command, whole, capsys):
 
     before = signal.getsignal(signal.SIGTERM)
     assert command(at=7, happens=both) == 130
-    assert "wys: Stopped after step 7; to go on" in capsys.readouterr().err
+    assert "wys: Stopped after step 7; to resume" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
-    goes_on_as_if_nothing_had_happened(command, whole)
+    assert_resume_matches(command, whole)
 
 
 def test_a_second_ctrl_c_stops_at_once_and_leaves_the_last_checkpoint(command, whole, capsys):
@@ -128,13 +136,13 @@ def test_a_second_ctrl_c_stops_at_once_and_leaves_the_last_checkpoint(command, w
     assert command(at=6, happens=twice) == 130
     assert "wys: Stopped at once" in capsys.readouterr().err
     assert command.newest().name == "step-000000004.ckpt"
-    goes_on_as_if_nothing_had_happened(command, whole)
+    assert_resume_matches(command, whole)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_saves_nothing(command):
     said = str(command(at=6, happens=lambda trainer: torch.tensor(float("nan"))))
     good = command.newest()
-    assert said.startswith("wys: The loss is no finite number any more at step 6: training stops and saves nothing.")
+    assert said.startswith("wys: The loss became NaN or Inf at step 6: training stops and saves nothing.")
     assert f'The last good checkpoint is "{good}"' in said and good.name == "step-000000004.ckpt"
 
 
@@ -143,7 +151,7 @@ def test_a_lost_weight_is_not_saved(command):
         next(iter(trainer.pipeline.scene_model.field.mlp_head.parameters())).data.fill_(float("nan"))
 
     said = str(command(at=4, happens=lose))
-    assert "A weight is no finite number any more at step 4" in said and "There is no checkpoint yet" in said
+    assert "A weight became NaN or Inf at step 4" in said and "There is no checkpoint yet" in said
     assert newest_checkpoint(command.run / "nerfstudio_models") is None
 
 
@@ -153,12 +161,10 @@ def test_a_disk_that_cannot_be_written_any_more_ends_the_run_and_leaves_it_whole
 
     with monkeypatch.context() as patch:
         said = str(command(at=7, happens=lambda trainer: patch.setattr(os, "fsync", fail)))
-    assert re.match(f'wys: ".*" could not be written: {os.strerror(errno.EROFS)}. Mend that and start again', said), (
-        said
-    )
+    assert re.match(f'wys: ".*" could not be written: {os.strerror(errno.EROFS)}. Correct that first', said), said
     assert f'--load-dir "{command.run}"' in said and command.newest().name == "step-000000004.ckpt"
     assert not list(command.run.rglob("*.partial"))
-    goes_on_as_if_nothing_had_happened(command, whole)
+    assert_resume_matches(command, whole)
 
 
 @pytest.fixture
@@ -192,7 +198,7 @@ def test_a_full_disk_ends_the_run_and_leaves_it_whole(small_disk, scene, editor_
     assert "could not be written: No space left on device" in said, said
     assert command.newest().name == "step-000000004.ckpt"
     ballast.unlink()
-    goes_on_as_if_nothing_had_happened(command, whole)
+    assert_resume_matches(command, whole)
 
 
 def test_a_truncated_newest_checkpoint_costs_the_steps_since_the_one_before_it(command, whole, capsys):
@@ -200,9 +206,9 @@ def test_a_truncated_newest_checkpoint_costs_the_steps_since_the_one_before_it(c
     newest = command.newest()
     newest.write_bytes(newest.read_bytes()[:5000])
     capsys.readouterr()
-    goes_on_as_if_nothing_had_happened(command, whole)
+    assert_resume_matches(command, whole)
     said = " ".join(capsys.readouterr().out.split())
-    assert "could not be read" in said and "The one before it is used." in said and "Resuming at step 9" in said
+    assert "could not be read" in said and "The previous one is used." in said and "Resuming at step 9" in said
 
 
 @pytest.mark.slow
@@ -237,7 +243,7 @@ def test_edits_follow_one_another_and_every_earlier_state_can_be_brought_back(
     assert same(undone.newest()) and undone.newest().name == "step-000000004.ckpt"
     for path in (first.run / "wys" / "edits").iterdir():
         assert (undone.run / "wys" / "edits" / path.name).read_bytes() == path.read_bytes()
-    assert "The run is through" in str(undone("--load-dir", undone.run))
+    assert "The run is finished" in str(undone("--load-dir", undone.run))
 
     # A moment of the history is a base, too, with the history that it had.
     third = Command(scene, editor_folder, tmp_path / "third", monkeypatch)

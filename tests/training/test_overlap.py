@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_ring_scene
-from test_interrupts import Command, interrupt
+from test_interrupts import Command, assert_equal_weights, interrupt
 
 from wys_nerfstudio import pipeline
 from wys_nerfstudio.datamanager import WysDataManager
@@ -86,8 +86,7 @@ def test_a_run_that_is_stopped_while_the_editor_works_goes_on_as_if_nothing_had_
     assert overlapped("--mask-threshold=0", at=9, happens=interrupt) == 130
     assert [edit["step"] for edit in edits(overlapped)] == [8]
     assert overlapped("--mask-threshold=0", "--load-dir", overlapped.run) is None
-    resumed, wanted = overlapped.weights(), whole.weights()
-    assert all(torch.equal(resumed[key], wanted[key]) for key in wanted)
+    assert_equal_weights(overlapped.weights(), whole.weights())
     assert [{**edit, "seconds": 0} for edit in edits(overlapped)] == [{**edit, "seconds": 0} for edit in edits(whole)]
 
 

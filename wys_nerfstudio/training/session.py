@@ -114,6 +114,7 @@ class EditSession:
 
     @localized.setter
     def localized(self, value: bool) -> None:
+        """Set whether the current edit has relevance; the scene's outputs follow."""
         self._localized = value
         self._show_edit_mask(self.settings.current)
 
