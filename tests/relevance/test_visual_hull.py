@@ -274,7 +274,7 @@ def test_the_hull_is_unknown_until_it_is_carved_and_once_it_is_forgotten() -> No
     assert not RelevanceHull().known
     made = carved(ring(4), torch.zeros(4, HEIGHT, WIDTH), 1.0)
     assert made.known and float(made(torch.rand(5, 3)).max()) == 0
-    made.forget()
+    made.reset()
     assert not made.known and made(torch.rand(5, 3)).tolist() == pytest.approx([-1] * 5)
 
 

@@ -24,7 +24,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine"),
+    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"),
 ]
 
 STEPS = ["--pipeline.reconstruct-steps=150", "--pipeline.localize-steps=60", "--pipeline.edit-steps=11"]
@@ -33,7 +33,7 @@ STEPS = ["--pipeline.reconstruct-steps=150", "--pipeline.localize-steps=60", "--
 def wait(condition: Callable[[], Any], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.2)
 
 
@@ -81,7 +81,7 @@ def open_viewer(browser: Any, port: int) -> Any:
     page = browser.new_page(viewport={"width": 1100, "height": 1500})
     page.goto(f"http://127.0.0.1:{port}")
     page.get_by_text("Watch Your Steps").wait_for(timeout=60000)
-    set_number(page, "Max res", 64)  # a CPU draws larger pictures for many seconds
+    set_number(page, "Max res", 64)  # larger renders take many seconds on a CPU
     return page
 
 
@@ -91,13 +91,15 @@ def set_number(page: Any, label: str, value: float) -> None:
     box.press("Enter")
 
 
-@pytest.fixture(scope="module")
-def page(live_run: Path, browser: Any) -> Any:
-    """The viewer's page of the live run."""
-    return open_viewer(browser, PORT)
+@pytest.fixture
+def page(live_run: Path, browser: Any) -> Iterator[Any]:
+    """A new client of the live run's viewer."""
+    page = open_viewer(browser, PORT)
+    yield page
+    page.close()
 
 
-def panel(page: Any) -> str:
+def panel_text(page: Any) -> str:
     text = page.inner_text("body")
     return text[text.index("Watch Your Steps") :]
 
@@ -111,22 +113,22 @@ def set_threshold(page: Any, value: float) -> None:
     set_number(page, "Mask threshold", value)
 
 
-def shown(page: Any) -> np.ndarray:
-    """The scene as it is shown now, without the panel."""
+def screenshot(page: Any) -> np.ndarray:
+    """Return the render on the page as it is now, without the panel."""
     shot = page.screenshot(clip={"x": 0, "y": 60, "width": 700, "height": 1400})
     return np.asarray(Image.open(io.BytesIO(shot)).convert("L"), dtype=float)
 
 
-def picture(page: Any) -> np.ndarray:
-    """The scene as it is shown when it changes no more."""
+def settled_render(page: Any) -> np.ndarray:
+    """Return the render on the page once it stops changing."""
     last = np.zeros(0)
     for _ in range(60):
-        now = shown(page)
+        now = screenshot(page)
         if last.shape == now.shape and np.abs(last - now).mean() < 0.05:
             return now
         last = now
         page.wait_for_timeout(3000)
-    raise AssertionError("the picture never came to rest")
+    raise AssertionError("the render kept changing")
 
 
 def history(run: Path) -> list[dict]:
@@ -137,69 +139,69 @@ def edits(run: Path) -> int:
     return len((run / "wys" / "edits.jsonl").read_text().splitlines())
 
 
-def test_the_panel_is_in_order(page: Any) -> None:
-    wanted = ["finished", "Instruction", "Apply on top", "Apply instead", "Mask threshold", "Guidance scale",
+def test_the_panel_lists_its_controls_in_order(page: Any) -> None:
+    labels = ["finished", "Instruction", "Apply on top", "Apply instead", "Mask threshold", "Guidance scale",
               "Image guidance scale", "Localization", "Edit every", "Edit count", "Pause editing", "Preview", "Undo",
               "Reset"]  # fmt: skip
-    wait(lambda: "finished" in panel(page))
-    text = panel(page)
-    places = [text.index(label) for label in wanted]
-    assert places == sorted(places)
+    wait(lambda: "finished" in panel_text(page))
+    text = panel_text(page)
+    positions = [text.index(label) for label in labels]
+    assert positions == sorted(positions)
 
 
 def mask_area(page: Any) -> float:
-    return float((shown(page) > 128).mean())
+    return float((screenshot(page) > 128).mean())
 
 
-def check_that_the_mask_shrinks(page: Any, thresholds: tuple[float, ...]) -> None:
-    """Everything is white at 0, and each threshold shows less of it than the one before, or as much."""
-    page.get_by_text("Hide Train Cams").click()
+def assert_mask_shrinks(page: Any, thresholds: tuple[float, ...]) -> None:
+    """Check that the whole mask is white at 0, and that no higher threshold shows more than a lower one."""
+    if page.get_by_text("Hide Train Cams").is_visible():
+        page.get_by_text("Hide Train Cams").click()
     choose_output(page, "relevance_overlay")
     choose_output(page, "edit_mask")
     set_threshold(page, 0.0)
-    # Waiting for the picture, not for a time: a busy machine draws late.
+    # Wait for the render, not for a time: a busy machine renders late.
     wait(lambda: mask_area(page) > 0.9)
     areas = [mask_area(page)]
     for threshold in thresholds:
         set_threshold(page, threshold)
         page.wait_for_timeout(3000)
-        areas.append(float((picture(page) > 128).mean()))
+        areas.append(float((settled_render(page) > 128).mean()))
     set_threshold(page, 1.0)
     wait(lambda: mask_area(page) < 0.5 * areas[0])
-    areas.append(float((picture(page) > 128).mean()))
+    areas.append(float((settled_render(page) > 128).mean()))
     assert areas == sorted(areas, reverse=True)
 
 
-def test_the_mask_shrinks_in_the_picture_as_the_threshold_rises(page: Any) -> None:
-    check_that_the_mask_shrinks(page, (0.2, 0.5))
-    set_threshold(page, 0.3)
+def test_the_rendered_mask_shrinks_as_the_threshold_rises(page: Any) -> None:
+    assert_mask_shrinks(page, (0.2, 0.5))
 
 
-def test_a_preview_appears_and_a_wrong_value_is_refused(page: Any) -> None:
-    set_threshold(page, 0.0)  # so short a run may find nothing relevant
+def test_a_preview_appears_and_an_invalid_value_is_refused(page: Any) -> None:
+    set_threshold(page, 0.0)  # after so few steps nothing may be relevant
     page.get_by_role("button", name="Preview").click()
     page.locator("img[alt=preview]").wait_for(timeout=60000)
     every = page.get_by_text("Edit every").locator("xpath=following::input[1]")
     every.fill("0")
-    wait(lambda: "--pipeline.edit-every must be at least 1, not 0" in panel(page), 60)
+    wait(lambda: "Edit every must be at least 1, not 0" in panel_text(page), 60)
     wait(lambda: every.input_value() == "5", 60)
 
 
-def test_two_outputs_side_by_side(page: Any) -> None:
+def test_two_outputs_are_shown_side_by_side(page: Any) -> None:
     choose_output(page, "rgb")
-    alone = picture(page)
+    single = settled_render(page)
     switch = page.get_by_role("checkbox", name="Enable").first
     switch.check(force=True)
     page.get_by_label("Output render split").click()
     page.get_by_role("option", name="edit_mask", exact=True).click()
     page.wait_for_timeout(1500)
-    both = picture(page)
-    half = alone.shape[1] // 3  # the split is in the middle of the window, which the panel covers in part
-    assert np.abs(both[:, :half] - alone[:, :half]).mean() < 3
+    split = settled_render(page)
+    half = single.shape[1] // 3  # the split is at the middle of the window, part of which the panel covers
+    assert np.abs(split[:, :half] - single[:, :half]).mean() < 3
     switch.uncheck(force=True)
 
 
-def test_what_is_typed_stays_until_it_is_applied(page: Any) -> None:
+def test_a_typed_instruction_stays_until_it_is_applied(page: Any) -> None:
     box = page.get_by_text("Instruction").locator("xpath=following::input[1]")
     box.fill("make the ball red")
     box.press("Enter")
@@ -209,8 +211,9 @@ def test_what_is_typed_stays_until_it_is_applied(page: Any) -> None:
 
 
 def test_apply_and_undo(page: Any, live_run: Path) -> None:
+    wait(lambda: "finished" in panel_text(page))
     choose_output(page, "rgb")
-    before = picture(page)
+    before = settled_render(page)
     box = page.get_by_text("Instruction").locator("xpath=following::input[1]")
     box.fill("make the ball blue")
     box.press("Enter")
@@ -219,7 +222,7 @@ def test_apply_and_undo(page: Any, live_run: Path) -> None:
         count = edits(live_run)
         page.get_by_role("button", name=f"Apply {start}").click()
         wait(lambda: len(history(live_run)) == number + 2)
-        wait(lambda: edits(live_run) > count and "finished" in panel(page))
+        wait(lambda: edits(live_run) > count and "finished" in panel_text(page))
     first, *applied = history(live_run)
     assert first["instruction"] == "turn the bear into a panda"
     assert {entry["instruction"] for entry in applied} == {"make the ball blue"}
@@ -227,13 +230,13 @@ def test_apply_and_undo(page: Any, live_run: Path) -> None:
     for number in (2, 1):
         page.get_by_role("button", name="Undo").click()
         wait(lambda: len(history(live_run)) == number)
-    # The first undo leaves the same words in the status line, and the panel is told after the history is written.
+    # Both undos leave the same status line; the panel is updated after the history is written.
     wait(lambda: box.input_value() == "turn the bear into a panda")
-    assert '"make the ball blue" is undone' in panel(page)
-    wait(lambda: np.abs(picture(page) - before).mean() < 0.5)
+    assert '"make the ball blue" is undone' in panel_text(page)
+    wait(lambda: np.abs(settled_render(page) - before).mean() < 0.5)
 
 
-def test_a_finished_run_shows_its_outputs_and_the_threshold_without_an_editor(live_run: Path, browser: Any) -> None:
+def test_ns_viewer_shows_outputs_and_threshold_without_an_editor(live_run: Path, browser: Any) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **NO_NETWORK}
     port = free_port()
     arguments = ["--load-config", live_run / "config.yml", "--viewer.websocket-port", port]
@@ -241,10 +244,10 @@ def test_a_finished_run_shows_its_outputs_and_the_threshold_without_an_editor(li
     try:
         wait(lambda: viewer.poll() is not None or listens(port))
         page = open_viewer(browser, port)
-        text = panel(page)
+        text = panel_text(page)
         assert "Mask threshold" in text
         assert not any(label in text for label in ("Apply", "Guidance scale", "Preview", "Undo", "Reset"))
-        check_that_the_mask_shrinks(page, (0.4,))
+        assert_mask_shrinks(page, (0.4,))
         assert viewer.poll() is None
         page.close()
     finally:

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, get_args
+from typing import Any
 
 from wys_nerfstudio.editing import EditSettings
 from wys_nerfstudio.relevance.localizer import Localization, Localizer
-from wys_nerfstudio.training.validation import flag, validate_range
+from wys_nerfstudio.training.validation import validate_range
 from wys_nerfstudio.utils.errors import WysError
 
 
@@ -42,11 +42,8 @@ class RunSettings:
         """Return the settings as plain data."""
         return asdict(self)
 
-    def validate(self, name: Callable[[str], str] = flag) -> None:
-        """Refuse values that cannot work.
-
-        Args:
-            name: How the user sees an option: its flag, or its label in the viewer.
+    def validate(self) -> None:
+        """Refuse values that cannot work, under the names that the viewer's panel shows.
 
         Raises:
             WysError: For the first such value.
@@ -55,13 +52,9 @@ class RunSettings:
             guidance_scale=self.guidance_scale,
             image_guidance_scale=self.image_guidance_scale,
             mask_threshold=self.mask_threshold,
-        ).check(name)
+        ).check(label)
         for option in ("edit_every", "edit_count"):
-            validate_range(name(option), getattr(self, option), 1)
-        if self.localization not in get_args(Localization):
-            raise WysError(
-                f"{name('localization')} must be one of {', '.join(get_args(Localization))}, not {self.localization}."
-            )
+            validate_range(label(option), getattr(self, option), 1)
 
 
 def label(name: str) -> str:
@@ -102,7 +95,7 @@ class Settings:
             WysError: If a value cannot work; nothing changes then.
         """
         values = replace(self._current, **changes)
-        values.validate(label)
+        values.validate()
         if values.localization not in self.localizations:
             raise WysError(
                 f"Localization {values.localization} is not available in this run; choose {' or '.join(self.localizations)}."
