@@ -361,16 +361,18 @@ def test_live_changes_are_resumed_unless_typed_otherwise(ring_scene: Path, edito
         folder = trainer.base_dir
     typed = yaml.load((folder / "config.yml").read_text(), Loader=yaml.Loader).pipeline
     assert (typed.instruction, typed.mask_threshold) == ("make the ball blue", 0.2)
-    evaluated = eval_setup(folder / "config.yml", test_mode="inference")[1]
+    evaluated = eval_setup(folder / "config.yml", test_mode="test")[1]
     assert evaluated.settings.current.instruction == "make the bear red"
     assert evaluated.settings.current.mask_threshold == evaluated.scene_model.mask_threshold == 0.45
 
     # The same command once more, but for one setting.
     config = small_config(ring_scene, editor_folder, tmp_path / "b", **OPTIONS)
+    config.max_num_iterations = None
     config.pipeline.guidance_scale, config.load_dir = 7.0, folder / "nerfstudio_models"
     config.vis, config.viewer.quit_on_train_completion = "viewer", False
     config.set_timestamp()
     assert config.max_num_iterations == 50
+    config.save_config()
     trainer = config.setup(local_rank=0, world_size=1)
     trainer.setup()
     settings = trainer.pipeline.settings.current
