@@ -123,8 +123,8 @@ class WysDataManager(VanillaDataManager[InputDataset]):
 
     def _refuse_unequal_sizes(self) -> None:
         cameras, files = self.train_dataset.cameras, self.train_dataset.image_filenames
-        said = [(int(width), int(height)) for width, height in zip(cameras.width, cameras.height)]
-        for sizes in ([_size(path) for path in files], said):
+        camera_sizes = [(int(width), int(height)) for width, height in zip(cameras.width, cameras.height)]
+        for sizes in ([_size(path) for path in files], camera_sizes):
             odd = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
             if odd is not None:
                 (width, height), (other_width, other_height) = sizes[0], sizes[odd]

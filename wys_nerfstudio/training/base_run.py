@@ -74,7 +74,7 @@ def load_base(model: nn.Module, path: Path, transform: Optional[dict[str, Any]] 
     """Load a base run's scene into a model, after checking every key and shape.
 
     Args:
-        model: A `WysModel`. Its relevance head stays as it is: the base run knows nothing of this instruction.
+        model: A `WysModel`. Its relevance head is not loaded: it belongs to an instruction.
         path: As for `find_checkpoint`.
         transform: This run's `dataparser_transforms.json` as data, to be compared with the base run's.
 
@@ -82,19 +82,19 @@ def load_base(model: nn.Module, path: Path, transform: Optional[dict[str, Any]] 
         WysError: If the checkpoint is not a scene of this model's shape, backend and number of views.
     """
     checkpoint = find_checkpoint(path, "--base-run")
-    base, ours = model_state(read_checkpoint(checkpoint)), model.state_dict()
-    scene = {key for key in ours if not key.startswith(NOT_SCENE)}
+    base, current = model_state(read_checkpoint(checkpoint)), model.state_dict()
+    scene = {key for key in current if not key.startswith(NOT_SCENE)}
     config = read_run_config(run_folder(checkpoint))
     _check_keys(path, base, scene, config, model)
-    _check_shapes(path, base, ours, scene, config, model)
-    _check_buffers(path, base, ours, scene)
+    _check_shapes(path, base, current, scene, config, model)
+    _check_buffers(path, base, current, scene)
     unseen = _flags(config, model, UNSEEN_OPTIONS)
     if unseen:
         raise WysError(f'The base run "{path}" has other settings than this run: add {" ".join(unseen)}.')
     _check_transform(path, run_folder(checkpoint) / "dataparser_transforms.json", transform)
     poses = {key: value for key, value in base.items() if key.startswith("camera_optimizer.")}
-    _check_poses(path, poses, ours)
-    model.load_state_dict({**ours, **{key: base[key] for key in scene}, **poses}, strict=True)
+    _check_poses(path, poses, current)
+    model.load_state_dict({**current, **{key: base[key] for key in scene}, **poses}, strict=True)
 
 
 def _check_keys(path: Path, base: dict[str, Tensor], scene: set[str], config: dict[str, Any], model: nn.Module) -> None:
@@ -116,50 +116,50 @@ def _check_keys(path: Path, base: dict[str, Tensor], scene: set[str], config: di
 def _check_shapes(
     path: Path,
     base: dict[str, Tensor],
-    ours: dict[str, Tensor],
+    current: dict[str, Tensor],
     scene: set[str],
     config: dict[str, Any],
     model: nn.Module,
 ) -> None:
     # Embeddings first: another number of views has a simpler explanation than another shape.
     for key in sorted(scene, key=lambda key: ("embedding_appearance" not in key, key)):
-        if base[key].shape == ours[key].shape:
+        if base[key].shape == current[key].shape:
             continue
-        if "embedding_appearance" in key and base[key].shape[1:] == ours[key].shape[1:]:
-            raise _other_views(path, len(base[key]), len(ours[key]))
+        if "embedding_appearance" in key and base[key].shape[1:] == current[key].shape[1:]:
+            raise _other_views(path, len(base[key]), len(current[key]))
         raise WysError(
             f'The base run "{path}" is not a scene of this shape: {key} is {tuple(base[key].shape)} there and '
-            f"{tuple(ours[key].shape)} here. {_advice(config, model)}"
+            f"{tuple(current[key].shape)} here. {_advice(config, model)}"
         )
 
 
-def _check_buffers(path: Path, base: dict[str, Tensor], ours: dict[str, Tensor], scene: set[str]) -> None:
+def _check_buffers(path: Path, base: dict[str, Tensor], current: dict[str, Tensor], scene: set[str]) -> None:
     """Refuse another maximum resolution and the like: buffers with numbers that shapes do not show."""
     for key in sorted(scene):
         owner, name = key.rpartition(".")[::2]
-        if name not in ("max_res", "num_levels", "log2_hashmap_size") or int(base[key]) == int(ours[key]):
+        if name not in ("max_res", "num_levels", "log2_hashmap_size") or int(base[key]) == int(current[key]):
             continue
         option = f"{name.replace('_', '-')} {int(base[key])}" if owner == "field" else "proposal-net-args-list"
         raise WysError(
-            f'The base run "{path}" has {key} {int(base[key])} and this model {int(ours[key])}: give this run the base\'s '
+            f'The base run "{path}" has {key} {int(base[key])} and this model {int(current[key])}: give this run the base\'s '
             f"--pipeline.model.{option}."
         )
 
 
-def _check_poses(path: Path, poses: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+def _check_poses(path: Path, poses: dict[str, Tensor], current: dict[str, Tensor]) -> None:
     for key, value in poses.items():
-        if key not in ours:
+        if key not in current:
             raise WysError(
                 f'The base run "{path}" has learned pose corrections, which this run would drop: add '
                 "--pipeline.model.camera-optimizer.mode SO3xR3, or the mode of the base."
             )
-        if value.shape != ours[key].shape:
-            raise _other_views(path, len(value), len(ours[key]))
+        if value.shape != current[key].shape:
+            raise _other_views(path, len(value), len(current[key]))
 
 
-def _other_views(path: Path, theirs: int, ours: int) -> WysError:
+def _other_views(path: Path, theirs: int, current: int) -> WysError:
     return WysError(
-        f'The base run "{path}" was trained on {theirs} views and this data has {ours}: use the same --data and the same '
+        f'The base run "{path}" was trained on {theirs} views and this data has {current}: use the same --data and the same '
         "dataparser options as the base run."
     )
 
@@ -178,8 +178,8 @@ def _flags(config: dict[str, Any], model: nn.Module, names: tuple[str, ...]) -> 
     theirs = pipeline.get("model") if isinstance(pipeline, dict) else None
     if not isinstance(theirs, dict):
         return []
-    ours = vars(model.config)  # type: ignore
-    different = (name for name in names if name in theirs and theirs[name] != ours[name])
+    current = vars(model.config)  # type: ignore
+    different = (name for name in names if name in theirs and theirs[name] != current[name])
     return [f"--pipeline.model.{name.replace('_', '-')} {theirs[name]}" for name in different]
 
 
