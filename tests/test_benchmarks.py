@@ -177,7 +177,7 @@ def test_the_benchmark_of_localisation_runs_and_compares_maps_with_all_inputs(
     config.datamanager.data = scene
     base = tmp_path / "captured.ckpt"
     write_tensors(base, {"step": 0, "pipeline": config.setup(device="cpu", test_mode="val").weights()})
-    options = localization.Options(scene, base, draws=1, steps=2, seeds=(0,), edits=("panda",))
+    options = localization.Options(scene, base, num_samples=1, steps=2, seeds=(0,), edits=("panda",))
     options.output = tmp_path / "localization.json"
     localization.main(options)
     assert "| maps | view | " in capsys.readouterr().out

@@ -42,14 +42,14 @@ class Options:
     """Run or checkpoint whose scene is used."""
     editor: str = EMBEDDED
     """Editor that is asked."""
-    draws: int = 4
-    """Noise draws per map."""
+    num_samples: int = 4
+    """Noise samples averaged per relevance map."""
     noise_level: float = 0.8
     """t_rel."""
     outlier_factor: float = wys_tiny.config.pipeline.relevance_outlier_factor  # type: ignore
     """Maps are clamped at Q3 + this many interquartile ranges."""
-    agreement: float = wys_tiny.config.pipeline.model.relevance_expectile  # type: ignore
-    """Share of its views that must find a surface relevant."""
+    expectile: float = wys_tiny.config.pipeline.model.relevance_expectile  # type: ignore
+    """Expectile of the relevance loss: the share of views that must agree that a surface is relevant."""
     steps: int = wys_tiny.config.pipeline.localize_steps  # type: ignore
     """Training steps of the relevance head."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -70,7 +70,7 @@ def build(options: Options, relevance_input: RelevanceInput, seed: int) -> WysPi
     config.datamanager.data = options.scene
     config.editor = options.editor
     config.model.relevance_input = relevance_input
-    config.model.relevance_expectile = options.agreement
+    config.model.relevance_expectile = options.expectile
     torch.manual_seed(seed)
     pipeline = config.setup(device="cpu", test_mode="val")
     load_base(pipeline.scene_model, options.run)
@@ -84,7 +84,7 @@ def raw_maps(options: Options, editor: Editor, pipeline: WysPipeline, instructio
     images = torch.cat([data.captured_views(range(data.num_views)), torch.stack(held_out)])
     seeds = [edit_seed(seed, -1 - i) for i in range(len(images))]
     parts = relevance_maps(
-        editor, images, instruction, noise_level=options.noise_level, num_samples=options.draws, seeds=seeds
+        editor, images, instruction, noise_level=options.noise_level, num_samples=options.num_samples, seeds=seeds
     )
     return torch.cat(list(parts))
 
