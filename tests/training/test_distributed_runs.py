@@ -92,7 +92,7 @@ def test_interrupted_ranks_stop_at_one_step_and_resume_exactly(runs):
     assert read_masks(runs / "two") == read_masks(runs / "stopped") != {}
 
 
-def test_a_lost_rank_ends_the_run_with_an_error_and_it_resumes_exactly(runs):
+def test_a_lost_rank_ends_the_run_and_it_resumes_exactly(runs):
     survivor, lost = endings(runs, "died")
     assert lost["code"] == 9 and survivor["code"] == 1
     assert "wys: Another of the 2 processes that train this scene seems to have ended" in survivor["output"]
