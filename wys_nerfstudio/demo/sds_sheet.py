@@ -12,8 +12,8 @@ import torch
 import tyro
 
 from wys_nerfstudio.config import wys_tiny
+from wys_nerfstudio.demo.images import held_out_views
 from wys_nerfstudio.demo.instructions import BY_SLUG, EDITS
-from wys_nerfstudio.demo.pictures import held_out_views
 from wys_nerfstudio.editing import EMBEDDED, EditSettings, edit_image, load_editor
 from wys_nerfstudio.evaluation import metrics
 from wys_nerfstudio.utils.visualization import apply_colormap, contact_sheet, save_png

@@ -26,7 +26,7 @@ SMALLEST_CHANGE = 0.01
 LOCAL = [number for number, edit in enumerate(EDITS) if edit.kind in LOCAL_KINDS]
 
 
-def write_demo_pictures(folder: Path, count: int) -> Path:
+def write_demo_images(folder: Path, count: int) -> Path:
     """Writes pictures of 64 x 64 pixels and `list.csv`, each picture with the next of the local edits.
 
     Args:
