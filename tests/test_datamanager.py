@@ -1,4 +1,4 @@
-"""The training views: what is captured, what ray batches see, what is kept on disk."""
+"""The training views: captured and edited pixels, ray batches, relevance maps, and their files."""
 
 import json
 import random
@@ -24,7 +24,7 @@ from wys_nerfstudio.utils.visualization import apply_colormap, read_png, to_uint
 HEIGHT, WIDTH = 32, 40
 
 
-def load(scene: Path, **options) -> WysDataManager:
+def load(scene: Path, **options: object) -> WysDataManager:
     config = WysDataManagerConfig(
         dataparser=NerfstudioDataParserConfig(load_3D_points=False),
         data=scene,
@@ -37,7 +37,7 @@ def load(scene: Path, **options) -> WysDataManager:
 
 @pytest.fixture(scope="module")
 def shared(ring_scene: Path) -> WysDataManager:
-    """For tests that change nothing."""
+    """For tests that do not change it."""
     return load(ring_scene)
 
 
@@ -71,31 +71,31 @@ def request(**changes) -> RelevanceRequest:
 # ----------------------------------------------------------------------------------------------------------- captured views
 
 
-@pytest.mark.parametrize("shuffle", [0, 1, 2])
-def test_views_are_numbered_as_in_the_dataset_whatever_the_loading_order(ring_scene, shuffle):
-    random.seed(shuffle)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_views_are_numbered_as_in_the_dataset(ring_scene, seed):
+    random.seed(seed)  # nerfstudio loads images in random order
     data = load(ring_scene)
     assert data.cached_batch["image_idx"].tolist() == list(range(data.num_views))
     for view in range(data.num_views):
         assert to_uint8(data.captured_views([view])[0]).tolist() == file_pixels(data, view).tolist()
 
 
-def test_there_is_one_captured_view_per_training_picture(shared):
+def test_there_is_one_captured_view_per_training_image(shared):
     names = [path.stem for path in shared.train_dataset.image_filenames]
     assert shared.view_names == names
-    assert shared.num_views == len(names) == 13  # one of fourteen is held back for evaluation
+    assert shared.num_views == len(names) == 13  # one of fourteen is held out for evaluation
     assert shared.view_size == (HEIGHT, WIDTH)
     assert shared.captured_views([5, 2]).shape == (2, HEIGHT, WIDTH, 3)
     assert torch.equal(shared.captured_views([5, 2])[1], shared.captured_views([2])[0])
 
 
-def test_nothing_is_edited_at_the_start(shared):
+def test_no_view_is_edited_initially(shared):
     views = range(shared.num_views)
     assert shared.edited_views == set()
     assert torch.equal(shared.current_views(views), shared.captured_views(views))
 
 
-def test_distorted_views_are_the_files_too(tmp_path):
+def test_distorted_images_are_not_resampled(tmp_path):
     data = load(write_ring_scene(tmp_path / "distorted", distorted=True))
     assert bool(data.train_dataset.cameras.distortion_params.any())
     assert all(
@@ -104,7 +104,7 @@ def test_distorted_views_are_the_files_too(tmp_path):
 
 
 @pytest.mark.parametrize("white", [False, True])
-def test_transparent_pixels_are_put_on_the_background(tmp_path, white):
+def test_transparent_pixels_show_the_background(tmp_path, white):
     data = load(write_ring_scene(tmp_path / "alpha", alpha=True, views=5))
     if white:
         data.set_background(1.0)
@@ -112,12 +112,12 @@ def test_transparent_pixels_are_put_on_the_background(tmp_path, white):
         pixels = file_pixels(data, view).astype(float) / 255
         transparent = pixels[..., 3] == 0
         assert 0 < transparent.mean() < 1
-        wanted = pixels[..., :3] * pixels[..., 3:] + float(white) * (1 - pixels[..., 3:])
-        assert to_uint8(data.captured_views([view])[0]).tolist() == np.round(wanted * 255).astype(int).tolist()
+        expected = pixels[..., :3] * pixels[..., 3:] + float(white) * (1 - pixels[..., 3:])
+        assert to_uint8(data.captured_views([view])[0]).tolist() == np.round(expected * 255).astype(int).tolist()
     assert data.cached_batch["image"].shape[-1] == 3
 
 
-def test_pictures_in_folders_with_repeated_names_get_numbers(tmp_path):
+def test_repeated_file_names_are_made_unique_by_numbers(tmp_path):
     scene = write_ring_scene(tmp_path / "scene", views=4)
     meta = json.loads((scene / "transforms.json").read_text())
     for i, frame in enumerate(meta["frames"]):
@@ -128,13 +128,13 @@ def test_pictures_in_folders_with_repeated_names_get_numbers(tmp_path):
     assert load(scene).view_names == ["00000_photo", "00001_photo", "00002_photo", "00003_photo"]
 
 
-@pytest.mark.parametrize("said", [True, False])
-def test_views_of_different_sizes_are_refused_by_the_names_of_two(tmp_path, said):
+@pytest.mark.parametrize("per_frame", [True, False])
+def test_views_of_different_sizes_are_refused_with_two_names(tmp_path, per_frame):
     scene = write_ring_scene(tmp_path / "mixed")
     meta = json.loads((scene / "transforms.json").read_text())
     with Image.open(scene / "images" / "frame_005.png") as image:
         image.resize((30, 32)).save(scene / "images" / "frame_005.png")
-    if said:  # every frame with its own size, as ns-process-data writes it
+    if per_frame:  # every frame has its own intrinsics, as written by ns-process-data
         shared = {key: meta.pop(key) for key in ("fl_x", "fl_y", "cx", "cy", "w", "h")}
         for i, frame in enumerate(meta["frames"]):
             frame.update(shared | ({"w": 30} if i == 5 else {}))
@@ -146,7 +146,7 @@ def test_views_of_different_sizes_are_refused_by_the_names_of_two(tmp_path, said
         load(scene)
 
 
-def test_sizes_that_only_the_cameras_have_are_refused_too(tmp_path):
+def test_cameras_of_different_sizes_are_refused(tmp_path):
     scene = write_ring_scene(tmp_path / "mixed", views=5)
     meta = json.loads((scene / "transforms.json").read_text())
     shared = {key: meta.pop(key) for key in ("fl_x", "fl_y", "cx", "cy", "w", "h")}
@@ -160,16 +160,16 @@ def test_sizes_that_only_the_cameras_have_are_refused_too(tmp_path):
 # --------------------------------------------------------------------------------------------------------------- ray batches
 
 
-def check_batch(data: WysDataManager, batch: dict) -> None:
+def assert_pixels_of_current_views(data: WysDataManager, batch: dict) -> None:
     for color, (view, y, x) in zip(batch["image"], batch["indices"].tolist()):
         assert torch.equal(color, data.current_views([view])[0, y, x])
 
 
-def test_ray_batches_have_the_pixels_of_their_views(data):
+def test_ray_batches_hold_the_pixels_of_their_views(data):
     rays, batch = data.next_train(0)
     assert len(rays) == len(batch["image"]) == 256
     assert torch.equal(rays.camera_indices[:, 0], batch["indices"][:, 0])
-    check_batch(data, batch)
+    assert_pixels_of_current_views(data, batch)
 
 
 def test_an_edited_view_reaches_the_next_ray_batch(data):
@@ -178,7 +178,7 @@ def test_an_edited_view_reaches_the_next_ray_batch(data):
         data.set_view(view, torch.rand(HEIGHT, WIDTH, 3, generator=rng))
     assert data.edited_views == set(range(0, data.num_views, 2))
     _, batch = data.next_train(0)
-    check_batch(data, batch)
+    assert_pixels_of_current_views(data, batch)
     changed = [
         not torch.equal(c, data.captured_views([v])[0, y, x])
         for c, (v, y, x) in zip(batch["image"], batch["indices"].tolist())
@@ -186,20 +186,20 @@ def test_an_edited_view_reaches_the_next_ray_batch(data):
     assert [view % 2 == 0 for view in batch["indices"][:, 0].tolist()] == changed
 
 
-def test_an_edit_leaves_the_captured_view_as_it_was(data):
+def test_an_edit_does_not_change_the_captured_view(data):
     before = data.captured_views([4])
     data.set_view(4, torch.zeros(HEIGHT, WIDTH, 3))
     assert torch.equal(data.captured_views([4]), before)
     assert not data.current_views([4]).any()
 
 
-def test_views_are_set_in_8_bits(data):
+def test_edited_views_are_stored_in_8_bits(data):
     image = torch.rand(HEIGHT, WIDTH, 3) * 1.4 - 0.2
     data.set_view(0, image)
     assert torch.equal(data.current_views([0])[0], torch.from_numpy(to_uint8(image)).float() / 255)
 
 
-def test_relevance_comes_with_the_ray_batches(data):
+def test_ray_batches_hold_relevance(data):
     maps = torch.rand(data.num_views, HEIGHT, WIDTH)
     assert data.relevance_maps is None and data.unclamped_maps is None
     data.set_relevance(maps)
@@ -211,12 +211,12 @@ def test_relevance_comes_with_the_ray_batches(data):
         assert torch.equal(value, maps[view, y, x])
 
 
-def test_editing_draws_whole_patches(data):
+def test_edit_rays_are_drawn_in_whole_patches(data):
     data.use_edit_rays(in_patches=True)
     _, batch = data.next_train(0)
     assert batch["patch_size"] == 16
-    assert len(batch["image"]) == 2 * 16 * 16  # as many whole patches as fit 600 rays
-    check_batch(data, batch)
+    assert len(batch["image"]) == 2 * 16 * 16  # the whole patches that fit into 600 rays
+    assert_pixels_of_current_views(data, batch)
     for patch in batch["indices"].view(2, 16, 16, 3):
         view, top, left = patch[0, 0].tolist()
         for y in range(16):
@@ -226,12 +226,12 @@ def test_editing_draws_whole_patches(data):
         assert 0 <= left <= WIDTH - 16
 
 
-def test_editing_without_patches_draws_single_pixels(data):
+def test_edit_rays_are_single_pixels_without_patches(data):
     data.use_edit_rays(in_patches=False)
     _, batch = data.next_train(0)
     assert len(batch["image"]) == 600
     assert (batch["indices"][1:] - batch["indices"][:-1])[:, 1:].abs().max() > 1
-    check_batch(data, batch)
+    assert_pixels_of_current_views(data, batch)
 
 
 @pytest.mark.parametrize(
@@ -249,29 +249,29 @@ def test_patches_that_do_not_fit_are_refused(ring_scene, options):
 # ----------------------------------------------------------------------------------------------------------- relevance maps
 
 
-@pytest.mark.parametrize("over", ["view", "scene"])
-def test_relevance_maps_are_those_of_the_captured_views(data, editor, tmp_path, over):
-    data.set_view(3, torch.zeros(HEIGHT, WIDTH, 3))  # what is edited has no say
-    data.make_relevance_maps(editor, request(num_samples=2), over, 4.0, tmp_path, batch_size=4)
+@pytest.mark.parametrize("normalization", ["view", "scene"])
+def test_relevance_maps_are_those_of_the_captured_views(data, editor, tmp_path, normalization):
+    data.set_view(3, torch.zeros(HEIGHT, WIDTH, 3))  # edits must not influence the maps
+    data.make_relevance_maps(editor, request(num_samples=2), normalization, 4.0, tmp_path, batch_size=4)
     seeds = [edit_seed(3, -1 - view) for view in range(data.num_views)]
     raw = relevance_maps(
         editor, data.captured_views(range(data.num_views)), "make it red", num_samples=2, seeds=seeds, batch_size=4
     )
-    wanted = relevance.resize(relevance.normalize(torch.cat(list(raw)), over, 4.0), HEIGHT, WIDTH)
+    expected = relevance.resize(relevance.normalize(torch.cat(list(raw)), normalization, 4.0), HEIGHT, WIDTH)
     for view, name in enumerate(data.view_names):
-        torch.testing.assert_close(data.relevance_maps[view], wanted[view], atol=1e-5, rtol=0)
+        torch.testing.assert_close(data.relevance_maps[view], expected[view], atol=1e-5, rtol=0)
         assert torch.equal(
             read_png(tmp_path / f"{name}.png"),
             torch.from_numpy(to_uint8(apply_colormap(data.relevance_maps[view]))) / 255,
         )
 
 
-def test_found_maps_are_the_ones_that_are_used(data, editor, tmp_path):
-    raw = torch.rand(data.num_views, 4, 5) ** 8  # that no editor would make, with outliers
+def test_saved_maps_are_used(data, editor, tmp_path):
+    raw = torch.rand(data.num_views, 4, 5) ** 8  # with outliers, and unlike any that the editor computes
     save_maps(tmp_path, request(), data.view_names, raw)
     data.make_relevance_maps(editor, request(), "view", 1.5, tmp_path, batch_size=4)
-    wanted = relevance.resize(relevance.normalize(raw), HEIGHT, WIDTH)
-    torch.testing.assert_close(torch.stack([data.relevance_maps[i] for i in range(data.num_views)]), wanted)
+    expected = relevance.resize(relevance.normalize(raw), HEIGHT, WIDTH)
+    torch.testing.assert_close(torch.stack([data.relevance_maps[i] for i in range(data.num_views)]), expected)
     assert torch.equal(data.unclamped_maps, relevance.min_max(raw.flatten(1)).view_as(raw))  # not clamped
     assert not torch.allclose(data.unclamped_maps, relevance.normalize(raw))
 
@@ -279,27 +279,27 @@ def test_found_maps_are_the_ones_that_are_used(data, editor, tmp_path):
 # -------------------------------------------------------------------------------------------------------------------- edits
 
 
-def test_editing_views_puts_the_editors_pictures_in_place(data, editor):
+def test_views_are_edited_by_the_editor_inside_their_masks(data, editor):
     views, settings = [6, 1], EditSettings(diffusion_steps=3)
     renders = torch.rand(2, HEIGHT, WIDTH, 3)
     masks = torch.zeros(2, HEIGHT, WIDTH, dtype=torch.bool)
     masks[:, 4:20, 8:30] = True
-    chosen = {"strength": 0.6, "seeds": [1, 2]}
-    data.set_view(6, torch.zeros(HEIGHT, WIDTH, 3))  # an earlier edit has no say
+    arguments = {"strength": 0.6, "seeds": [1, 2]}
+    data.set_view(6, torch.zeros(HEIGHT, WIDTH, 3))  # an earlier edit must not influence the next
     everywhere = torch.ones(HEIGHT, WIDTH, dtype=torch.bool)
     inputs = [EditInput(*parts) for parts in zip(views, renders, [everywhere] * 2, masks.float(), masks)]
-    for view, image in zip(views, data.edit_views(editor, inputs, "make it red", settings, **chosen)):
+    for view, image in zip(views, data.edit_views(editor, inputs, "make it red", settings, **arguments)):
         data.set_view(view, image)
     captured = data.captured_views(views)
-    wanted = edit_images(editor, renders, captured, masks, "make it red", settings, **chosen)
+    expected = edit_images(editor, renders, captured, masks, "make it red", settings, **arguments)
     current = data.current_views(views)
     assert torch.equal(current[~masks], captured[~masks])
-    assert torch.equal(current, torch.from_numpy(to_uint8(wanted)).float() / 255)
+    assert torch.equal(current, torch.from_numpy(to_uint8(expected)).float() / 255)
     assert not torch.isclose(current[masks], captured[masks], atol=1 / 255).all()
     assert data.edited_views == {1, 6}
 
 
-def test_a_picture_of_every_edited_view_is_written_and_of_no_other(data, tmp_path):
+def test_files_of_the_edited_views_alone_are_written(data, tmp_path):
     for view in (2, 9):
         data.set_view(view, torch.rand(HEIGHT, WIDTH, 3))
     data.write_edited_views(tmp_path / "edits")
@@ -316,7 +316,7 @@ def test_a_picture_of_every_edited_view_is_written_and_of_no_other(data, tmp_pat
 
 
 @pytest.mark.parametrize("on_top", [False, True])
-def test_the_views_state_comes_back_bit_for_bit(data, ring_scene, tmp_path, on_top):
+def test_views_are_restored_bit_for_bit(data, ring_scene, tmp_path, on_top):
     data.set_view(2, torch.rand(HEIGHT, WIDTH, 3))
     if on_top:
         data.start_from_current()
@@ -325,10 +325,10 @@ def test_the_views_state_comes_back_bit_for_bit(data, ring_scene, tmp_path, on_t
     resumed = load(ring_scene)
     resumed.set_view(5, torch.zeros(HEIGHT, WIDTH, 3))
     resumed.load_views_state(torch.load(tmp_path / "state.pt", weights_only=True))
-    everything = range(data.num_views)
+    views = range(data.num_views)
     assert resumed.edited_views == {2, 9}
-    assert torch.equal(resumed.current_views(everything), data.current_views(everything))
-    assert torch.equal(resumed.reference_views(everything), data.reference_views(everything))
+    assert torch.equal(resumed.current_views(views), data.current_views(views))
+    assert torch.equal(resumed.reference_views(views), data.reference_views(views))
     assert resumed.reference_hash() == data.reference_hash() and bool(data.reference_hash()) == on_top
 
 

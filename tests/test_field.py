@@ -1,4 +1,4 @@
-"""The dual-head field: nerfacto's radiance, and a relevance head that nothing flows back from."""
+"""The dual-head field: density and radiance of nerfacto, and a relevance head whose gradients stay in the head."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def build(cls: type = WysField, **changes):
     with torch.no_grad():
         for name, parameter in field.named_parameters():
             if "hash_table" in name:
-                parameter.mul_(1000)  # out of the flat start, so that places differ
+                parameter.mul_(1000)  # initial values are nearly constant over space
     return field
 
 
@@ -48,11 +48,12 @@ def samples(rays: int = 6, count: int = 4, view: int | None = None) -> RaySample
     return RaySamples(frustums=frustums, camera_indices=views.expand(-1, count, -1))
 
 
-def nerfacto_with_our_weights(field: WysField) -> NerfactoField:
-    theirs = build(NerfactoField)
-    ours = {key: value for key, value in field.state_dict().items() if not key.startswith(RELEVANCE_KEYS)}
-    theirs.load_state_dict(ours, strict=True)
-    return theirs
+def nerfacto_of(field: WysField) -> NerfactoField:
+    """Return nerfacto's field with the weights of `field`."""
+    nerfacto = build(NerfactoField)
+    state = {key: value for key, value in field.state_dict().items() if not key.startswith(RELEVANCE_KEYS)}
+    nerfacto.load_state_dict(state, strict=True)
+    return nerfacto
 
 
 def rgb_of(field: NerfactoField, rays: RaySamples) -> torch.Tensor:
@@ -61,10 +62,9 @@ def rgb_of(field: NerfactoField, rays: RaySamples) -> torch.Tensor:
 
 
 @INPUTS
-def test_a_nerfacto_fields_weights_fit_apart_from_the_relevance_head(relevance_input):
+def test_nerfactos_weights_lack_only_the_relevance_head(relevance_input):
     field = build(relevance_input=relevance_input)
-    theirs = build(NerfactoField, hidden_dim=8)
-    missing, unexpected = field.load_state_dict(theirs.state_dict(), strict=False)
+    missing, unexpected = field.load_state_dict(build(NerfactoField).state_dict(), strict=False)
     assert unexpected == []
     assert missing
     assert all(key.startswith(RELEVANCE_KEYS) for key in missing)
@@ -72,75 +72,74 @@ def test_a_nerfacto_fields_weights_fit_apart_from_the_relevance_head(relevance_i
 
 @INPUTS
 @pytest.mark.parametrize("training", [True, False])
-def test_density_and_radiance_are_nerfactos_bit_for_bit(relevance_input, training):
+def test_density_and_radiance_equal_nerfactos_bit_for_bit(relevance_input, training):
     field = build(relevance_input=relevance_input).train(training)
-    theirs = nerfacto_with_our_weights(field).train(training)
+    nerfacto = nerfacto_of(field).train(training)
     rays = samples()
     density, features = field.get_density(rays)
-    their_density, their_features = theirs.get_density(rays)
-    assert torch.equal(density, their_density)
-    assert torch.equal(features, their_features)
-    result = field.get_outputs(rays, features)[FieldHeadNames.RGB]
-    assert torch.equal(result, theirs.get_outputs(rays, their_features)[FieldHeadNames.RGB])
-    assert float(result.detach().std()) > 1e-3
+    nerfacto_density, nerfacto_features = nerfacto.get_density(rays)
+    assert torch.equal(density, nerfacto_density)
+    assert torch.equal(features, nerfacto_features)
+    rgb = field.get_outputs(rays, features)[FieldHeadNames.RGB]
+    assert torch.equal(rgb, nerfacto.get_outputs(rays, nerfacto_features)[FieldHeadNames.RGB])
+    assert float(rgb.detach().std()) > 1e-3
 
 
-def test_gradients_are_nerfactos_and_places_get_one_only_if_rays_are_to_move():
+def test_gradients_of_ray_origins_and_hash_table_equal_nerfactos():
     field = build()
-    theirs = nerfacto_with_our_weights(field)
     gradients = []
-    for each in (field, theirs):
+    for model in (field, nerfacto_of(field)):
         rays = samples()
         rays.frustums.origins = rays.frustums.origins.clone().requires_grad_()
-        density, features = each.get_density(rays)
+        density, features = model.get_density(rays)
         (density.sum() + features.square().sum()).backward()
-        gradients.append((rays.frustums.origins.grad, each.mlp_base.model[0].hash_table.grad))
-    for ours, their in zip(*gradients):
-        torch.testing.assert_close(ours, their, rtol=1e-4, atol=1e-6)
-        assert ours.any()
+        gradients.append((rays.frustums.origins.grad, model.mlp_base.model[0].hash_table.grad))
+    for wys, nerfacto in zip(*gradients):
+        torch.testing.assert_close(wys, nerfacto, rtol=1e-4, atol=1e-6)
+        assert wys.any()
 
 
 @pytest.mark.parametrize("bounded", [False, True])
-def test_the_unit_cube_leads_back_to_the_world(bounded):
+def test_to_world_inverts_to_unit_cube(bounded):
     field = build()
     if bounded:
         field.spatial_distortion, field.aabb = None, torch.nn.Parameter(torch.tensor([[-1.0, 0, -2], [3, 1, 2]]))
-    places = 0.01 + 0.98 * torch.rand(200, 3, generator=torch.Generator().manual_seed(0))
-    places[0] = 0.5
-    world = field.to_world(places)
-    torch.testing.assert_close(field.to_unit_cube(world), places, atol=1e-5, rtol=0)
+    positions = 0.01 + 0.98 * torch.rand(200, 3, generator=torch.Generator().manual_seed(0))
+    positions[0] = 0.5
+    world = field.to_world(positions)
+    torch.testing.assert_close(field.to_unit_cube(world), positions, atol=1e-5, rtol=0)
     assert float(world.detach().abs().max()) > (2.5 if bounded else 10)
 
 
-def test_a_scene_within_bounds_is_nerfactos_too():
-    field, theirs = build(), build(NerfactoField)
-    field.load_state_dict(theirs.state_dict(), strict=False)
-    for each in (field, theirs):
-        each.spatial_distortion = None
-    for ours, their in zip(field.get_density(samples()), theirs.get_density(samples())):
-        assert torch.equal(ours, their)
+def test_density_of_a_bounded_scene_equals_nerfactos():
+    field, nerfacto = build(), build(NerfactoField)
+    field.load_state_dict(nerfacto.state_dict(), strict=False)
+    for model in (field, nerfacto):
+        model.spatial_distortion = None
+    for wys, expected in zip(field.get_density(samples()), nerfacto.get_density(samples())):
+        assert torch.equal(wys, expected)
 
 
-def test_a_field_without_appearance_is_nerfactos_too():
-    field, theirs = build(appearance_embedding_dim=0), build(NerfactoField, appearance_embedding_dim=0)
-    field.load_state_dict(theirs.state_dict(), strict=False)
-    assert torch.equal(rgb_of(field, samples()), rgb_of(theirs, samples()))
+def test_colors_without_appearance_embedding_equal_nerfactos():
+    field, nerfacto = build(appearance_embedding_dim=0), build(NerfactoField, appearance_embedding_dim=0)
+    field.load_state_dict(nerfacto.state_dict(), strict=False)
+    assert torch.equal(rgb_of(field, samples()), rgb_of(nerfacto, samples()))
 
 
-def test_zero_appearance_is_nerfactos_if_the_average_is_not_wanted():
+def test_colors_of_zero_appearance_equal_nerfactos():
     field = build(use_average_appearance_embedding=False).eval()
-    theirs = build(NerfactoField, use_average_appearance_embedding=False).eval()
-    field.load_state_dict(theirs.state_dict(), strict=False)
-    assert torch.equal(rgb_of(field, samples()), rgb_of(theirs, samples()))
+    nerfacto = build(NerfactoField, use_average_appearance_embedding=False).eval()
+    field.load_state_dict(nerfacto.state_dict(), strict=False)
+    assert torch.equal(rgb_of(field, samples()), rgb_of(nerfacto, samples()))
 
 
-def test_a_single_ray_keeps_its_shape():
+def test_one_ray_and_one_sample_keep_their_shapes():
     field = build()
     assert rgb_of(field, samples(rays=1)).shape == (1, 4, 3)
     assert rgb_of(field, samples(rays=3, count=1)).shape == (3, 1, 3)
 
 
-def test_the_shown_views_appearance_is_the_one_that_training_uses():
+def test_appearance_index_selects_the_appearance_of_that_view():
     field = build()
     trained = rgb_of(field, samples(view=3))
     field.eval()
@@ -153,33 +152,33 @@ def test_the_shown_views_appearance_is_the_one_that_training_uses():
 
 
 @INPUTS
-def test_relevance_is_in_the_unit_range_with_the_samples_shape(relevance_input):
+def test_relevance_has_the_samples_shape_and_unit_range(relevance_input):
     field = build(relevance_input=relevance_input)
     _, features = field.get_density(samples())
-    result = field.get_relevance(samples(), features)
-    assert result.shape == (6, 4, 1)
-    assert 0 <= float(result.min()) < float(result.max()) <= 1
+    relevance = field.get_relevance(samples(), features)
+    assert relevance.shape == (6, 4, 1)
+    assert 0 <= float(relevance.min()) < float(relevance.max()) <= 1
 
 
 @INPUTS
-def test_relevance_belongs_to_the_place_and_not_to_the_direction_or_view(relevance_input):
+def test_relevance_depends_on_position_alone(relevance_input):
     field = build(relevance_input=relevance_input)
-    there = samples()
-    positions = there.frustums.get_positions().detach()
-    elsewhere = samples(view=0)
-    elsewhere.frustums.directions = -elsewhere.frustums.directions
-    middle = (elsewhere.frustums.starts + elsewhere.frustums.ends) / 2
-    elsewhere.frustums.origins = positions - elsewhere.frustums.directions * middle
+    rays = samples()
+    positions = rays.frustums.get_positions().detach()
+    opposite = samples(view=0)
+    opposite.frustums.directions = -opposite.frustums.directions
+    middle = (opposite.frustums.starts + opposite.frustums.ends) / 2
+    opposite.frustums.origins = positions - opposite.frustums.directions * middle
     torch.testing.assert_close(
-        field.get_relevance(elsewhere, field.get_density(elsewhere)[1]),
-        field.get_relevance(there, field.get_density(there)[1]),
+        field.get_relevance(opposite, field.get_density(opposite)[1]),
+        field.get_relevance(rays, field.get_density(rays)[1]),
         atol=1e-4,
         rtol=0,
     )
 
 
 @INPUTS
-def test_the_relevance_heads_gradient_reaches_the_relevance_head_alone(relevance_input):
+def test_relevance_gradients_reach_the_relevance_head_alone(relevance_input):
     field = build(relevance_input=relevance_input)
     rays = samples()
     rays.frustums.origins = rays.frustums.origins.clone().requires_grad_()
@@ -192,14 +191,13 @@ def test_the_relevance_heads_gradient_reaches_the_relevance_head_alone(relevance
 
 
 @INPUTS
-def test_every_parameter_belongs_to_one_of_the_two_groups(relevance_input):
+def test_every_parameter_is_in_one_of_the_two_groups(relevance_input):
     field = build(relevance_input=relevance_input)
     scene, head = ({id(p) for p in group} for group in (field.scene_parameters(), field.relevance_parameters()))
     assert not scene & head
     assert scene | head == {id(p) for p in field.parameters()}
 
 
-def test_the_scenes_parameters_are_nerfactos_in_its_order():
-    # Adam's saved state is by position, so the order decides what a resumed run gets.
-    ours, theirs = build(), build(NerfactoField)
-    assert [p.shape for p in ours.scene_parameters()] == [p.shape for p in theirs.parameters()]
+def test_scene_parameters_have_nerfactos_order():
+    # Adam's saved state is indexed by position: another order would mix up the moments of a resumed run.
+    assert [p.shape for p in build().scene_parameters()] == [p.shape for p in build(NerfactoField).parameters()]

@@ -1,4 +1,4 @@
-"""The rooms of the package: imports point down, and importing a room does not load what it must not."""
+"""Import directions between the rooms of the package, and the heavy packages that importing a room must not load."""
 
 import ast
 import subprocess
@@ -12,7 +12,6 @@ import wys_nerfstudio
 PACKAGE = Path(wys_nerfstudio.__file__).parent
 DIFFUSION = ("diffusers", "transformers")
 
-# From top to bottom. A module imports from its own room and from rooms below it, never from a neighbor on the same level.
 ROOMS = [
     {"cli"},
     {"demo"},
@@ -26,6 +25,8 @@ ROOMS = [
     {"relevance"},
     {"utils"},
 ]
+"""Levels from top to bottom. A module imports from its own room and from lower levels, never from another room of its level."""
+
 CONTRACT_FILES = {"config", "trainer", "pipeline", "datamanager", "model", "field"}
 """The modules at the package's top level, under nerfstudio's names."""
 
@@ -40,15 +41,16 @@ STEPS = {
 
 @pytest.fixture(scope="module")
 def loaded() -> dict[str, set[str]]:
-    """Top-level packages that are loaded after each step."""
-    show = "print(*{name.split('.')[0] for name in sys.modules})"
-    code = "import sys\n" + "".join(f"import {names}\n{show}\n" for names in STEPS.values())
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    return dict(zip(STEPS, (set(line.split()) for line in done.stdout.splitlines()[-len(STEPS) :]), strict=True))
+    """Top-level packages in memory after each step."""
+    report = "print(*{name.split('.')[0] for name in sys.modules})"
+    code = "import sys\n" + "".join(f"import {names}\n{report}\n" for names in STEPS.values())
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    lines = result.stdout.splitlines()[-len(STEPS) :]
+    return dict(zip(STEPS, (set(line.split()) for line in lines), strict=True))
 
 
 def modules() -> dict[str, Path]:
-    """Module names below the package and their files."""
+    """Return the names of the package's modules, relative to it, and their files."""
     names = {
         path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")
     }
@@ -56,7 +58,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(path: Path) -> set[str]:
-    """Dotted names of this package's modules that a file imports, anywhere in it."""
+    """Return the names of this package's modules that a file imports, at the top or inside functions."""
     tree = ast.parse(path.read_text("utf8"))
     known = modules()
     found: set[str] = set()
@@ -66,8 +68,8 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name} imports relatively"
             for alias in node.names:
-                whole = f"{node.module}.{alias.name}"
-                found.add(whole if whole.removeprefix("wys_nerfstudio.") in known else str(node.module))
+                name = f"{node.module}.{alias.name}"
+                found.add(name if name.removeprefix("wys_nerfstudio.") in known else str(node.module))
     return {name.removeprefix("wys_nerfstudio.") for name in found if name.startswith("wys_nerfstudio.")}
 
 
@@ -80,7 +82,7 @@ def level(module: str) -> int:
 
 
 def third_party(path: Path, top_level_only: bool = False) -> set[str]:
-    """Top-level packages that a file imports."""
+    """Return the top-level packages that a file imports."""
     tree = ast.parse(path.read_text("utf8"))
     nodes = tree.body if top_level_only else list(ast.walk(tree))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
@@ -88,7 +90,7 @@ def third_party(path: Path, top_level_only: bool = False) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-def test_only_the_contract_files_stand_outside_a_room():
+def test_only_the_contract_files_are_outside_a_room():
     assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", *CONTRACT_FILES}
     assert {room(name) for name in modules()} == set.union(*ROOMS)
 
@@ -101,18 +103,18 @@ def test_imports_point_down(name: str):
 
 def test_there_is_no_import_cycle():
     graph = {name: imported(path) & set(modules()) - {name} for name, path in modules().items()}
-    done: set[str] = set()
+    visited: set[str] = set()
 
-    def visit(name: str, above: tuple[str, ...]) -> None:
-        assert name not in above, " -> ".join([*above, name])
-        if name not in done:
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path, name])
+        if name not in visited:
             for other in graph[name]:
-                visit(other, (*above, name))
-            done.add(name)
+                visit(other, (*path, name))
+            visited.add(name)
 
     for name in graph:
         visit(name, ())
-    assert done == set(modules())
+    assert visited == set(modules())
 
 
 def test_relevance_maps_need_torch_only(loaded):
@@ -120,12 +122,12 @@ def test_relevance_maps_need_torch_only(loaded):
     assert not loaded["relevance"] & {"nerfstudio", *DIFFUSION}
 
 
-def test_editing_loads_no_nerfstudio_and_diffusers_on_demand_only(loaded):
+def test_editing_loads_no_nerfstudio_nor_diffusers_at_import(loaded):
     assert not loaded["editing"] & {"nerfstudio", *DIFFUSION}
     assert not loaded["evaluation"] & {"nerfstudio", *DIFFUSION}
 
 
-def test_config_loads_no_diffusion(loaded):
+def test_config_loads_no_diffusers(loaded):
     assert "nerfstudio" in loaded["config"]
     assert not loaded["config"] & set(DIFFUSION)
 
@@ -142,5 +144,5 @@ def test_only_the_editing_room_imports_diffusers(name: str):
 
 
 @pytest.mark.parametrize("name", sorted(name for name in modules() if not name.startswith("demo.training")))
-def test_heavy_imports_are_not_at_the_top_of_a_module(name: str):
+def test_heavy_imports_are_inside_functions(name: str):
     assert not third_party(modules()[name], top_level_only=True) & {*DIFFUSION, "safetensors"}, name

@@ -1,4 +1,4 @@
-"""What is released: wheel and source distribution hold the package and its data, the wheel holds nothing else."""
+"""Contents of the wheel and of the source distribution."""
 
 import importlib.metadata
 import shutil
@@ -17,7 +17,7 @@ PACKAGE = ROOT / "wys_nerfstudio"
 
 
 def shipped() -> set[str]:
-    """Every file of the package, data included, but for the training of the embedded networks."""
+    """Return the package's files, data included, without the training code of the embedded networks."""
     training = PACKAGE / "demo" / "training"
     files = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     files = [path for path in files if training not in path.parents]
@@ -26,35 +26,35 @@ def shipped() -> set[str]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Wheel and source distribution, built in a copy, since building leaves files behind."""
+    """Wheel and source distribution, built in a copy because building leaves files behind."""
     folder = tmp_path_factory.mktemp("release")
     shutil.copytree(PACKAGE, folder / "wys_nerfstudio", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, folder / name)
     code = "from setuptools import build_meta as b; b.build_wheel('out'); b.build_sdist('out')"
     (folder / "out").mkdir()
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     return folder / "out"
 
 
-def test_the_wheel_holds_the_package_its_data_and_nothing_else(built: Path) -> None:
+def test_the_wheel_holds_only_the_package_and_its_data(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if not name.endswith("/")}
-    information = {name for name in names if name.split("/")[0].endswith(".dist-info")}
-    assert names - information == shipped()
-    assert {"entry_points.txt", "LICENSE"} <= {Path(name).name for name in information}
+    metadata = {name for name in names if name.split("/")[0].endswith(".dist-info")}
+    assert names - metadata == shipped()
+    assert {"entry_points.txt", "LICENSE"} <= {Path(name).name for name in metadata}
 
 
-def test_the_source_distribution_holds_all_that_the_wheel_is_built_from(built: Path) -> None:
+def test_the_source_distribution_suffices_to_build_the_wheel(built: Path) -> None:
     (source,) = built.glob("*.tar.gz")
     with tarfile.open(source) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     assert shipped() | {"pyproject.toml", "README.md", "LICENSE"} <= names
 
 
-def test_the_version_stands_in_one_place(built: Path) -> None:
+def test_the_version_is_defined_in_one_place(built: Path) -> None:
     version = wys_nerfstudio.__version__
     assert {path.name.split("-")[1].removesuffix(".tar.gz") for path in built.iterdir()} == {version}
     assert importlib.metadata.version("wys-nerfstudio") == version

@@ -1,4 +1,4 @@
-"""Finding, reading and taking base runs; what a resumed run reads. Nothing in a run's folder is ever executed."""
+"""Finding, reading and writing checkpoints, and loading base runs; no file of a run folder can execute code."""
 
 import json
 import os
@@ -31,7 +31,7 @@ TRANSFORM = {"transform": [[1.0, 0, 0, 0.5], [0, 1.0, 0, 0], [0, 0, 1.0, 0]], "s
 
 
 def write_run(folder: Path, state: dict[str, torch.Tensor], step: int = 9, config: object = None) -> Path:
-    """A run's folder as nerfstudio leaves it."""
+    """Write a run folder as nerfstudio does."""
     (folder / "nerfstudio_models").mkdir(parents=True, exist_ok=True)
     checkpoint = {"step": step, "pipeline": {f"_model.{key}": value for key, value in state.items()}}
     torch.save(checkpoint, folder / "nerfstudio_models" / f"step-{step:09d}.ckpt")
@@ -41,15 +41,15 @@ def write_run(folder: Path, state: dict[str, torch.Tensor], step: int = 9, confi
 
 
 def nerfacto_state(model: WysModel) -> dict[str, torch.Tensor]:
-    """The model's scene as nerfacto would save it, LPIPS included; all its numbers are moved."""
+    """Return the scene as nerfacto saves it, LPIPS included, with 0.5 added to every float."""
     state = {k: v + 0.5 if v.is_floating_point() else v for k, v in model.state_dict().items() if "relevance" not in k}
     return {**state, "lpips.net.net.slice1.0.weight": torch.zeros(4)}
 
 
-# ----------------------------------------------------------------------------------------------------- finding and reading
+# ----------------------------------------------------------------------------------------------------------------- reading
 
 
-def test_a_run_is_found_by_its_folder_its_config_its_checkpoints_or_one_of_these(tmp_path):
+def test_the_newest_checkpoint_is_found_from_any_path_of_a_run(tmp_path):
     run = write_run(tmp_path / "run", {}, step=9)
     write_run(run, {}, step=20000)
     newest, older = (run / "nerfstudio_models" / f"step-{step:09d}.ckpt" for step in (20000, 9))
@@ -71,7 +71,7 @@ def test_a_path_without_a_checkpoint_is_refused_with_its_option(tmp_path, name):
 
 
 class Malicious:
-    """Makes a file when it is unpickled."""
+    """Object that creates a folder when it is unpickled."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof
@@ -80,14 +80,14 @@ class Malicious:
         return os.mkdir, (str(self.proof),)
 
 
-def test_a_checkpoint_that_holds_an_object_is_refused_and_not_unpickled(tmp_path):
+def test_a_checkpoint_with_a_pickled_object_is_refused(tmp_path):
     path, proof = tmp_path / "step-000000001.ckpt", tmp_path / "proof"
     torch.save({"step": 1, "pipeline": {}, "optimizers": Malicious(proof)}, path)
     with pytest.raises(WysError, match=f'checkpoint "{path}" could not be read'):
         read_checkpoint(path)
     assert not proof.exists()
     torch.load(path, weights_only=False)
-    assert proof.exists()  # the file would have done it
+    assert proof.exists()  # an unsafe loader executes it
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"\x80\x04garbage", pickle.dumps({"step": 1})[:-3]])
@@ -99,26 +99,26 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, content):
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"step": 1}, {"pipeline": {}}])
-def test_another_kind_of_file_is_refused(tmp_path, content):
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "x.ckpt")
     with pytest.raises(WysError, match='x.ckpt" is not a nerfstudio checkpoint: it has no entry "pipeline"'):
         read_checkpoint(tmp_path / "x.ckpt")
 
 
-def test_learning_rates_that_are_numpy_numbers_are_read(tmp_path):
+def test_numpy_learning_rates_are_read(tmp_path):
     register_safe_globals()
     state = {"step": 1, "pipeline": {}, "schedulers": {"fields": {"_last_lr": [np.float64(0.0123)]}}}
     torch.save(state, tmp_path / "x.ckpt")
     assert read_checkpoint(tmp_path / "x.ckpt")["schedulers"]["fields"]["_last_lr"] == [0.0123]
 
 
-def test_the_models_state_has_no_prefixes_and_nothing_of_other_parts():
+def test_model_state_strips_prefixes_and_drops_other_parts():
     one, two = torch.zeros(1), torch.ones(1)
     pipeline = {"_model.field.a": one, "_model.module.field.b": two, "datamanager.c": one}
     assert model_state({"pipeline": pipeline}) == {"field.a": one, "field.b": two}
 
 
-def test_a_run_of_this_method_is_told_by_its_relevance_head():
+def test_a_wys_run_is_recognized_by_its_relevance_head():
     assert is_wys({"pipeline": {f"_model.{key}": value for key, value in build().state_dict().items()}})
     assert not is_wys({"pipeline": {f"_model.{key}": value for key, value in nerfacto_state(build()).items()}})
 
@@ -136,7 +136,7 @@ def test_a_config_is_read_as_plain_data(tmp_path):
     assert plain["pipeline"]["model"]["log2_hashmap_size"] == 17
     assert plain["pipeline"]["model"]["implementation"] == config.implementation
     assert plain["pair"] == [1, 2]
-    assert Path(*plain["data"]) == tmp_path  # its parts, or from Python 3.13 on the whole
+    assert Path(*plain["data"]) == tmp_path  # a list of its parts, from Python 3.13 on the whole path
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_nothing_in_a_config_is_executed(tmp_path, line):
     assert read_run_config(tmp_path)["method_name"] == "nerfacto"
     assert not proof.exists()
     yaml.load(text, Loader=yaml.UnsafeLoader)
-    assert proof.exists()  # the file would have done it
+    assert proof.exists()  # an unsafe loader executes it
 
 
 @pytest.mark.parametrize("content", [None, "", "[1, 2]", "{unclosed", "just words", "? [1, 2]\n: 3"])
@@ -168,7 +168,7 @@ def test_a_missing_or_damaged_config_is_empty(tmp_path, content):
 
 
 @pytest.mark.parametrize("poses", ["off", "SO3xR3"])
-def test_a_nerfacto_runs_scene_is_taken_exactly_and_the_relevance_head_left_alone(tmp_path, poses):
+def test_a_nerfacto_base_replaces_the_scene_alone(tmp_path, poses):
     model = build(camera_optimizer=CameraOptimizerConfig(mode=poses))
     state, before = nerfacto_state(model), {k: v.clone() for k, v in model.state_dict().items()}
     load_base(model, write_run(tmp_path, state), TRANSFORM)
@@ -177,7 +177,7 @@ def test_a_nerfacto_runs_scene_is_taken_exactly_and_the_relevance_head_left_alon
     assert torch.equal(model.field.mlp_head.layers[0].weight, state["field.mlp_head.layers.0.weight"])
 
 
-def test_a_run_of_this_method_can_be_a_base_but_its_relevance_is_not_taken(tmp_path):
+def test_a_wys_base_replaces_the_scene_alone(tmp_path):
     model, other = build(), build()
     with torch.no_grad():
         for parameter in other.parameters():
@@ -190,12 +190,17 @@ def test_a_run_of_this_method_can_be_a_base_but_its_relevance_is_not_taken(tmp_p
     assert not model.field.relevance_hull.known
 
 
-def test_a_base_with_another_relevance_input_is_taken(tmp_path):
+def test_a_base_with_another_relevance_input_is_loaded(tmp_path):
     other = build(relevance_input="geometry")
-    load_base(build(relevance_input="hashgrid"), write_run(tmp_path, other.state_dict()))
+    model = build(relevance_input="hashgrid")
+    with torch.no_grad():
+        for parameter in other.field.scene_parameters():
+            parameter.add_(1)
+    load_base(model, write_run(tmp_path, other.state_dict()))
+    assert all(torch.equal(a, b) for a, b in zip(model.field.scene_parameters(), other.field.scene_parameters()))
 
 
-def test_the_bases_poses_are_taken_where_this_run_has_some(tmp_path):
+def test_learned_poses_need_a_camera_optimizer_in_this_run(tmp_path):
     with_poses, without = (build(camera_optimizer=CameraOptimizerConfig(mode=mode)) for mode in ("SO3xR3", "off"))
     fresh = build(camera_optimizer=CameraOptimizerConfig(mode="SO3xR3"))
     with torch.no_grad():
@@ -203,103 +208,110 @@ def test_the_bases_poses_are_taken_where_this_run_has_some(tmp_path):
     load_base(fresh, write_run(tmp_path / "a", with_poses.state_dict()))
     assert bool((fresh.camera_optimizer.pose_adjustment == 0.25).all())
     sentence = "has learned pose corrections, which this run would drop: add --pipeline.model.camera-optimizer.mode"
-    refused(without, write_run(tmp_path / "b", with_poses.state_dict()), sentence)
+    assert_refused(without, write_run(tmp_path / "b", with_poses.state_dict()), sentence)
 
 
-def refused(model: WysModel, run: Path, sentence: str, transform: dict | None = None) -> None:
-    """The run is refused with a sentence that names it, and nothing of it has got into the model."""
+def assert_refused(model: WysModel, run: Path, sentence: str, transform: dict | None = None) -> None:
+    """Assert that the run is refused with an error that names it, and that the model is unchanged."""
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(WysError, match=sentence) as caught:
+    with pytest.raises(WysError, match=sentence) as error:
         load_base(model, run, transform)
-    assert f'"{run}"' in str(caught.value)
+    assert f'"{run}"' in str(error.value)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_a_tiny_cuda_nn_run_is_refused_with_two_ways_out(tmp_path):
+def test_a_tiny_cuda_nn_run_is_refused_with_two_remedies(tmp_path):
     state = nerfacto_state(build())
     state = {k: v for k, v in state.items() if not k.startswith("field.mlp_base.")}
     state["field.mlp_base.model.params"] = torch.zeros(1000)
-    refused(build(), write_run(tmp_path, state), "tiny-cuda-nn.*Install it.*--pipeline.model.implementation torch")
+    assert_refused(
+        build(), write_run(tmp_path, state), "tiny-cuda-nn.*Install it.*--pipeline.model.implementation torch"
+    )
 
 
-def test_a_tiny_cuda_nn_hash_grid_is_told_too(tmp_path):
+def test_a_tiny_cuda_nn_hash_grid_alone_is_refused_too(tmp_path):
     state = nerfacto_state(build())
     del state["field.mlp_base.model.0.hash_table"]
     state["field.mlp_base.model.0.tcnn_encoding.params"] = torch.zeros(1000)
-    refused(build(), write_run(tmp_path, state), "tiny-cuda-nn.*Install it.*--pipeline.model.implementation torch")
+    assert_refused(
+        build(), write_run(tmp_path, state), "tiny-cuda-nn.*Install it.*--pipeline.model.implementation torch"
+    )
 
 
 def config_of(**model: object) -> dict:
+    """Return the config.yml of a nerfacto run as data."""
     return {"method_name": "nerfacto", "pipeline": {"model": {**SIZES, **model}}}
 
 
-def test_a_scene_of_another_shape_is_refused_with_the_bases_flags_from_its_config(tmp_path):
+def test_other_shapes_are_refused_with_the_flags_of_the_base(tmp_path):
     other = build(hidden_dim_color=16, log2_hashmap_size=9)
     run = write_run(tmp_path, nerfacto_state(other), config=config_of(hidden_dim_color=16, log2_hashmap_size=9))
     flags = "--pipeline.model.log2-hashmap-size 9 --pipeline.model.hidden-dim-color 16"
-    refused(
+    assert_refused(
         build(),
         run,
         f"not a scene of this shape: field.* there and .* here. Give this run the base's settings: {flags}",
     )
 
 
-def test_a_scene_with_other_parts_is_refused_with_the_bases_flags(tmp_path):
+def test_other_parts_are_refused_with_the_flags_of_the_base(tmp_path):
     other = build(use_appearance_embedding=False)
     run = write_run(tmp_path, nerfacto_state(other), config=config_of(use_appearance_embedding=False))
     sentence = "embedding_appearance.* is only in this model.*--pipeline.model.use-appearance-embedding False"
-    refused(build(), run, sentence)
+    assert_refused(build(), run, sentence)
 
 
 @pytest.mark.parametrize("config", [{"method_name": "splatfacto"}, {"method_name": "splatfacto", "pipeline": "odd"}])
-def test_a_run_of_another_method_is_refused_by_its_name(tmp_path, config):
+def test_a_run_of_another_method_is_refused_with_its_name(tmp_path, config):
     run = write_run(tmp_path, {"gauss_params.means": torch.zeros(5, 3)}, config=config)
-    refused(
+    assert_refused(
         build(), run, "not a scene of this shape.*--base-run takes a nerfacto or wys run.* this is a splatfacto run"
     )
 
 
-def test_renamed_weights_are_refused_by_the_first_name(tmp_path):
+def test_renamed_weights_are_refused_with_the_first_name(tmp_path):
     state = nerfacto_state(build())
     state["field.aaa"] = state.pop("field.mlp_head.layers.0.weight")
-    refused(build(), write_run(tmp_path, state), "field.aaa is only in the base")
+    assert_refused(build(), write_run(tmp_path, state), "field.aaa is only in the base")
 
 
-def test_a_scene_of_other_views_is_refused_with_both_numbers(tmp_path):
+def test_another_number_of_views_is_refused(tmp_path):
     state = nerfacto_state(build())
     state["field.embedding_appearance.embedding.weight"] = torch.zeros(VIEWS + 3, 4)
     sentence = f"trained on {VIEWS + 3} views and this data has {VIEWS}: use the same --data"
-    refused(build(), write_run(tmp_path, state), sentence)
+    assert_refused(build(), write_run(tmp_path, state), sentence)
 
 
-def test_poses_of_other_views_are_refused_too(tmp_path):
+def test_another_number_of_poses_is_refused(tmp_path):
     model = build(camera_optimizer=CameraOptimizerConfig(mode="SO3xR3"), use_appearance_embedding=False)
     state = nerfacto_state(model)
     state["camera_optimizer.pose_adjustment"] = torch.zeros(VIEWS - 1, 6)
-    refused(model, write_run(tmp_path, state), f"trained on {VIEWS - 1} views and this data has {VIEWS}")
+    assert_refused(model, write_run(tmp_path, state), f"trained on {VIEWS - 1} views and this data has {VIEWS}")
 
 
-def test_a_grid_of_another_resolution_is_refused_although_its_shapes_are_equal(tmp_path):
+def test_another_grid_resolution_of_equal_shape_is_refused(tmp_path):
     run = write_run(tmp_path, nerfacto_state(build(max_res=64)))
-    refused(build(), run, "field.max_res 64 and this model 32: .*--pipeline.model.max-res 64")
+    assert_refused(build(), run, "field.max_res 64 and this model 32: .*--pipeline.model.max-res 64")
     proposals = [{**arguments, "max_res": 8} for arguments in SIZES["proposal_net_args_list"]]
     run = write_run(tmp_path / "proposals", nerfacto_state(build(proposal_net_args_list=proposals)))
-    refused(build(), run, "proposal_networks.0.*max_res 8 and this model 16: .*--pipeline.model.proposal-net-args-list")
+    assert_refused(
+        build(), run, "proposal_networks.0.*max_res 8 and this model 16: .*--pipeline.model.proposal-net-args-list"
+    )
 
 
 @pytest.mark.parametrize(
     ("option", "value"), [("base_res", 8), ("average_init_density", 0.01), ("disable_scene_contraction", True)]
 )
-def test_settings_that_no_weight_shows_are_compared_by_the_config(tmp_path, option, value):
+def test_settings_without_weights_are_compared_in_config_yml(tmp_path, option, value):
     run = write_run(tmp_path, nerfacto_state(build()), config=config_of(**{option: value}))
     flag = f"--pipeline.model.{option.replace('_', '-')} {value}"
-    refused(build(), run, f"other settings than this run: add {flag}")
+    assert_refused(build(), run, f"other settings than this run: add {flag}")
 
 
 @pytest.mark.parametrize("change", [{"scale": 0.26}, {"transform": [[1.0, 0, 0, 0.6], [0, 1.0, 0, 0], [0, 0, 1.0, 0]]}])
-def test_cameras_in_another_place_or_scale_are_refused(tmp_path, change):
+def test_another_transform_of_the_cameras_is_refused(tmp_path, change):
     sentence = "has its cameras in another place or scale: use the same --data"
-    refused(build(), write_run(tmp_path, nerfacto_state(build())), sentence, {**TRANSFORM, **change})
+    assert_refused(build(), write_run(tmp_path, nerfacto_state(build())), sentence, {**TRANSFORM, **change})
 
 
 # ----------------------------------------------------------------------------------------------------------------- writing
@@ -310,32 +322,32 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("only_latest", [True, False])
-def test_the_newest_checkpoint_and_the_one_before_it_are_kept(tmp_path, only_latest):
+def test_the_newest_two_checkpoints_are_kept(tmp_path, only_latest):
     folder = tmp_path / "nerfstudio_models"
-    for step in (5, 20, 7, 1000000000):  # from 20 the run went back to 5
+    for step in (5, 20, 7, 1000000000):  # after 20 the run was resumed at 5
         save_checkpoint_file(folder, {"step": step, "pipeline": {}}, only_latest)
     kept = (7, 1000000000) if only_latest else (5, 7, 20, 1000000000)
     assert set(names(folder)) == {checkpoint_name(step) for step in kept}
     assert list((tmp_path / "wys").iterdir()) == []
 
 
-def test_going_back_leaves_no_newer_checkpoint_behind(tmp_path):
+def test_checkpoints_of_abandoned_steps_are_removed(tmp_path):
     folder = tmp_path / "nerfstudio_models"
     for step in (5, 10, 7):
         save_checkpoint_file(folder, {"step": step, "pipeline": {}}, only_latest=True)
     assert names(folder) == [checkpoint_name(5), checkpoint_name(7)]
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_with_a_sentence(tmp_path, capsys):
+def test_damaged_newest_checkpoints_are_skipped_with_a_message(tmp_path, capsys):
     run = write_run(write_run(write_run(tmp_path, {}, step=5), {}, step=10), {}, step=20)
     folder = run / "nerfstudio_models"
-    whole = (folder / checkpoint_name(20)).read_bytes()
-    (folder / checkpoint_name(20)).write_bytes(whole[: len(whole) // 2])
+    content = (folder / checkpoint_name(20)).read_bytes()
+    (folder / checkpoint_name(20)).write_bytes(content[: len(content) // 2])
     (folder / checkpoint_name(10)).write_bytes(b"")
     assert find_checkpoint(run, "--load-dir") == folder / checkpoint_name(5)
-    said = " ".join(capsys.readouterr().out.split())
-    assert said.count("could not be read") == said.count("The previous one is used.") == 2
-    (folder / checkpoint_name(5)).write_bytes(whole[:9])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("could not be read") == printed.count("The previous one is used.") == 2
+    (folder / checkpoint_name(5)).write_bytes(content[:9])
     with pytest.raises(WysError, match="could not be read"):
         read_checkpoint(find_checkpoint(run, "--load-dir"))
 

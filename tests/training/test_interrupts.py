@@ -1,4 +1,4 @@
-"""Runs that end before their time, through the real command line: Ctrl-C, a full disk, numbers that are lost, a kill."""
+"""Interrupted runs of the real command line: Ctrl-C, SIGTERM, write errors, NaN losses and weights, kills."""
 
 import errno
 import json
@@ -30,73 +30,87 @@ SHORT = ["--pipeline.reconstruct-steps=4", "--pipeline.localize-steps=2", "--pip
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_ring_scene(tmp_path_factory.mktemp("endings") / "scene", width=16, height=12, views=4)
+    return write_ring_scene(tmp_path_factory.mktemp("interrupts") / "scene", width=16, height=12, views=4)
 
 
-class Command:
-    """`ns-train wys-tiny` with a short run; what it is asked at a step happens after that step's training."""
+class TrainCommand:
+    """`ns-train wys-tiny` with a short run."""
 
     def __init__(self, scene: Path, editor: Path, output: Path, patch: pytest.MonkeyPatch) -> None:
-        self.output, self._patch = output, patch
+        self._patch = patch
         self._fixed = ["wys-tiny", "--data", scene, "--editor", editor, *TINY, *SHORT, "--output-dir", output]
         self.run = output / "scene" / "wys-tiny" / "run"
 
     def __call__(
-        self, *extra: object, at: int = -1, happens: Optional[Callable[[WysTrainer], object]] = None
+        self, *arguments: object, step: int = -1, action: Optional[Callable[[WysTrainer], object]] = None
     ) -> object:
-        """Runs it; returns its exit code or sentence, None if it came to its end."""
+        """Run the command.
+
+        Args:
+            arguments: Further arguments of the command line.
+            step: Step after whose training `action` is called.
+            action: Fault to inject. A tensor that it returns replaces the loss of that step.
+
+        Returns:
+            Exit code or error message; None if the run finished.
+        """
         iteration = WysTrainer.train_iteration
 
-        def watched(trainer: WysTrainer, step: int):
-            loss, *rest = iteration(trainer, step)
-            result = happens(trainer) if step == at and happens is not None else None
+        def train_iteration(trainer: WysTrainer, current: int):
+            loss, *rest = iteration(trainer, current)
+            result = action(trainer) if current == step and action is not None else None
             return (result if isinstance(result, torch.Tensor) else loss), *rest
 
         with self._patch.context() as patch:
-            patch.setattr(WysTrainer, "train_iteration", watched)
-            patch.setattr(writer, "EVENT_WRITERS", [])  # nerfstudio's are one process's, not one run's
-            patch.setattr(sys, "argv", ["ns-train", *map(str, (*self._fixed, *extra))])
+            patch.setattr(WysTrainer, "train_iteration", train_iteration)
+            patch.setattr(writer, "EVENT_WRITERS", [])  # a global of nerfstudio: writers of earlier runs would remain
+            patch.setattr(sys, "argv", ["ns-train", *map(str, (*self._fixed, *arguments))])
             try:
                 train.entrypoint()
-            except SystemExit as ending:
-                return ending.code
+            except SystemExit as error:
+                return error.code
         return None
 
     def newest(self) -> Path:
+        """Return the newest checkpoint of the run."""
         path = newest_checkpoint(self.run / "nerfstudio_models")
         assert path is not None
         return path
 
     def weights(self) -> dict[str, Any]:
-        """The last checkpoint's weights and, under `SETTINGS_KEY`, settings."""
+        """Return the weights of the final checkpoint and, under `SETTINGS_KEY`, the settings."""
         assert self.newest().name == f"step-{STEPS - 1:09d}.ckpt"
         return read_checkpoint(self.newest())["pipeline"]
 
 
 @pytest.fixture
-def command(scene: Path, editor_folder: Path, tmp_path: Path, monkeypatch) -> Command:
-    return Command(scene, editor_folder, tmp_path / "out", monkeypatch)
+def command(scene: Path, editor_folder: Path, tmp_path: Path, monkeypatch) -> TrainCommand:
+    return TrainCommand(scene, editor_folder, tmp_path / "out", monkeypatch)
 
 
 @pytest.fixture(scope="module")
-def whole(scene: Path, editor_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Weights of the run that nothing happens to."""
+def reference(scene: Path, editor_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Weights of the uninterrupted run."""
     with pytest.MonkeyPatch.context() as patch:
-        command = Command(scene, editor_folder, tmp_path_factory.mktemp("whole"), patch)
+        command = TrainCommand(scene, editor_folder, tmp_path_factory.mktemp("reference"), patch)
         assert command() is None
         return command.weights()
 
 
+def equal_weights(weights: dict[str, Any], expected: dict[str, Any]) -> bool:
+    """Compare weights bit for bit; settings are compared by `assert_equal_weights` only."""
+    tensors = expected.keys() - {SETTINGS_KEY}
+    return weights.keys() == expected.keys() and all(torch.equal(weights[key], expected[key]) for key in tensors)
+
+
 def assert_equal_weights(weights: dict[str, Any], expected: dict[str, Any]) -> None:
-    settings, expected_settings = weights.pop(SETTINGS_KEY), expected[SETTINGS_KEY]
-    assert settings == expected_settings
-    assert weights.keys() == expected.keys() - {SETTINGS_KEY}
-    assert all(torch.equal(weights[key], expected[key]) for key in weights)
+    assert weights[SETTINGS_KEY] == expected[SETTINGS_KEY]
+    assert equal_weights(weights, expected)
 
 
-def assert_resume_matches(command: Command, whole: dict[str, Any]) -> None:
+def assert_resume_matches(command: TrainCommand, reference: dict[str, Any]) -> None:
     assert command("--load-dir", command.run) is None
-    assert_equal_weights(command.weights(), whole)
+    assert_equal_weights(command.weights(), reference)
 
 
 def interrupt(_trainer: WysTrainer) -> None:
@@ -104,89 +118,90 @@ def interrupt(_trainer: WysTrainer) -> None:
 
 
 @pytest.mark.parametrize("step", [2, 7])
-def test_ctrl_c_saves_says_how_to_resume_and_exits_with_130(command, whole, capsys, step):
+def test_ctrl_c_saves_and_the_run_can_be_resumed(command, reference, capsys, step):
     before = signal.getsignal(signal.SIGINT)
-    assert command(at=step, happens=interrupt) == 130
-    said = capsys.readouterr()
-    assert "Stopping after this step" in said.out and "Traceback" not in said.out + said.err
-    ending = f'wys: Stopped after step {step}; to resume, type the same command with --load-dir "{command.run}".'
-    assert ending in said.err
+    assert command(step=step, action=interrupt) == 130
+    printed = capsys.readouterr()
+    assert "Stopping after this step" in printed.out and "Traceback" not in printed.out + printed.err
+    message = f'wys: Stopped after step {step}; to resume, type the same command with --load-dir "{command.run}".'
+    assert message in printed.err
     assert command.newest().name == f"step-{step:09d}.ckpt"
     assert signal.getsignal(signal.SIGINT) is before
-    assert_resume_matches(command, whole)
+    assert_resume_matches(command, reference)
 
 
-def test_the_end_of_a_queues_time_is_taken_as_ctrl_c(command, whole, capsys):
-    def both(_trainer: WysTrainer) -> None:
+def test_repeated_sigterm_is_handled_as_one_ctrl_c(command, reference, capsys):
+    def terminate_twice(_trainer: WysTrainer) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    assert command(at=7, happens=both) == 130
+    assert command(step=7, action=terminate_twice) == 130
     assert "wys: Stopped after step 7; to resume" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
-    assert_resume_matches(command, whole)
+    assert_resume_matches(command, reference)
 
 
-def test_a_second_ctrl_c_stops_at_once_and_leaves_the_last_checkpoint(command, whole, capsys):
-    def twice(trainer: WysTrainer) -> None:
+def test_a_second_ctrl_c_stops_at_once_without_saving(command, reference, capsys):
+    def interrupt_twice(trainer: WysTrainer) -> None:
         interrupt(trainer)
         interrupt(trainer)
 
-    assert command(at=6, happens=twice) == 130
+    assert command(step=6, action=interrupt_twice) == 130
     assert "wys: Stopped at once" in capsys.readouterr().err
     assert command.newest().name == "step-000000004.ckpt"
-    assert_resume_matches(command, whole)
+    assert_resume_matches(command, reference)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_saves_nothing(command):
-    said = str(command(at=6, happens=lambda trainer: torch.tensor(float("nan"))))
-    good = command.newest()
-    assert said.startswith("wys: The loss became NaN or Inf at step 6: training stops and saves nothing.")
-    assert f'The last good checkpoint is "{good}"' in said and good.name == "step-000000004.ckpt"
+def test_a_nan_loss_stops_the_run_and_saves_nothing(command):
+    message = str(command(step=6, action=lambda trainer: torch.tensor(float("nan"))))
+    newest = command.newest()
+    assert message.startswith("wys: The loss became NaN or Inf at step 6: training stops and saves nothing.")
+    assert f'The last good checkpoint is "{newest}"' in message and newest.name == "step-000000004.ckpt"
 
 
-def test_a_lost_weight_is_not_saved(command):
-    def lose(trainer: WysTrainer) -> None:
+def test_a_nan_weight_is_not_saved(command):
+    def spoil_weight(trainer: WysTrainer) -> None:
         next(iter(trainer.pipeline.scene_model.field.mlp_head.parameters())).data.fill_(float("nan"))
 
-    said = str(command(at=4, happens=lose))
-    assert "A weight became NaN or Inf at step 4" in said and "There is no checkpoint yet" in said
+    message = str(command(step=4, action=spoil_weight))
+    assert "A weight became NaN or Inf at step 4" in message and "There is no checkpoint yet" in message
     assert newest_checkpoint(command.run / "nerfstudio_models") is None
 
 
-def test_a_disk_that_cannot_be_written_any_more_ends_the_run_and_leaves_it_whole(command, whole, monkeypatch):
+def test_a_write_error_stops_the_run_and_leaves_it_resumable(command, reference, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     with monkeypatch.context() as patch:
-        said = str(command(at=7, happens=lambda trainer: patch.setattr(os, "fsync", fail)))
-    assert re.match(f'wys: ".*" could not be written: {os.strerror(errno.EROFS)}. Correct that first', said), said
-    assert f'--load-dir "{command.run}"' in said and command.newest().name == "step-000000004.ckpt"
+        message = str(command(step=7, action=lambda trainer: patch.setattr(os, "fsync", fail)))
+    assert re.match(f'wys: ".*" could not be written: {os.strerror(errno.EROFS)}. Correct that first', message), message
+    assert f'--load-dir "{command.run}"' in message and command.newest().name == "step-000000004.ckpt"
     assert not list(command.run.rglob("*.partial"))
-    assert_resume_matches(command, whole)
+    assert_resume_matches(command, reference)
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 16 MB."""
+    """A file system of 16 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True, check=False
     )
     if mounted.returncode:
-        pytest.skip("a small disk can only be mounted by root")
+        pytest.skip("mounting a file system requires root")
     yield disk
     subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_run_and_leaves_it_whole(small_disk, scene, editor_folder, whole, monkeypatch):
-    command, ballast = Command(scene, editor_folder, small_disk / "out", monkeypatch), small_disk / "ballast"
+def test_a_full_disk_stops_the_run_and_leaves_it_resumable(small_disk, scene, editor_folder, reference, monkeypatch):
+    command = TrainCommand(scene, editor_folder, small_disk / "out", monkeypatch)
+    filler = small_disk / "filler"
 
     def fill(_trainer: WysTrainer) -> None:
-        with ballast.open("wb") as file:
+        with filler.open("wb") as file:
             try:
                 while True:
                     file.write(bytes(1 << 16))
@@ -194,74 +209,71 @@ def test_a_full_disk_ends_the_run_and_leaves_it_whole(small_disk, scene, editor_
             except OSError as error:
                 assert error.errno == errno.ENOSPC
 
-    said = str(command(at=7, happens=fill))
-    assert "could not be written: No space left on device" in said, said
+    message = str(command(step=7, action=fill))
+    assert "could not be written: No space left on device" in message, message
     assert command.newest().name == "step-000000004.ckpt"
-    ballast.unlink()
-    assert_resume_matches(command, whole)
+    filler.unlink()
+    assert_resume_matches(command, reference)
 
 
-def test_a_truncated_newest_checkpoint_costs_the_steps_since_the_one_before_it(command, whole, capsys):
-    assert command(at=9, happens=interrupt) == 130
+def test_a_truncated_checkpoint_is_replaced_by_the_previous_one(command, reference, capsys):
+    assert command(step=9, action=interrupt) == 130
     newest = command.newest()
     newest.write_bytes(newest.read_bytes()[:5000])
     capsys.readouterr()
-    assert_resume_matches(command, whole)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "could not be read" in said and "The previous one is used." in said and "Resuming at step 9" in said
+    assert_resume_matches(command, reference)
+    message = " ".join(capsys.readouterr().out.split())
+    assert "could not be read" in message and "The previous one is used." in message and "Resuming at step 9" in message
 
 
 @pytest.mark.slow
-def test_edits_follow_one_another_and_every_earlier_state_can_be_brought_back(
-    scene, editor_folder, whole, tmp_path, monkeypatch
-):
-    first = Command(scene, editor_folder, tmp_path / "first", monkeypatch)
+def test_edits_are_chained_and_undone(scene, editor_folder, reference, tmp_path, monkeypatch):
+    first = TrainCommand(scene, editor_folder, tmp_path / "first", monkeypatch)
     assert first() is None
 
-    def entries(command: Command) -> list[tuple[str, str]]:
+    def entries(command: TrainCommand) -> list[tuple[str, str]]:
         history = json.loads((command.run / "wys" / "history.json").read_text())
         return [(entry["instruction"], entry["start"]) for entry in history]
 
-    def same(path: Path) -> bool:
-        pipeline = read_checkpoint(path)["pipeline"]
-        return all(torch.equal(pipeline[key], whole[key]) for key in whole)
+    def equals_reference(path: Path) -> bool:
+        return equal_weights(read_checkpoint(path)["pipeline"], reference)
 
     # The second edit starts from the first one's scene and views.
-    second = Command(scene, editor_folder, tmp_path / "second", monkeypatch)
+    second = TrainCommand(scene, editor_folder, tmp_path / "second", monkeypatch)
     assert second("--instruction=make the bear red", "--base-run", first.run) is None
     assert entries(second) == [("make the ball blue", "captured"), ("make the bear red", "on top")]
-    assert same(second.run / "wys" / "history" / "001.ckpt") and not same(second.newest())
+    assert equals_reference(second.run / "wys" / "history" / "001.ckpt") and not equals_reference(second.newest())
     for path in (first.run / "wys" / "edits").iterdir():
         assert (second.run / "wys" / "reference" / path.name).read_bytes() == path.read_bytes()
 
-    # Undo returns to it, and there is nothing left to do then.
-    undone = Command(scene, editor_folder, tmp_path / "undone", monkeypatch)
+    # Undo restores it, and the run counts as finished.
+    undone = TrainCommand(scene, editor_folder, tmp_path / "undone", monkeypatch)
+    arguments = ["--instruction=make the bear red", "--base-run", first.run]
     undo = ViewerCommand("undo")
-    ask = {"at": 4, "happens": lambda trainer: trainer.pipeline.panel.commands.put(undo)}
-    assert undone("--instruction=make the bear red", "--base-run", first.run, **ask) is None
+    assert undone(*arguments, step=4, action=lambda trainer: trainer.pipeline.panel.commands.put(undo)) is None
     assert entries(undone) == [("make the ball blue", "captured")]
-    assert same(undone.newest()) and undone.newest().name == "step-000000004.ckpt"
+    assert equals_reference(undone.newest()) and undone.newest().name == "step-000000004.ckpt"
     for path in (first.run / "wys" / "edits").iterdir():
         assert (undone.run / "wys" / "edits" / path.name).read_bytes() == path.read_bytes()
     assert "The run is finished" in str(undone("--load-dir", undone.run))
 
-    # A moment of the history is a base, too, with the history that it had.
-    third = Command(scene, editor_folder, tmp_path / "third", monkeypatch)
-    moment = second.run / "wys" / "history" / "001.ckpt"
-    assert third("--instruction=make it red", "--base-run", moment) is None
+    # A snapshot of the history can also be a base run; it keeps its own history.
+    third = TrainCommand(scene, editor_folder, tmp_path / "third", monkeypatch)
+    snapshot = second.run / "wys" / "history" / "001.ckpt"
+    assert third("--instruction=make it red", "--base-run", snapshot) is None
     assert entries(third) == [("make the ball blue", "captured"), ("make it red", "on top")]
-    assert same(third.run / "wys" / "history" / "001.ckpt")
+    assert equals_reference(third.run / "wys" / "history" / "001.ckpt")
     captured = [read_checkpoint(c.run / "wys" / "captured.ckpt")["pipeline"] for c in (first, third)]
-    assert all(torch.equal(captured[0][key], captured[1][key]) for key in whole)
+    assert equal_weights(*captured)
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_seeded_moments_change_nothing(tmp_path):
+def test_killed_runs_resume_bit_for_bit(tmp_path):
     script = Path(__file__).parent.parent / "benchmarks" / "kills.py"
     arguments = ["--kills", "20", "--seed", "1", "--output", tmp_path]
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-W", "ignore", script, *map(str, arguments)], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    kills, equal = map(int, done.stdout.splitlines()[-1].split()[1:])
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    kills, equal = map(int, result.stdout.splitlines()[-1].split()[1:])
     assert kills >= 20 and equal == kills

@@ -1,4 +1,4 @@
-"""An editor on a device of its own works while training goes on. Here both are one CPU that passes for two devices."""
+"""Edits on a second device, computed while training continues; here one CPU is treated as two devices."""
 
 import json
 import threading
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_ring_scene
-from test_interrupts import Command, assert_equal_weights, interrupt
+from test_interrupts import TrainCommand, assert_equal_weights, interrupt
 
 from wys_nerfstudio import pipeline
 from wys_nerfstudio.datamanager import WysDataManager
@@ -20,7 +20,7 @@ from wys_nerfstudio.viewer.panel import ON_TOP, ViewerCommand
     ("first", "second", "same"),
     [("cpu", "cpu", True), ("cuda", "cuda:0", True), ("cuda:1", "cuda:0", False), ("cpu", torch.device("cuda"), False)],
 )
-def test_a_device_is_known_by_all_its_names(first, second, same):
+def test_device_names_without_an_index_mean_the_current_device(first, second, same):
     assert same_device(first, second) is same
 
 
@@ -30,74 +30,71 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def overlapped(scene: Path, editor_folder: Path, tmp_path: Path, monkeypatch) -> Command:
+def overlapped(scene: Path, editor_folder: Path, tmp_path: Path, monkeypatch) -> TrainCommand:
     monkeypatch.setattr(pipeline, "same_device", lambda *_: False)
-    return Command(scene, editor_folder, tmp_path / "overlapped", monkeypatch)
+    return TrainCommand(scene, editor_folder, tmp_path / "overlapped", monkeypatch)
 
 
-def edits(command: Command) -> list[dict]:
+def edits(command: TrainCommand) -> list[dict]:
+    """Return the edit log of the run."""
     return [json.loads(line) for line in (command.run / "wys" / "edits.jsonl").read_text().splitlines()]
 
 
-def test_training_goes_on_while_the_editor_works(overlapped, monkeypatch):
-    trained, edited = threading.Event(), WysDataManager.edit_views
-    before: list[bool] = []
+def test_training_continues_while_views_are_edited(overlapped, monkeypatch):
+    trained, edit_views, train_iteration = threading.Event(), WysDataManager.edit_views, WysTrainer.train_iteration
+    trained_meanwhile: list[bool] = []
 
-    def waits_for_training(*arguments, **named):
-        before.append(trained.wait(60))
+    def wait_for_training(*arguments, **named):
+        trained_meanwhile.append(trained.wait(60))
         trained.clear()
-        return edited(*arguments, **named)
+        return edit_views(*arguments, **named)
 
-    monkeypatch.setattr(WysDataManager, "edit_views", waits_for_training)
-    iteration = WysTrainer.train_iteration
-    monkeypatch.setattr(WysTrainer, "train_iteration", lambda *a: (iteration(*a), trained.set())[0])
+    def train(*arguments):
+        result = train_iteration(*arguments)
+        trained.set()
+        return result
+
+    monkeypatch.setattr(WysDataManager, "edit_views", wait_for_training)
+    monkeypatch.setattr(WysTrainer, "train_iteration", train)
     assert overlapped("--mask-threshold=0") is None
-    assert before and all(before)
+    assert trained_meanwhile and all(trained_meanwhile)
 
 
-def test_the_same_edits_are_made_and_each_is_in_place_when_the_next_are_due(overlapped, scene, editor_folder, tmp_path):
+def test_edits_are_those_of_a_serial_run_committed_one_later(overlapped, scene, editor_folder, tmp_path):
     assert overlapped("--mask-threshold=0") is None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "same_device", same_device)
-        serial = Command(scene, editor_folder, tmp_path / "serial", patch)
+        serial = TrainCommand(scene, editor_folder, tmp_path / "serial", patch)
         assert serial("--mask-threshold=0") is None
-    ours, theirs = edits(overlapped), edits(serial)
-    assert [(edit["edit"], edit["view"], edit["time"]) for edit in ours] == [
-        (edit["edit"], edit["view"], edit["time"]) for edit in theirs
+    overlapped_edits, serial_edits = edits(overlapped), edits(serial)
+    assert [(edit["edit"], edit["view"], edit["time"]) for edit in overlapped_edits] == [
+        (edit["edit"], edit["view"], edit["time"]) for edit in serial_edits
     ]
-    assert [edit["step"] for edit in theirs] == [6, 8, 10]
-    assert [edit["step"] for edit in ours] == [8, 10, 11]
-    # The first edit starts from the same scene with the same noise, so it is the same picture; no later edit is of that view.
-    first = ours[0]["view"]
-    assert first not in [edit["view"] for edit in ours[1:]]
-    pictures = [(run / "wys" / "edits" / f"{first}.png").read_bytes() for run in (overlapped.run, serial.run)]
-    assert pictures[0] == pictures[1]
+    assert [edit["step"] for edit in serial_edits] == [6, 8, 10]
+    assert [edit["step"] for edit in overlapped_edits] == [8, 10, 11]
+    # The first edit starts from the same scene and noise in both runs; no later edit replaces its view.
+    first = serial_edits[0]["view"]
+    assert first not in [edit["view"] for edit in serial_edits[1:]]
+    files = [run / "wys" / "edits" / f"{first}.png" for run in (overlapped.run, serial.run)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_a_run_that_is_stopped_while_the_editor_works_goes_on_as_if_nothing_had_happened(
-    overlapped,
-    scene,
-    editor_folder,
-    tmp_path,
-    monkeypatch,
-):
-    whole = Command(scene, editor_folder, tmp_path / "whole", monkeypatch)
-    assert whole("--mask-threshold=0") is None
-    assert overlapped("--mask-threshold=0", at=9, happens=interrupt) == 130
+def test_a_run_stopped_during_an_edit_resumes_equal(overlapped, scene, editor_folder, tmp_path, monkeypatch):
+    reference = TrainCommand(scene, editor_folder, tmp_path / "reference", monkeypatch)
+    assert reference("--mask-threshold=0") is None
+    assert overlapped("--mask-threshold=0", step=9, action=interrupt) == 130
     assert [edit["step"] for edit in edits(overlapped)] == [8]
     assert overlapped("--mask-threshold=0", "--load-dir", overlapped.run) is None
-    assert_equal_weights(overlapped.weights(), whole.weights())
-    assert [{**edit, "seconds": 0} for edit in edits(overlapped)] == [{**edit, "seconds": 0} for edit in edits(whole)]
+    assert_equal_weights(overlapped.weights(), reference.weights())
+    timeless = [[{**edit, "seconds": 0} for edit in edits(command)] for command in (overlapped, reference)]
+    assert timeless[0] == timeless[1]
 
 
-def test_what_is_being_made_when_the_scene_is_taken_back_is_dropped(overlapped):
+def test_resetting_the_scene_discards_pending_edits(overlapped):
     def apply_and_undo(trainer: WysTrainer) -> None:
-        for request in (
-            ViewerCommand("apply", ON_TOP, "make the bear red"),
-            ViewerCommand("undo"),
-            ViewerCommand("reset"),
-        ):
-            trainer.pipeline.panel.commands.put(request)
+        apply = ViewerCommand("apply", ON_TOP, "make the bear red")
+        for command in (apply, ViewerCommand("undo"), ViewerCommand("reset")):
+            trainer.pipeline.panel.commands.put(command)
 
-    assert overlapped("--mask-threshold=0", at=10, happens=apply_and_undo) is None
-    assert not (overlapped.run / "wys" / "edits").exists() or not list((overlapped.run / "wys" / "edits").iterdir())
+    assert overlapped("--mask-threshold=0", step=10, action=apply_and_undo) is None
+    assert not list((overlapped.run / "wys" / "edits").glob("*"))

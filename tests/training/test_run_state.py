@@ -1,4 +1,4 @@
-"""What a resumed run reads beside its weights."""
+"""The state that a checkpoint holds beside the weights, and the log of edits."""
 
 import json
 import random
@@ -20,7 +20,7 @@ from wys_nerfstudio.utils.errors import WysError
 ENTRY = {"instruction": "a", "start": "captured", "settings": {}, "first_step": 0, "snapshot": None}
 
 
-def state() -> RunState:
+def build_state() -> RunState:
     cli_settings = RunSettings('Turn it into "snow" – now', 0.5, 7.5, 1.5, "relevance-field", 10, 1)
     return RunState(
         step=1234,
@@ -49,27 +49,28 @@ def state() -> RunState:
 
 
 def checkpoint_of(state: RunState) -> dict:
-    """A checkpoint as it is saved: settings beside the weights, the rest under a key of its own."""
-    shown = {"settings": state.settings.as_dict(), "localized": state.localized}
-    return {"pipeline": {SETTINGS_KEY: shown}, STATE_KEY: state.data()}
+    """Return a checkpoint as a run saves it: settings beside the weights, the rest under its own key."""
+    extra_state = {"settings": state.settings.as_dict(), "localized": state.localized}
+    return {"pipeline": {SETTINGS_KEY: extra_state}, STATE_KEY: state.data()}
 
 
 def draws() -> list[float]:
+    """Return draws from the generators of random, NumPy and torch."""
     numbers = torch.rand(3).tolist()
     return [random.random(), random.gauss(0, 1), *np.random.rand(3).tolist(), np.random.randn(), *numbers]
 
 
-def test_a_state_is_read_as_it_was_written_by_the_weights_only_loader(tmp_path):
-    written = state()
-    random.gauss(0, 1), np.random.randn()  # both keep a second number back
+def test_the_weights_only_loader_restores_the_state(tmp_path):
+    written = build_state()
+    random.gauss(0, 1), np.random.randn()  # both generators now cache a second normal draw
     written.random = [random_state()]
-    wanted = draws()
+    expected = draws()
     torch.save(checkpoint_of(written), tmp_path / "x.ckpt")
     read = RunState.from_checkpoint(torch.load(tmp_path / "x.ckpt", weights_only=True), tmp_path / "x.ckpt")
     random_of_rank = read.random_of_this_rank()
     assert random_of_rank is not None
     set_random_state(random_of_rank)
-    assert draws() == wanted != draws()
+    assert draws() == expected != draws()
     assert read.pending[0].keys() == written.pending[0].keys()
     for name in (option.name for option in fields(RunState) if option.name not in ("pending", "views", "random")):
         assert getattr(read, name) == getattr(written, name), name
@@ -77,17 +78,16 @@ def test_a_state_is_read_as_it_was_written_by_the_weights_only_loader(tmp_path):
 
 @pytest.mark.parametrize("typed", [{}, {"instruction": ""}, {"mask_threshold": 0.7}, {"edit_every": 3}])
 def test_resumed_settings_keep_live_changes_unless_retyped(typed):
-    saved = state()
-    settings = saved.resumed_settings(replace(saved.cli_settings, **typed))
-    assert settings == replace(saved.settings, **{k: v for k, v in typed.items() if k != "instruction"})
-    assert (
-        saved.resumed_cli_settings(replace(saved.cli_settings, **typed)).instruction == saved.cli_settings.instruction
-    )
+    saved = build_state()
+    cli_settings = replace(saved.cli_settings, **typed)
+    changes = {name: value for name, value in typed.items() if name != "instruction"}
+    assert saved.resumed_settings(cli_settings) == replace(saved.settings, **changes)
+    assert saved.resumed_cli_settings(cli_settings).instruction == saved.cli_settings.instruction
 
 
 def test_resuming_with_another_instruction_is_refused():
     with pytest.raises(WysError, match="--base-run to apply another instruction"):
-        state().resumed_settings(replace(state().cli_settings, instruction="make it snow"))
+        build_state().resumed_settings(replace(build_state().cli_settings, instruction="make it snow"))
 
 
 PARTS = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
@@ -95,19 +95,19 @@ PARTS = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | s
                      max_leaves=5)  # fmt: skip
 
 
-@given(part=PARTS, name=st.sampled_from(list(state().data())), drop=st.booleans())
-def test_whatever_a_checkpoint_holds_is_a_state_or_is_refused_with_the_way_out(part, name, drop):
-    data = state().data()
+@given(part=PARTS, name=st.sampled_from(list(build_state().data())), drop=st.booleans())
+def test_a_checkpoint_holds_a_valid_state_or_is_refused(part, name, drop):
+    data = build_state().data()
     if drop:
         del data[name]
     else:
         data[name] = part
-    shown = checkpoint_of(state())["pipeline"]
+    pipeline = checkpoint_of(build_state())["pipeline"]
     for checkpoint in (
-        {"pipeline": shown, STATE_KEY: data},
-        {"pipeline": shown, STATE_KEY: part},
-        {"pipeline": {SETTINGS_KEY: part}, STATE_KEY: state().data()},
-        {"pipeline": {}, STATE_KEY: state().data()},
+        {"pipeline": pipeline, STATE_KEY: data},
+        {"pipeline": pipeline, STATE_KEY: part},
+        {"pipeline": {SETTINGS_KEY: part}, STATE_KEY: build_state().data()},
+        {"pipeline": {}, STATE_KEY: build_state().data()},
         {"pipeline": {}},
     ):
         try:
@@ -119,7 +119,7 @@ def test_whatever_a_checkpoint_holds_is_a_state_or_is_refused_with_the_way_out(p
             assert read.settings.instruction and read.cli_settings.instruction
 
 
-def test_edit_records_are_those_before_a_step(tmp_path):
+def test_edit_lines_can_be_limited_to_those_before_a_step(tmp_path):
     assert read_edit_lines(tmp_path) == []
     lines = [json.dumps({"edit": i, "step": 10 * i}) for i in range(5)]
     (tmp_path / "edits.jsonl").write_text("\n".join([*lines[:3], "", *lines[3:], ""]))
@@ -129,9 +129,9 @@ def test_edit_records_are_those_before_a_step(tmp_path):
     assert read_edit_lines(tmp_path, before_step=0) == []
 
 
-@pytest.mark.parametrize("rest", ['{"ste', "[]", "7", "{}", '"step"'])
-def test_half_written_edit_record_is_no_record(tmp_path: Path, rest: str) -> None:
-    (tmp_path / "edits.jsonl").write_text(f'{{"step": 1}}\n{{"step": 2}}\n{rest}')
+@pytest.mark.parametrize("incomplete", ['{"ste', "[]", "7", "{}", '"step"'])
+def test_incomplete_edit_lines_are_ignored(tmp_path, incomplete):
+    (tmp_path / "edits.jsonl").write_text(f'{{"step": 1}}\n{{"step": 2}}\n{incomplete}')
     assert read_edit_lines(tmp_path) == ['{"step": 1}', '{"step": 2}']
     assert read_edit_lines(tmp_path, before_step=2) == ['{"step": 1}']
     assert read_edit_lines(tmp_path / "nowhere") == []

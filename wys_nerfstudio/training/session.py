@@ -265,7 +265,7 @@ class EditSession:
         """Return to a snapshot, with the steps that were left of its schedule.
 
         Args:
-            snapshot: Result of `snapshot`.
+            snapshot: Result of `snapshot`, or the checkpoint of the base run.
             step: The last trained step.
         """
         state = RunState.from_checkpoint(snapshot, self.run.folder)
@@ -278,8 +278,11 @@ class EditSession:
         self.settings.load(state.settings)
         self.localized = state.localized
         self._views.forget_relevance()
-        if snapshot["relevance"] is not None:
-            self._views.set_relevance(*snapshot["relevance"])
+        maps = snapshot.get("relevance")  # absent from a base run's checkpoint
+        if maps is not None:
+            self._views.set_relevance(*maps)
+        else:
+            self.prepare_relevance(Phase.EDIT)
         self._restart_optimizers(step)
 
     def _restart_optimizers(self, step: int) -> None:
