@@ -1,5 +1,7 @@
-"""The registered methods. nerfstudio imports this module whenever any ns-* command starts, so it must be light and must
-not fail: no diffusers, no transformers."""
+"""The registered methods: `wys`, `wys-small`, `wys-tiny`.
+
+Every ns-* command of nerfstudio imports this module, so it must be cheap and must not fail: no diffusers, no transformers.
+"""
 
 from typing import Any
 
@@ -16,7 +18,7 @@ from wys_nerfstudio.pipeline import WysPipelineConfig
 from wys_nerfstudio.trainer import WysTrainerConfig
 from wys_nerfstudio.training.checkpoint import register_safe_globals
 
-# Every ns-* command imports this module, so all of them can read checkpoints again.
+# Here, because every ns-* command imports this module and may load a checkpoint.
 register_safe_globals()
 
 
@@ -31,14 +33,20 @@ def _optimizers(final_lr: float, decay_steps: int) -> dict[str, Any]:
         "proposal_networks": decayed(),
         "fields": decayed(),
         "camera_opt": decayed(1e-3, 1e-4),
-        # No schedule: it would have run down before the relevance head takes its first step.
-        # Where little is relevant, a rate of 1e-2 can silence the head for good in its first steps.
+        # No schedule: it would have decayed before the relevance head takes its first step.
+        # Where little is relevant, a rate of 1e-2 can collapse the head to zero in its first steps.
         "relevance": {"optimizer": AdamOptimizerConfig(lr=3e-3, eps=1e-15), "scheduler": None},
     }
 
 
-def _of_nerfactos_size(name: str, rays_per_chunk: int, **options: Any) -> WysTrainerConfig:
-    """A method whose field has the registered nerfacto's size, so that its runs are bases; chunks are those of renders."""
+def _nerfacto_sized(name: str, rays_per_chunk: int, **options: Any) -> WysTrainerConfig:
+    """Return a method with a field of nerfacto's size, so that nerfacto runs can be its base runs.
+
+    Args:
+        name: Name of the method.
+        rays_per_chunk: Rays per batch when rendering.
+        **options: Options of the pipeline.
+    """
     return WysTrainerConfig(
         method_name=name,
         steps_per_eval_batch=500,
@@ -54,12 +62,12 @@ def _of_nerfactos_size(name: str, rays_per_chunk: int, **options: Any) -> WysTra
 
 
 wys = MethodSpecification(
-    config=_of_nerfactos_size("wys", rays_per_chunk=1 << 15, datamanager=WysDataManagerConfig()),
-    description="Watch Your Steps: edit a scene by text, only where the text is about.",
+    config=_nerfacto_sized("wys", rays_per_chunk=1 << 15, datamanager=WysDataManagerConfig()),
+    description="Watch Your Steps: text-driven editing of the region that the instruction refers to.",
 )
 
 wys_small = MethodSpecification(
-    config=_of_nerfactos_size(
+    config=_nerfacto_sized(
         "wys-small",
         rays_per_chunk=1 << 13,
         datamanager=WysDataManagerConfig(
@@ -70,7 +78,7 @@ wys_small = MethodSpecification(
         ),
         relevance_batch_size=1,
     ),
-    description="Watch Your Steps for small GPUs: the same field and edits, fewer rays at once, views in main memory.",
+    description="Watch Your Steps for small GPUs: same field and edits, fewer rays per batch, views in main memory.",
 )
 
 wys_tiny = MethodSpecification(
@@ -88,7 +96,7 @@ wys_tiny = MethodSpecification(
                 edit_num_rays_per_batch=1024,
             ),
             model=WysModelConfig(
-                # Small enough for a CPU's cache: pictures are drawn in 0.7 of the time that 8192 rays at once take.
+                # Small enough for a CPU's cache: rendering takes 0.7 of the time that chunks of 8192 rays take.
                 eval_num_rays_per_chunk=1 << 10,
                 implementation="torch",
                 num_levels=8,
@@ -98,7 +106,7 @@ wys_tiny = MethodSpecification(
                 hidden_dim_color=32,
                 appearance_embed_dim=8,
                 num_proposal_iterations=1,
-                # Twice the proposals and half as many samples again would take 1.6 times as long for 0.2 to 0.3 dB.
+                # 64 proposal and 24 field samples take 1.6 times as long and gain 0.2 to 0.3 dB.
                 num_proposal_samples_per_ray=(32,),
                 num_nerf_samples_per_ray=16,
                 proposal_net_args_list=[
@@ -106,19 +114,19 @@ wys_tiny = MethodSpecification(
                 ],
                 proposal_weights_anneal_max_num_iters=300,
                 proposal_warmup=1000,
-                # In a few hundred steps cameras that look at plain ground hide behind clouds of their own; a near plane
-                # leaves these no room (nerfstudio scales cameras to at most 1 from the centre). Held-out PSNR of a
-                # portrait scene: 36.4 dB instead of 14.5; a scene without clouds loses 0.7 dB.
+                # In a few hundred steps, cameras over a uniform ground develop floaters near the camera. A near plane
+                # excludes that space (nerfstudio scales camera positions to at most 1). Held-out PSNR of a portrait
+                # scene: 36.4 dB instead of 14.5; a scene without floaters loses 0.7 dB.
                 near_plane=0.3,
                 far_plane=100.0,
                 camera_optimizer=CameraOptimizerConfig(mode="off"),
-                # The demo editor's maps are clean: they need no second opinion and, below, no clamp.
+                # The demo editor's maps are clean: the mean over the views suffices, and outliers (below) are not clamped.
                 relevance_expectile=0.5,
                 lpips_loss_mult=0.0,
             ),
             editor=EMBEDDED,
             clip_model=EMBEDDED,
-            # Chosen on validation scenes of the toy world; clamping clean maps would only widen them.
+            # Chosen on validation scenes of the toy world; clamping clean maps would only enlarge the masks.
             guidance_scale=1.0,
             image_guidance_scale=1.0,
             mask_threshold=0.35,
@@ -131,10 +139,10 @@ wys_tiny = MethodSpecification(
             edit_every=5,
             min_strength=0.5,
         ),
-        # Not lower at the end: in 600 steps of editing, what is added would get its shape but not its colour.
+        # No lower final rate: within 600 edit steps, added objects would converge in shape but not in color.
         optimizers=_optimizers(final_lr=3e-3, decay_steps=1800),
         viewer=ViewerConfig(num_rays_per_chunk=1 << 10, websocket_host="127.0.0.1"),
         vis="viewer",
     ),
-    description="Watch Your Steps, tiny: toy-sized scenes and the embedded demo editor, minutes on a laptop's CPU.",
+    description="Watch Your Steps, tiny: toy scenes and the embedded demo editor, minutes on a laptop CPU.",
 )

@@ -155,7 +155,7 @@ def main(options: Options) -> None:
                     rows.append(
                         {**key, "source": f"{variant} and hull", **figures(field_renders(pipeline), truth, names)}
                     )
-                    pipeline.scene_model.field.relevance_hull.forget()
+                    pipeline.scene_model.field.relevance_hull.reset()
                     pipeline.scene_model.field.mlp_relevance.load_state_dict(start)
                     if variant == options.inputs[0]:
                         rows.append({**key, "source": "maps", **figures(maps[data.num_views :], truth, names)})

@@ -39,8 +39,8 @@ def test_size_and_format() -> None:
 def test_it_knows_every_word_of_every_caption() -> None:
     clip = load_clip("embedded")
     for edit in EDITS:
-        for colour in range(len(train_clip.COLOUR_NAMES)):
-            for text in (edit.caption, train_clip.caption(edit, colour, colour)):
+        for color in range(len(train_clip.COLOR_NAMES)):
+            for text in (edit.caption, train_clip.caption(edit, color, color)):
                 assert clip.tokenizer.unk_token_id not in clip.tokenizer(text).input_ids
                 clip.embed_texts([text])
 
@@ -54,15 +54,15 @@ def test_it_understands_held_out_scenes(pictures: np.ndarray) -> None:
         assert own > figures["other_direction"][slug] + 0.2, slug
 
 
-def test_captions_name_the_colours_that_are_not_edited() -> None:
-    orange, black = 0, len(train_clip.COLOUR_NAMES) - 1
+def test_captions_name_the_colors_that_are_not_edited() -> None:
+    orange, black = 0, len(train_clip.COLOR_NAMES) - 1
     assert (
         train_clip.caption(BY_SLUG["ball-red"], orange, black) == "a photo of a toy bear, a red ball and a black block"
     )
     assert train_clip.caption(BY_SLUG["hat"], orange, orange) == (
         "a photo of a toy bear with a hat, an orange ball and an orange block"
     )
-    assert train_clip.toy_colours(range(40)).unique().tolist() == list(range(8))
+    assert train_clip.toy_colors(range(40)).unique().tolist() == list(range(8))
 
 
 def test_loss_is_the_cross_entropy_over_distinct_captions() -> None:
@@ -94,7 +94,7 @@ def test_training_learns(pictures: np.ndarray, tmp_path: Path, monkeypatch) -> N
 
     monkeypatch.setattr(train_clip, "contrastive_loss", recorded)
     options = train_clip.Options(tmp_path, steps=16, batch_scenes=2)
-    train_clip.train(options, clip, pictures, train_clip.toy_colours(SEEDS))
+    train_clip.train(options, clip, pictures, train_clip.toy_colors(SEEDS))
     # Sixteen steps of a rate that is still rising; nothing learned would leave both sums at about 14.
     assert sum(losses[-4:]) < sum(losses[:4]) - 0.3
 

@@ -62,11 +62,11 @@ def small_trainer(tmp_path, batch_scenes=8, **options):
     write_editor(tmp_path / "editor", Networks(build_unet_and_text_encoder()[0], vae, build_unet_and_text_encoder()[1]))
     settings = train_editor.Options(tmp_path, batch_scenes=batch_scenes, **options)
     data = editor_data.Latents(torch.randn(3, len(EDITS), 4, 8, 8).half(), torch.ones(3, len(EDITS), 8, 8).bool())
-    return train_editor.Trainer(settings, vae, editor_data.tokenise(tmp_path / "editor")), [data]
+    return train_editor.Trainer(settings, vae, editor_data.tokenize(tmp_path / "editor")), [data]
 
 
 @pytest.mark.parametrize("meaning", ["no change", "edit"])
-def test_what_the_empty_instruction_is_trained_towards(tmp_path, meaning):
+def test_what_the_empty_instruction_is_trained_toward(tmp_path, meaning):
     trainer, data = small_trainer(tmp_path, empty_means=meaning)
     found = 0
     for trainer.step in range(12):

@@ -45,9 +45,9 @@ def test_masks_are_exactly_the_changed_pixels(portrait):
 
 def test_views_look_from_all_round(portrait):
     frames = json.loads((portrait / "transforms.json").read_text())["frames"]
-    centres = np.array([np.array(frame["transform_matrix"])[:3, 3] for frame in frames])
-    centres = centres[:, :2] - centres[:, :2].mean(0)
-    angles = np.sort(np.arctan2(centres[:, 1], centres[:, 0]))
+    centers = np.array([np.array(frame["transform_matrix"])[:3, 3] for frame in frames])
+    centers = centers[:, :2] - centers[:, :2].mean(0)
+    angles = np.sort(np.arctan2(centers[:, 1], centers[:, 0]))
     gaps = np.diff([*angles, angles[0] + 2 * np.pi])
     assert gaps.max() < 0.7 * np.pi
 

@@ -34,15 +34,15 @@ def slow_hit(scene, origin, direction):
     feet = [*scene.bear_position[0].tolist(), 0.0]
     local_o = [x / size for x in turn([a - b for a, b in zip(origin, feet)], -yaw)]
     local_d = [x / size for x in turn(direction, -yaw)]
-    for _, centre, radii in world.BEAR_PARTS:
-        o = [(x - c) / r for x, c, r in zip(local_o, centre, radii)]
+    for _, center, radii in world.BEAR_PARTS:
+        o = [(x - c) / r for x, c, r in zip(local_o, center, radii)]
         found.append((sphere(o, [x / r for x, r in zip(local_d, radii)]), "bear"))
     radius = scene.ball_radius[0].item()
-    centre = [*scene.ball_position[0].tolist(), radius]
-    found.append((sphere([(x - c) / radius for x, c in zip(origin, centre)], [x / radius for x in direction]), "ball"))
+    center = [*scene.ball_position[0].tolist(), radius]
+    found.append((sphere([(x - c) / radius for x, c in zip(origin, center)], [x / radius for x in direction]), "ball"))
     half, yaw = scene.block_half[0].tolist(), scene.block_yaw[0].item()
-    centre = [*scene.block_position[0].tolist(), half[2]]
-    o = turn([x - c for x, c in zip(origin, centre)], -yaw)
+    center = [*scene.block_position[0].tolist(), half[2]]
+    o = turn([x - c for x, c in zip(origin, center)], -yaw)
     d = turn(direction, -yaw)
     spans = [sorted([(-h - x) / y, (h - x) / y]) for h, x, y in zip(half, o, d)]
     enter, leave = max(s[0] for s in spans), min(s[1] for s in spans)
@@ -69,10 +69,10 @@ def test_hits_equal_a_slow_twin(seed):
 
 def test_the_ball_is_where_the_projection_says():
     scene, _ = scene_and_camera([world.TEST_SEEDS[0]])
-    centre = torch.cat([scene.ball_position, scene.ball_radius[:, None]], -1)
+    center = torch.cat([scene.ball_position, scene.ball_radius[:, None]], -1)
     # From the side away from bear and block, so that nothing hides it.
-    away = torch.nn.functional.normalize(centre - scene.centre() * torch.tensor([1.0, 1.0, 0.0]), dim=-1)
-    camera = world.look_at(centre + 2 * away, centre, torch.tensor([math.radians(45)]), 96, 96)
+    away = torch.nn.functional.normalize(center - scene.center() * torch.tensor([1.0, 1.0, 0.0]), dim=-1)
+    camera = world.look_at(center + 2 * away, center, torch.tensor([math.radians(45)]), 96, 96)
     picture = tracer.render(scene, camera, samples=1)
     ball = picture.objects[0] == world.OBJECTS.index("ball")
     ys, xs = torch.nonzero(ball, as_tuple=True)
@@ -83,7 +83,7 @@ def test_the_ball_is_where_the_projection_says():
 
 def test_views_agree_on_what_they_both_see():
     scene = world.sample_scenes([world.TEST_SEEDS[1]])
-    target = scene.centre()
+    target = scene.center()
     first, second = (
         world.look_at(target + torch.tensor([offset]), target, torch.tensor([0.8]), 120, 96)
         for offset in ([2.5, 0.4, 1.2], [2.4, 0.9, 1.3])
@@ -109,9 +109,9 @@ def test_views_agree_on_what_they_both_see():
 def test_a_scene_depends_on_its_seed_alone(offset, count):
     seeds = [world.TEST_SEEDS[offset + i] for i in range(count)]
     together, alone = world.sample_scenes(seeds), world.sample_scenes(seeds[-1:])
-    assert torch.equal(together.colours[-1:], alone.colours)
+    assert torch.equal(together.colors[-1:], alone.colors)
     assert torch.equal(together.ball_position[-1:], alone.ball_position)
-    assert 0.0 < together.colours.min() and together.colours.max() < 1.0
+    assert 0.0 < together.colors.min() and together.colors.max() < 1.0
     gap = (together.ball_position - together.block_position).norm(dim=-1)
     assert (gap > together.ball_radius + together.block_half[:, :2].norm(dim=-1)).all()
 
@@ -130,18 +130,18 @@ def test_splits_share_no_seed():
     assert all(a.stop <= b.start for a, b in zip(ordered, ordered[1:]))
 
 
-def test_recolourings_change_their_object_and_nothing_else():
+def test_recolorings_change_their_object_and_nothing_else():
     scene, camera = scene_and_camera(world.TEST_SEEDS[:6], 40, 32)
     before = tracer.render(scene, camera, samples=1)
     for edit in instructions.EDITS:
-        if edit.kind not in ("recolour", "turn-into"):
+        if edit.kind not in ("recolor", "turn-into"):
             continue
         after = tracer.render(instructions.apply(edit, scene), camera, samples=1)
         changed = (tracer.to_bytes(after.rgb) != tracer.to_bytes(before.rgb)).any(-1)
         named = before.objects == world.OBJECTS.index(edit.target)
         assert not (changed & ~named).any()
         assert torch.equal(before.depth, after.depth)
-        if edit.kind == "recolour":
+        if edit.kind == "recolor":
             assert torch.equal(changed, named)
 
 

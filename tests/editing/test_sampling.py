@@ -58,7 +58,7 @@ def step(latents: torch.Tensor, noise: torch.Tensor, at: NoiseLevel, following: 
     )
 
 
-def towards(target: torch.Tensor):
+def toward(target: torch.Tensor):
     """Predicts the noise that leads from the target to the latents."""
 
     def denoise(latents: torch.Tensor, at: NoiseLevel) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,7 +237,7 @@ def test_velocity_stands_for_the_noise(x, eps, a):
 @given(seed=st.integers(0, 50), start_timestep=st.integers(1, 999), full_steps=st.integers(1, 30))
 def test_the_loop_ends_in_target_inside_and_reference_outside(seed, start_timestep, full_steps):
     case = random_case(seed)
-    result = run(case, towards(case["target"]), start_timestep=start_timestep, full_steps=full_steps)
+    result = run(case, toward(case["target"]), start_timestep=start_timestep, full_steps=full_steps)
     inside = case["mask"][:, None].expand_as(result)
     torch.testing.assert_close(result[inside], case["target"][inside], atol=1e-9, rtol=0)
     assert torch.equal(result[~inside], case["reference"][~inside])
@@ -247,11 +247,11 @@ def test_a_velocity_prediction_ends_in_the_same_target():
     case = random_case()
 
     def denoise(latents: torch.Tensor, at: NoiseLevel) -> tuple[torch.Tensor, torch.Tensor]:
-        noise = towards(case["target"])(latents, at)[1]
+        noise = toward(case["target"])(latents, at)[1]
         velocity = at.signal * noise - at.noise * case["target"]
         return split(v_to_epsilon(velocity, latents, at), latents, at)
 
-    torch.testing.assert_close(run(case, denoise), run(case, towards(case["target"])), atol=1e-9, rtol=0)
+    torch.testing.assert_close(run(case, denoise), run(case, toward(case["target"])), atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("final_alpha", [1.0, float(ALPHAS[0])])

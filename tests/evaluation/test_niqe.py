@@ -24,8 +24,8 @@ def natural_picture(seed: int, height: int = 288, width: int = 384) -> torch.Ten
     frequency = torch.fft.fftfreq(height)[:, None] ** 2 + torch.fft.rfftfreq(width)[None] ** 2
     frequency[0, 0] = math.inf
     spectrum = torch.randn(height, width // 2 + 1, 2, generator=draw)
-    grey = torch.fft.irfft2(torch.view_as_complex(spectrum) / frequency.sqrt(), s=(height, width))
-    return (0.5 + 0.15 * grey / grey.std()).clamp(0, 1)[..., None].expand(-1, -1, 3)
+    gray = torch.fft.irfft2(torch.view_as_complex(spectrum) / frequency.sqrt(), s=(height, width))
+    return (0.5 + 0.15 * gray / gray.std()).clamp(0, 1)[..., None].expand(-1, -1, 3)
 
 
 def fitted(pictures: list[torch.Tensor]) -> NiqeParams:
@@ -50,7 +50,7 @@ def slow_gaussian(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def slow_features(block: np.ndarray) -> list[float]:
-    """The 18 features of a normalised block, one after the other."""
+    """The 18 features of a normalized block, one after the other."""
     alpha, left, right = slow_gaussian(block)
     found = [alpha, (left + right) / 2]
     height, width = block.shape
@@ -68,12 +68,12 @@ def slow_features(block: np.ndarray) -> list[float]:
 
 def test_features_are_those_of_the_paper_block_by_block():
     picture = natural_picture(3, 97, 200)
-    grey = np.round(np.round(picture.double().numpy() * 255) @ [0.2989, 0.5870, 0.1140])[:96, :192]
+    gray = np.round(np.round(picture.double().numpy() * 255) @ [0.2989, 0.5870, 0.1140])[:96, :192]
     window = np.array([[math.exp(-(x * x + y * y) / (2 * (7 / 6) ** 2)) for x in range(-3, 4)] for y in range(-3, 4)])
     window /= window.sum()
-    mean = correlate(grey, window, mode="nearest")
-    deviation = np.sqrt(np.abs(correlate(grey**2, window, mode="nearest") - mean**2))
-    normalized = (grey - mean) / (deviation + 1)
+    mean = correlate(gray, window, mode="nearest")
+    deviation = np.sqrt(np.abs(correlate(gray**2, window, mode="nearest") - mean**2))
+    normalized = (gray - mean) / (deviation + 1)
     wanted = [slow_features(normalized[:, :96]), slow_features(normalized[:, 96:])]
     np.testing.assert_allclose(features(picture)[:, :18].numpy(), wanted, atol=2e-3)
 

@@ -1,4 +1,4 @@
-"""Relevance maps are found again by what they are of, and by nothing less."""
+"""Cache of relevance maps: maps are returned for an equal request only."""
 
 import pytest
 import torch
@@ -17,16 +17,16 @@ REQUEST = {
 
 
 @pytest.fixture
-def kept(tmp_path) -> torch.Tensor:
+def cached(tmp_path) -> torch.Tensor:
     raw = torch.rand(len(NAMES), 4, 5)
     save_maps(tmp_path / "relevance", RelevanceRequest(**REQUEST), NAMES, raw)
     return raw
 
 
-def test_kept_maps_are_found_again(kept, tmp_path):
-    found = find_maps(tmp_path / "relevance", RelevanceRequest(**REQUEST), NAMES)
-    assert found is not None
-    assert torch.equal(found, kept)
+def test_cached_maps_are_found(cached, tmp_path):
+    maps = find_maps(tmp_path / "relevance", RelevanceRequest(**REQUEST), NAMES)
+    assert maps is not None
+    assert torch.equal(maps, cached)
     assert [path.name for path in (tmp_path / "relevance").iterdir()] == ["maps.safetensors"]
 
 
@@ -42,14 +42,14 @@ def test_kept_maps_are_found_again(kept, tmp_path):
         {"reference": "0123456789abcdef"},
     ],
 )
-def test_maps_of_another_request_are_not_taken(kept, tmp_path, change):
+def test_maps_of_another_request_are_not_returned(cached, tmp_path, change):
     assert find_maps(tmp_path / "relevance", RelevanceRequest(**{**REQUEST, **change}), NAMES) is None
 
 
 @pytest.mark.parametrize("names", [NAMES[:2], NAMES[::-1], [*NAMES, "frame_03"]])
-def test_maps_of_other_views_are_not_taken(kept, tmp_path, names):
+def test_maps_of_other_views_are_not_returned(cached, tmp_path, names):
     assert find_maps(tmp_path / "relevance", RelevanceRequest(**REQUEST), names) is None
 
 
-def test_a_folder_without_maps_has_none(tmp_path):
-    assert find_maps(tmp_path / "nothing", RelevanceRequest(**REQUEST), NAMES) is None
+def test_a_folder_without_maps_returns_none(tmp_path):
+    assert find_maps(tmp_path / "missing", RelevanceRequest(**REQUEST), NAMES) is None

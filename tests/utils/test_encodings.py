@@ -36,12 +36,12 @@ def test_values_and_gradients_are_nerfstudios(levels, base, finest, log2, featur
     positions = torch.rand(*shape, 3)
     scaled = positions[..., None, :] * slow.scalings.view(-1, 1)
     assume(bool((scaled != scaled.floor()).all()))  # on a cell's wall the gradient by the position has two values
-    towards = torch.rand(*shape, levels * features)
+    toward = torch.rand(*shape, levels * features)
     results = []
     for encoding in (slow, fast):
         x = positions.clone().requires_grad_()
         encoded = encoding(x)
-        (encoded * towards).sum().backward()
+        (encoded * toward).sum().backward()
         results.append((encoded.detach(), encoding.hash_table.grad, x.grad))
     for theirs, ours in zip(*results):
         assert theirs.shape == ours.shape
@@ -96,14 +96,14 @@ def test_contracted_positions_and_gradients_are_nerfstudios(shape, scale, seed) 
     positions = torch.cat(
         [torch.randn(*shape, 3).flatten(0, -2), torch.tensor([[0.0, 0, 0], [1, -0.5, 0], [0, 0, -7]])]
     )
-    towards, results = torch.randn(positions.shape), []
+    toward, results = torch.randn(positions.shape), []
     slow, fast = SceneContraction(order=float("inf")), SceneContraction(order=float("inf"))
     use_fast_encodings(fast)
     assert type(fast) is FastSceneContraction
     for contraction in (slow, fast):
         x = (scale * positions).requires_grad_()
         contracted = contraction(x)
-        (contracted * towards).sum().backward()
+        (contracted * toward).sum().backward()
         results.append((contracted.detach(), x.grad))
     (theirs, their_gradient), (ours, our_gradient) = results
     assert torch.equal(ours, theirs) and ours.abs().max() < 2

@@ -69,10 +69,10 @@ def test_exif_orientation_turns_the_picture_upright(tmp_path, orientation):
     assert picture.size == ((24, 16) if orientation > 4 else (16, 24))
 
 
-def test_grey_and_palette_pictures_become_colour_without_loss(tmp_path):
-    grey = noise(16, 20)
-    picture = read_image(save(tmp_path / "grey.png", grey))
-    assert np.array_equal((picture.rgb * 255).round().numpy(), grey[..., None].repeat(3, axis=2))
+def test_gray_and_palette_pictures_become_color_without_loss(tmp_path):
+    gray = noise(16, 20)
+    picture = read_image(save(tmp_path / "gray.png", gray))
+    assert np.array_equal((picture.rgb * 255).round().numpy(), gray[..., None].repeat(3, axis=2))
     palette = Image.fromarray(noise(16, 20, 3)).quantize(16)
     palette.save(tmp_path / "palette.png")
     picture = read_image(tmp_path / "palette.png")
@@ -83,7 +83,7 @@ def test_grey_and_palette_pictures_become_colour_without_loss(tmp_path):
     assert alpha is not None and np.array_equal(alpha == 0, np.array(palette) == 3)
 
 
-def png_of_16_bit_colour(path: Path) -> Path:
+def png_of_16_bit_color(path: Path) -> Path:
     """Pillow cannot write one, so chunk by chunk."""
     import struct
     import zlib
@@ -98,9 +98,9 @@ def png_of_16_bit_colour(path: Path) -> Path:
     return path
 
 
-def test_16_bits_are_refused_in_colour_and_in_grey(tmp_path):
-    assert "16 bits per channel" in refusal(png_of_16_bit_colour(tmp_path / "colour.png"))
-    assert "16 bits per channel" in refusal(save(tmp_path / "grey.png", noise(16, 16).astype(np.uint16)))
+def test_16_bits_are_refused_in_color_and_in_gray(tmp_path):
+    assert "16 bits per channel" in refusal(png_of_16_bit_color(tmp_path / "color.png"))
+    assert "16 bits per channel" in refusal(save(tmp_path / "gray.png", noise(16, 16).astype(np.uint16)))
 
 
 def test_what_is_no_still_rgb_picture_of_some_size_is_refused(tmp_path):
@@ -120,8 +120,8 @@ def test_what_is_no_still_rgb_picture_of_some_size_is_refused(tmp_path):
 
 
 def test_masks_are_bright_inside(tmp_path):
-    grey = noise(16, 20)
-    assert torch.equal(read_mask(save(tmp_path / "m.png", grey)), torch.from_numpy(grey) > 127)
+    gray = noise(16, 20)
+    assert torch.equal(read_mask(save(tmp_path / "m.png", gray)), torch.from_numpy(gray) > 127)
     with pytest.raises(WysError, match="dark everywhere"):
         read_mask(save(tmp_path / "dark.png", np.zeros((16, 16), np.uint8)))
     with pytest.raises(WysError, match="There is no mask"):

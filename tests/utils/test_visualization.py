@@ -36,7 +36,7 @@ def test_what_write_png_writes_read_png_reads(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 6, 1)])
-def test_grey_pictures_are_written_with_one_channel(tmp_path, shape):
+def test_gray_pictures_are_written_with_one_channel(tmp_path, shape):
     write_png(tmp_path / "mask.png", torch.linspace(0, 1, 24).reshape(shape))
     with Image.open(tmp_path / "mask.png") as image:
         assert (image.mode, image.size) == ("L", (6, 4))
@@ -62,8 +62,8 @@ def test_heat_is_the_inferno_colormap_on_a_fixed_scale():
     result = apply_colormap(relevance)
     for y in range(2):
         for x in range(3):
-            colour = colormaps["inferno"](min(max(float(relevance[y, x]), 0.0), 1.0))[:3]
-            assert result[y, x].tolist() == pytest.approx(colour, abs=1e-6)
+            color = colormaps["inferno"](min(max(float(relevance[y, x]), 0.0), 1.0))[:3]
+            assert result[y, x].tolist() == pytest.approx(color, abs=1e-6)
 
 
 def test_heat_gets_brighter_with_relevance():

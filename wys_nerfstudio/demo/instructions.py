@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from wys_nerfstudio.demo.world import BEAR_PARTS, NAMED_COLOURS, Scene, with_colours
+from wys_nerfstudio.demo.world import BEAR_PARTS, NAMED_COLORS, Scene, with_colors
 
 CAPTION = "a photo of a toy bear, a ball and a block"
 
@@ -20,7 +20,7 @@ class Edit:
     slug: str
     """Name for files and tables."""
     kind: str
-    """Family: recolour, turn-into, add, global or none."""
+    """Family: recolor, turn-into, add, global or none."""
     target: str
     """The object it is about, one of OBJECTS, or nothing for global and none."""
     wordings: tuple[str, ...]
@@ -31,28 +31,28 @@ class Edit:
     """The edited scene. Never moves anything that was there before."""
 
 
-def _recolour(target: str, colour: str) -> Edit:
+def _recolor(target: str, color: str) -> Edit:
     wordings = (
-        f"make the {target} {colour}",
-        f"paint the {target} {colour}",
-        f"turn the {target} {colour}",
-        f"change the color of the {target} to {colour}",
-        f"the {target} should be {colour}",
+        f"make the {target} {color}",
+        f"paint the {target} {color}",
+        f"turn the {target} {color}",
+        f"change the color of the {target} to {color}",
+        f"the {target} should be {color}",
     )
     # Which wording is canonical differs, so that the examples shown to people are not all alike.
     if target == "block":
         wordings = (wordings[1], wordings[0], *wordings[2:])
     captions = {
-        "ball": f"a photo of a toy bear, a {colour} ball and a block",
-        "block": f"a photo of a toy bear, a ball and a {colour} block",
+        "ball": f"a photo of a toy bear, a {color} ball and a block",
+        "block": f"a photo of a toy bear, a ball and a {color} block",
     }
     return Edit(
-        slug=f"{target}-{colour}",
-        kind="recolour",
+        slug=f"{target}-{color}",
+        kind="recolor",
         target=target,
         wordings=wordings,
         caption=captions[target],
-        change=lambda scene: with_colours(scene, {target: NAMED_COLOURS[colour]}),
+        change=lambda scene: with_colors(scene, {target: NAMED_COLORS[color]}),
     )
 
 
@@ -62,29 +62,29 @@ _WHITE, _ICE, _BLACK = (0.95, 0.95, 0.93), (0.93, 0.95, 0.97), (0.07, 0.07, 0.08
 
 def _panda(scene: Scene) -> Scene:
     white = ("body", "head", "snout")
-    return with_colours(scene, {part: _WHITE if part in white else _BLACK for part in _FUR})
+    return with_colors(scene, {part: _WHITE if part in white else _BLACK for part in _FUR})
 
 
 def _polar_bear(scene: Scene) -> Scene:
-    return with_colours(scene, dict.fromkeys(_FUR, _ICE))
+    return with_colors(scene, dict.fromkeys(_FUR, _ICE))
 
 
 def _snow(scene: Scene) -> Scene:
-    sky = torch.tensor([[0.86, 0.88, 0.91], [0.72, 0.76, 0.82]]).expand_as(scene.sky_colours)
-    return replace(scene, snow=torch.ones_like(scene.snow), sky_colours=sky)
+    sky = torch.tensor([[0.86, 0.88, 0.91], [0.72, 0.76, 0.82]]).expand_as(scene.sky_colors)
+    return replace(scene, snow=torch.ones_like(scene.snow), sky_colors=sky)
 
 
 def _night(scene: Scene) -> Scene:
     return replace(
         scene,
-        sky_colours=torch.tensor([[0.07, 0.09, 0.20], [0.02, 0.03, 0.09]]).expand_as(scene.sky_colours),
-        light_colour=scene.light_colour * torch.tensor([0.28, 0.32, 0.48]),
+        sky_colors=torch.tensor([[0.07, 0.09, 0.20], [0.02, 0.03, 0.09]]).expand_as(scene.sky_colors),
+        light_color=scene.light_color * torch.tensor([0.28, 0.32, 0.48]),
         ambient=scene.ambient * torch.tensor([0.26, 0.30, 0.48]),
     )
 
 
 EDITS: tuple[Edit, ...] = (
-    *(_recolour(target, colour) for target in ("ball", "block") for colour in NAMED_COLOURS),
+    *(_recolor(target, color) for target in ("ball", "block") for color in NAMED_COLORS),
     Edit(
         "panda",
         "turn-into",
@@ -153,17 +153,17 @@ EDITS: tuple[Edit, ...] = (
     ),
 )
 BY_SLUG = {edit.slug: edit for edit in EDITS}
-LOCAL_KINDS = ("recolour", "turn-into", "add")
+LOCAL_KINDS = ("recolor", "turn-into", "add")
 
 
-def normalise(instruction: str) -> str:
+def normalize(instruction: str) -> str:
     """The instruction as the editor reads it: lower case, single spaces, no final punctuation."""
     return " ".join(instruction.lower().split()).rstrip(".!?,; ")
 
 
 def find(instruction: str) -> Edit | None:
     """The edit that an instruction means, or None if no wording matches."""
-    wanted = normalise(instruction)
+    wanted = normalize(instruction)
     return next((edit for edit in EDITS if wanted in edit.wordings), None)
 
 

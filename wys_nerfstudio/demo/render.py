@@ -22,6 +22,6 @@ def render_edits(scene: Scene, camera: Camera) -> UInt8[Tensor, "b edits h w 3"]
     hits = trace(scene, camera)
     pictures = []
     for edit in EDITS:
-        colour, _, _ = shade(apply(edit, scene), hits)
-        pictures.append(to_bytes(colour.view(len(scene), camera.height, camera.width, -1, 3).mean(-2)))
+        color, _, _ = shade(apply(edit, scene), hits)
+        pictures.append(to_bytes(color.view(len(scene), camera.height, camera.width, -1, 3).mean(-2)))
     return torch.stack(pictures, 1)

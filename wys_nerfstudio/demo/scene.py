@@ -50,7 +50,7 @@ def demo_cameras(scene: Scene, num_views: int, width: int, height: int) -> Camer
     low, high = (math.sin(math.radians(e)) for e in ELEVATIONS)
     elevation = torch.asin(low + (high - low) * share)
     offset = torch.stack([azimuth.cos() * elevation.cos(), azimuth.sin() * elevation.cos(), elevation.sin()], -1)
-    target = scene.centre().expand(num_views, 3)
+    target = scene.center().expand(num_views, 3)
     angle = torch.full((num_views,), math.radians(SHORT_SIDE_DEGREES))
     return look_at(target + DISTANCE * offset, target, angle, width, height)
 

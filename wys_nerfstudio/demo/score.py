@@ -95,7 +95,7 @@ def score(
         wanted, mask = truth.edited(name), truth.mask(name)
         if not mask.any() or mask.all():
             continue
-        # Localisation is judged on the captured geometry: that is what the masks of the first edits were cut from.
+        # Localization is judged on the captured geometry: that is what the masks of the first edits were cut from.
         located = first["relevance_value"][..., 0]
         rows.append(
             [

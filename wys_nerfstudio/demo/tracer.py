@@ -1,6 +1,6 @@
 """The toy world's pictures, object ids and depths: ray traced exactly, in batches.
 
-Here: what a ray meets and what colour it has. Not here: what the world contains (`world.py`). A scene's pictures depend on
+Here: what a ray meets and what color it has. Not here: what the world contains (`world.py`). A scene's pictures depend on
 nothing but the scene and the camera, so all views of one scene agree exactly.
 """
 
@@ -54,10 +54,10 @@ _LAYERS = (
 
 @dataclass
 class Hits:
-    """What the rays of a batch of views meet, before any colour: n rays per view, one layer per set of objects."""
+    """What the rays of a batch of views meet, before any color: n rays per view, one layer per set of objects."""
 
     origin: Float[Tensor, "b 1 3"]
-    """Camera centre."""
+    """Camera center."""
     direction: Float[Tensor, "b n 3"]
     """Ray directions; their component along the view axis is 1, so that distances are depths."""
     depth: tuple[Float[Tensor, "b n"], ...]
@@ -89,27 +89,27 @@ def _turned(vector: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def _ellipsoids(scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
-    """Centres "b k 3", radii "b k 3" and yaws "b k" of all ellipsoids in the world, in the order of MATERIALS."""
+    """Centers "b k 3", radii "b k 3" and yaws "b k" of all ellipsoids in the world, in the order of MATERIALS."""
     parts = torch.tensor([[c, r] for _, c, r in (*BEAR_PARTS, *HAT_PARTS, *SUNGLASSES_PARTS)])
     size = scene.bear_size[:, None, None]
     feet = torch.nn.functional.pad(scene.bear_position, (0, 1))[:, None]
     yaw = scene.bear_yaw[:, None].expand(-1, len(parts))
-    centre = _turned(parts[:, 0] * size, yaw.cos(), yaw.sin()) + feet
+    center = _turned(parts[:, 0] * size, yaw.cos(), yaw.sin()) + feet
     radii = parts[:, 1] * size
     ball_radius = scene.ball_radius[:, None]
-    ball_centre = torch.cat([scene.ball_position, ball_radius], -1)[:, None]
+    ball_center = torch.cat([scene.ball_position, ball_radius], -1)[:, None]
     k = len(BEAR_PARTS)
     return (
-        torch.cat([centre[:, :k], ball_centre, centre[:, k:]], 1),
+        torch.cat([center[:, :k], ball_center, center[:, k:]], 1),
         torch.cat([radii[:, :k], ball_radius[..., None].expand(-1, 1, 3), radii[:, k:]], 1),
         torch.cat([yaw[:, :k], torch.zeros_like(ball_radius), yaw[:, k:]], 1),
     )
 
 
-def _meet_ellipsoid(origin: Tensor, direction: Tensor, centre: Tensor, radii: Tensor, yaw: Tensor) -> Tensor:
+def _meet_ellipsoid(origin: Tensor, direction: Tensor, center: Tensor, radii: Tensor, yaw: Tensor) -> Tensor:
     """Distance "b n" to the ellipsoids "b 3" along rays "b n 3"; infinite where they pass by or lie behind."""
     cosine, sine = yaw.cos()[:, None], -yaw.sin()[:, None]
-    o = _turned(origin - centre[:, None], cosine, sine) / radii[:, None]
+    o = _turned(origin - center[:, None], cosine, sine) / radii[:, None]
     d = _turned(direction, cosine, sine) / radii[:, None]
     a, half_b = (d * d).sum(-1), (o * d).sum(-1)
     discriminant = half_b * half_b - a * ((o * o).sum(-1) - 1)
@@ -156,19 +156,19 @@ def trace(scene: Scene, camera: Camera, samples: int = 2) -> Hits:
         The hits of n = height * width * samples ** 2 rays per view.
     """
     origin, direction = _rays(camera, samples)
-    centre, radii, yaw = _ellipsoids(scene)
+    center, radii, yaw = _ellipsoids(scene)
     depth, material, normal = [], [], []
     for layer in _LAYERS:
         nearest = torch.full(direction.shape[:2], torch.inf)
         which = torch.full(direction.shape[:2], layer[0], dtype=torch.long)
         for k in layer:
-            distance = _meet_ellipsoid(origin, direction, centre[:, k], radii[:, k], yaw[:, k])
+            distance = _meet_ellipsoid(origin, direction, center[:, k], radii[:, k], yaw[:, k])
             which = torch.where(distance < nearest, k, which)
             nearest = torch.minimum(distance, nearest)
         chosen = which[..., None].expand(-1, -1, 3)
         turn = yaw.gather(1, which)
         position = origin + torch.where(nearest.isinf(), 1.0, nearest)[..., None] * direction
-        local = _turned(position - centre.gather(1, chosen), turn.cos(), -turn.sin()) / radii.gather(1, chosen)
+        local = _turned(position - center.gather(1, chosen), turn.cos(), -turn.sin()) / radii.gather(1, chosen)
         outward = torch.nn.functional.normalize(local / radii.gather(1, chosen), dim=-1)
         if layer is _LAYERS[0]:
             eyes = torch.nn.functional.normalize(torch.tensor(EYE_DIRECTIONS), dim=-1)
@@ -195,10 +195,10 @@ def trace(scene: Scene, camera: Camera, samples: int = 2) -> Hits:
         depth[0] = torch.where(closer, distance, depth[0])
 
     start = origin + depth[0][..., None] * direction + SHADOW_OFFSET * normal[0]
-    towards = scene.light_direction[:, None].expand_as(start)
-    dark = _meet_block(scene, start, towards)[0].isfinite()
+    toward = scene.light_direction[:, None].expand_as(start)
+    dark = _meet_block(scene, start, toward)[0].isfinite()
     for k in _LAYERS[0]:
-        dark = dark | _meet_ellipsoid(start, towards, centre[:, k], radii[:, k], yaw[:, k]).isfinite()
+        dark = dark | _meet_ellipsoid(start, toward, center[:, k], radii[:, k], yaw[:, k]).isfinite()
     return Hits(origin, direction, tuple(depth), tuple(material), tuple(normal), 1 - dark.to(start))
 
 
@@ -207,8 +207,8 @@ def _smoothstep(x: Tensor, low: float, high: float) -> Tensor:
     return x * x * (3 - 2 * x)
 
 
-def _ground_colour(scene: Scene, position: Tensor) -> Tensor:
-    """The ground's colour "b n 3" at positions "b n 3". Patterns fade with distance, where they would only alias."""
+def _ground_color(scene: Scene, position: Tensor) -> Tensor:
+    """The ground's color "b n 3" at positions "b n 3". Patterns fade with distance, where they would only alias."""
     turn = -scene.ground_yaw[:, None]
     x, y, _ = (_turned(position, turn.cos(), turn.sin()) / scene.ground_scale[:, None, None]).unbind(-1)
     checker = torch.remainder(x.floor() + y.floor(), 2)
@@ -216,18 +216,18 @@ def _ground_colour(scene: Scene, position: Tensor) -> Tensor:
     kind = scene.ground_kind[:, None]
     pattern = torch.where(kind == 1, checker, torch.where(kind == 2, wood, torch.zeros_like(x)))
     pattern = 0.5 + (pattern - 0.5) * (1 - _smoothstep(position[..., :2].norm(dim=-1), 1.5, 3.5))
-    return torch.lerp(scene.ground_colours[:, None, 0], scene.ground_colours[:, None, 1], pattern[..., None])
+    return torch.lerp(scene.ground_colors[:, None, 0], scene.ground_colors[:, None, 1], pattern[..., None])
 
 
 def shade(scene: Scene, hits: Hits) -> tuple[Float[Tensor, "b n 3"], Int[Tensor, "b n"], Float[Tensor, "b n"]]:
-    """Colours what a trace has found.
+    """Colors what a trace has found.
 
     Args:
-        scene: the traced scenes, or the same with other colours, lights, weather or add-ons (not other shapes).
+        scene: the traced scenes, or the same with other colors, lights, weather or add-ons (not other shapes).
         hits: their trace.
 
     Returns:
-        Colour in [0, 1], index into MATERIALS and depth of every ray.
+        Color in [0, 1], index into MATERIALS and depth of every ray.
     """
     depth, material, normal, lit = hits.depth[0], hits.material[0], hits.normal[0], hits.lit
     for worn, layer in ((scene.hat, 1), (scene.sunglasses, 2)):
@@ -237,15 +237,15 @@ def shade(scene: Scene, hits: Hits) -> tuple[Float[Tensor, "b n 3"], Int[Tensor,
         normal = torch.where(closer[..., None], hits.normal[layer], normal)
         lit = torch.where(closer, 1.0, lit)
     position = hits.origin + depth[..., None] * hits.direction
-    colour = scene.colours.gather(1, material[..., None].expand(-1, -1, 3))
-    colour = torch.where((material == GROUND)[..., None], _ground_colour(scene, position), colour)
+    color = scene.colors.gather(1, material[..., None].expand(-1, -1, 3))
+    color = torch.where((material == GROUND)[..., None], _ground_color(scene, position), color)
     cover = scene.snow[:, None] * _smoothstep(normal[..., 2], 0.35, 0.65)
-    colour = torch.lerp(colour, torch.tensor([0.94, 0.95, 0.98]).expand_as(colour), cover[..., None])
+    color = torch.lerp(color, torch.tensor([0.94, 0.95, 0.98]).expand_as(color), cover[..., None])
     direct = (normal * scene.light_direction[:, None]).sum(-1).clamp_min(0) * lit
-    colour = colour * (scene.ambient[:, None] + scene.light_colour[:, None] * direct[..., None])
+    color = color * (scene.ambient[:, None] + scene.light_color[:, None] * direct[..., None])
     height = _smoothstep(position[..., 2], 0.0, DOME_RADIUS)[..., None]
-    sky = torch.lerp(scene.sky_colours[:, None, 0], scene.sky_colours[:, None, 1], height)
-    return torch.where((material == SKY)[..., None], sky, colour).clamp(0, 1), material, depth
+    sky = torch.lerp(scene.sky_colors[:, None, 0], scene.sky_colors[:, None, 1], height)
+    return torch.where((material == SKY)[..., None], sky, color).clamp(0, 1), material, depth
 
 
 def render(scene: Scene, camera: Camera, samples: int = 2) -> Render:
@@ -259,13 +259,13 @@ def render(scene: Scene, camera: Camera, samples: int = 2) -> Render:
     Returns:
         Pictures, object ids and depths.
     """
-    colour, material, depth = shade(scene, trace(scene, camera, samples))
+    color, material, depth = shade(scene, trace(scene, camera, samples))
     size = (len(scene), camera.height, camera.width)
     rays = torch.tensor(_OBJECT_OF_MATERIAL)[material].view(*size, -1)
     objects = rays.mode(-1).values
     same = (rays == objects[..., None]).to(depth)
     return Render(
-        rgb=colour.view(*size, -1, 3).mean(-2),
+        rgb=color.view(*size, -1, 3).mean(-2),
         objects=objects,
         depth=(depth.view(*size, -1) * same).sum(-1) / same.sum(-1),
     )

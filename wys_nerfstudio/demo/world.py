@@ -23,7 +23,7 @@ DEMO_SEEDS = range(3_000_000, 4_000_000)
 OBJECTS = ("sky", "ground", "bear", "ball", "block", "hat", "sunglasses")
 DOME_RADIUS = 5.0
 
-# Name, centre and radii in the bear's own frame: it looks along +x and stands on z = 0.
+# Name, center and radii in the bear's own frame: it looks along +x and stands on z = 0.
 BEAR_PARTS = (
     ("body", (0.0, 0.0, 0.40), (0.27, 0.30, 0.33)),
     ("head", (0.04, 0.0, 0.86), (0.27, 0.29, 0.26)),
@@ -66,8 +66,8 @@ BLOCK, EYE_PATCH, GROUND, SKY = (MATERIALS.index(name) for name in ("block", "ey
 HEAD = MATERIALS.index("head")
 
 RED, BLUE, GREEN, YELLOW = (0.85, 0.10, 0.10), (0.10, 0.22, 0.85), (0.10, 0.62, 0.16), (0.95, 0.82, 0.08)
-NAMED_COLOURS = {"red": RED, "blue": BLUE, "green": GREEN, "yellow": YELLOW}
-TOY_COLOURS = (
+NAMED_COLORS = {"red": RED, "blue": BLUE, "green": GREEN, "yellow": YELLOW}
+TOY_COLORS = (
     (0.92, 0.50, 0.12),
     (0.50, 0.18, 0.62),
     (0.92, 0.55, 0.68),
@@ -77,8 +77,8 @@ TOY_COLOURS = (
     (0.42, 0.26, 0.14),
     (0.16, 0.16, 0.18),
 )
-"""What ball and block are made in: far from every named colour, so that a recolouring always shows."""
-HAT_COLOUR = (0.48, 0.10, 0.55)
+"""What ball and block are made in: far from every named color, so that a recoloring always shows."""
+HAT_COLOR = (0.48, 0.10, 0.55)
 DARK = (0.05, 0.05, 0.06)
 
 
@@ -97,30 +97,30 @@ class Scene:
     ball_radius: Float[Tensor, "b"]
     """Its radius."""
     block_position: Float[Tensor, "b 2"]
-    """Where the block's centre is."""
+    """Where the block's center is."""
     block_yaw: Float[Tensor, "b"]
     """Its turn in radians."""
     block_half: Float[Tensor, "b 3"]
     """Its half extents."""
-    colours: Float[Tensor, "b materials 3"]
-    """Colour of every material in [0, 1]; the entries of ground and sky are unused."""
+    colors: Float[Tensor, "b materials 3"]
+    """Color of every material in [0, 1]; the entries of ground and sky are unused."""
     hat: Bool[Tensor, "b"]
     """Whether the bear wears a hat."""
     sunglasses: Bool[Tensor, "b"]
     """Whether it wears sunglasses."""
     ground_kind: Int[Tensor, "b"]
     """0 plain, 1 checker, 2 wood."""
-    ground_colours: Float[Tensor, "b 2 3"]
-    """The pattern's two colours."""
+    ground_colors: Float[Tensor, "b 2 3"]
+    """The pattern's two colors."""
     ground_yaw: Float[Tensor, "b"]
     """The pattern's direction in radians."""
     ground_scale: Float[Tensor, "b"]
     """Width of a tile or plank."""
-    sky_colours: Float[Tensor, "b 2 3"]
-    """The dome's colours at the ground and at the top."""
+    sky_colors: Float[Tensor, "b 2 3"]
+    """The dome's colors at the ground and at the top."""
     light_direction: Float[Tensor, "b 3"]
-    """Unit vector towards the light."""
-    light_colour: Float[Tensor, "b 3"]
+    """Unit vector toward the light."""
+    light_color: Float[Tensor, "b 3"]
     """Brightness of the direct light."""
     ambient: Float[Tensor, "b 3"]
     """Brightness of the light that comes from everywhere."""
@@ -138,7 +138,7 @@ class Scene:
         """Every scene `times` times in a row."""
         return Scene(**{field.name: getattr(self, field.name).repeat_interleave(times, 0) for field in fields(self)})
 
-    def centre(self) -> Float[Tensor, "b 3"]:
+    def center(self) -> Float[Tensor, "b 3"]:
         """The middle of the three objects, at half the bear's height."""
         middle = (self.bear_position + self.ball_position + self.block_position) / 3
         return torch.cat([middle, torch.full_like(middle[:, :1], 0.45)], -1)
@@ -183,7 +183,7 @@ def sample_scenes(seeds: Sequence[int]) -> Scene:
     def between(column: int, low: float, high: float) -> Tensor:
         return low + (high - low) * u[:, column]
 
-    def colour(column: int, spread: float) -> Tensor:
+    def color(column: int, spread: float) -> Tensor:
         return (u[:, column : column + 3] - 0.5) * 2 * spread
 
     bear_position = torch.stack([between(0, -0.25, 0.25), between(1, -0.25, 0.25)], -1)
@@ -193,31 +193,31 @@ def sample_scenes(seeds: Sequence[int]) -> Scene:
     def beside(turn: Tensor, distance: Tensor) -> Tensor:
         return bear_position + distance[:, None] * torch.stack([turn.cos(), turn.sin()], -1)
 
-    fur = torch.tensor([0.48, 0.31, 0.17]) * between(10, 0.7, 1.35)[:, None] + colour(11, 0.05)
+    fur = torch.tensor([0.48, 0.31, 0.17]) * between(10, 0.7, 1.35)[:, None] + color(11, 0.05)
     muzzle = fur * 0.45 + torch.tensor([0.85, 0.72, 0.55]) * 0.55
-    colours = fur[:, None].expand(b, len(MATERIALS), 3).clone()
-    colours[:, MATERIALS.index("snout")] = muzzle
+    colors = fur[:, None].expand(b, len(MATERIALS), 3).clone()
+    colors[:, MATERIALS.index("snout")] = muzzle
     for name in ("nose", "left eye", "right eye", "left lens", "right lens", "left temple", "right temple"):
-        colours[:, MATERIALS.index(name)] = torch.tensor(DARK)
+        colors[:, MATERIALS.index(name)] = torch.tensor(DARK)
     for name in ("brim", "crown"):
-        colours[:, MATERIALS.index(name)] = torch.tensor(HAT_COLOUR)
-    toys = torch.tensor(TOY_COLOURS)
+        colors[:, MATERIALS.index(name)] = torch.tensor(HAT_COLOR)
+    toys = torch.tensor(TOY_COLORS)
     first = (u[:, 14] * len(toys)).long()
     second = (first + 1 + (u[:, 15] * (len(toys) - 1)).long()) % len(toys)
-    colours[:, MATERIALS.index("ball")] = toys[first] + colour(16, 0.04)
-    colours[:, BLOCK] = toys[second] + colour(19, 0.04)
+    colors[:, MATERIALS.index("ball")] = toys[first] + color(16, 0.04)
+    colors[:, BLOCK] = toys[second] + color(19, 0.04)
 
-    wood = torch.tensor([0.62, 0.46, 0.30]) * between(22, 0.75, 1.25)[:, None] + colour(23, 0.06)
-    plain = torch.tensor([0.55, 0.55, 0.52]) + colour(26, 0.22)
+    wood = torch.tensor([0.62, 0.46, 0.30]) * between(22, 0.75, 1.25)[:, None] + color(23, 0.06)
+    plain = torch.tensor([0.55, 0.55, 0.52]) + color(26, 0.22)
     kind = (u[:, 29] * 3).long()
     ground = torch.where((kind == 2)[:, None], wood, plain)
     contrast = torch.where(kind == 0, torch.zeros(b), between(30, 0.68, 0.85))
     darker = torch.where((kind == 0)[:, None], ground, ground * contrast[:, None])
     outdoors = (u[:, 31] < 0.5)[:, None]
-    horizon = torch.where(outdoors, torch.tensor([0.75, 0.83, 0.90]), torch.tensor([0.70, 0.66, 0.60])) + colour(
+    horizon = torch.where(outdoors, torch.tensor([0.75, 0.83, 0.90]), torch.tensor([0.70, 0.66, 0.60])) + color(
         32, 0.12
     )
-    zenith = torch.where(outdoors, torch.tensor([0.35, 0.55, 0.85]), horizon + 0.05) + colour(35, 0.06)
+    zenith = torch.where(outdoors, torch.tensor([0.35, 0.55, 0.85]), horizon + 0.05) + color(35, 0.06)
 
     azimuth, elevation = between(38, 0.0, 2 * math.pi), between(39, math.radians(45), math.radians(70))
     light = torch.stack([azimuth.cos() * elevation.cos(), azimuth.sin() * elevation.cos(), elevation.sin()], -1)
@@ -232,16 +232,16 @@ def sample_scenes(seeds: Sequence[int]) -> Scene:
         block_position=beside(other, between(41, 0.88, 1.05)),
         block_yaw=between(42, 0.0, 2 * math.pi),
         block_half=half,
-        colours=colours.clamp(0.02, 0.98),
+        colors=colors.clamp(0.02, 0.98),
         hat=none,
         sunglasses=none.clone(),
         ground_kind=kind,
-        ground_colours=torch.stack([ground, darker], 1).clamp(0.05, 0.95),
+        ground_colors=torch.stack([ground, darker], 1).clamp(0.05, 0.95),
         ground_yaw=between(43, 0.0, 2 * math.pi),
         ground_scale=between(44, 0.30, 0.55),
-        sky_colours=torch.stack([horizon, zenith], 1).clamp(0.05, 0.98),
+        sky_colors=torch.stack([horizon, zenith], 1).clamp(0.05, 0.98),
         light_direction=light,
-        light_colour=between(45, 0.55, 0.70)[:, None] * torch.tensor([1.0, 0.97, 0.92]),
+        light_color=between(45, 0.55, 0.70)[:, None] * torch.tensor([1.0, 0.97, 0.92]),
         ambient=between(46, 0.48, 0.60)[:, None] * torch.tensor([0.96, 0.98, 1.0]),
         snow=none.clone(),
     )
@@ -257,7 +257,7 @@ def look_at(
     """Upright cameras at `position` that look at `target`.
 
     Args:
-        position: camera centres.
+        position: camera centers.
         target: what appears in the middle of the picture.
         field_of_view: opening angle of the picture's shorter side in radians.
         width: picture width in pixels.
@@ -291,13 +291,13 @@ def sample_cameras(scene: Scene, seeds: Sequence[int], width: int, height: int) 
     distance = 2.6 + 0.7 * u[:, 2]
     offset = torch.stack([azimuth.cos() * elevation.cos(), azimuth.sin() * elevation.cos(), elevation.sin()], -1)
     # The aim wanders, so that an editor cannot learn where in the picture the bear stands.
-    target = scene.centre() + (u[:, 3:6] - 0.5) * torch.tensor([0.7, 0.7, 0.3])
+    target = scene.center() + (u[:, 3:6] - 0.5) * torch.tensor([0.7, 0.7, 0.3])
     return look_at(target + distance[:, None] * offset, target, torch.deg2rad(42 + 8 * u[:, 6]), width, height)
 
 
-def with_colours(scene: Scene, colours: dict[str, tuple[float, float, float]]) -> Scene:
-    """The same scenes with some materials in other colours."""
-    table = scene.colours.clone()
-    for name, colour in colours.items():
-        table[:, MATERIALS.index(name)] = torch.tensor(colour)
-    return replace(scene, colours=table)
+def with_colors(scene: Scene, colors: dict[str, tuple[float, float, float]]) -> Scene:
+    """The same scenes with some materials in other colors."""
+    table = scene.colors.clone()
+    for name, color in colors.items():
+        table[:, MATERIALS.index(name)] = torch.tensor(color)
+    return replace(scene, colors=table)

@@ -1,4 +1,4 @@
-"""Measures of an edit and of its localisation, on images in [0, 1], float relevance maps and CLIP's embeddings.
+"""Measures of an edit and of its localization, on images in [0, 1], float relevance maps and CLIP's embeddings.
 
 Only what compares pictures, maps and embeddings lives here; rendering, networks and file handling do not. LPIPS is in
 `perceptual`, the embeddings come from `clip`. Similarities are cosines, in [-1, 1]; a direction of no length, such as that
@@ -70,7 +70,7 @@ def direction_similarity(
 
 
 def direction_consistency(before: Float[Tensor, "b d"], after: Float[Tensor, "b d"]) -> Float[Tensor, " b-1"]:
-    """cos(E(after_k) - E(before_k), E(after_k+1) - E(before_k+1)): do neighbouring views change alike?
+    """cos(E(after_k) - E(before_k), E(after_k+1) - E(before_k+1)): do neighboring views change alike?
 
     Instruct-NeRF2NeRF's measure of consistency. Views in the order in which a camera would pass them.
     """
@@ -79,7 +79,7 @@ def direction_consistency(before: Float[Tensor, "b d"], after: Float[Tensor, "b 
 
 
 def frame_consistency(after: Float[Tensor, "b d"]) -> Float[Tensor, " b-1"]:
-    """cos(E(after_k), E(after_k+1)): do neighbouring edited views show the same?"""
+    """cos(E(after_k), E(after_k+1)): do neighboring edited views show the same?"""
     return F.cosine_similarity(after[:-1], after[1:], dim=-1)
 
 

@@ -90,13 +90,13 @@ def features(image: Float[Tensor, "h w 3"]) -> Float[Tensor, "blocks 36"]:
     """Features of every block, at full and at half size; NaN in blocks without contrast."""
     rows, columns = image.shape[0] // BLOCK, image.shape[1] // BLOCK
     weights = torch.tensor([0.2989, 0.5870, 0.1140], dtype=torch.float64)
-    grey = ((image.double() * 255).round() @ weights).round()[None, None, : rows * BLOCK, : columns * BLOCK]
-    half = F.interpolate(grey, scale_factor=0.5, mode="bicubic", antialias=True)
-    return torch.cat([_of_scale(grey, BLOCK), _of_scale(half, BLOCK // 2)], dim=1)
+    gray = ((image.double() * 255).round() @ weights).round()[None, None, : rows * BLOCK, : columns * BLOCK]
+    half = F.interpolate(gray, scale_factor=0.5, mode="bicubic", antialias=True)
+    return torch.cat([_of_scale(gray, BLOCK), _of_scale(half, BLOCK // 2)], dim=1)
 
 
-def _of_scale(grey: Float[Tensor, "1 1 h w"], side: int) -> Float[Tensor, "blocks 18"]:
-    parts = F.unfold(_normalized(grey), side, stride=side)[0].t().reshape(-1, side, side)
+def _of_scale(gray: Float[Tensor, "1 1 h w"], side: int) -> Float[Tensor, "blocks 18"]:
+    parts = F.unfold(_normalized(gray), side, stride=side)[0].t().reshape(-1, side, side)
     alpha, left, right = _asymmetric_gaussian(parts)
     found = [alpha, (left + right) / 2]
     for shift in SHIFTS:
@@ -106,17 +106,17 @@ def _of_scale(grey: Float[Tensor, "1 1 h w"], side: int) -> Float[Tensor, "block
     return torch.stack(found, dim=1)
 
 
-def _normalized(grey: Float[Tensor, "1 1 h w"]) -> Float[Tensor, "1 1 h w"]:
+def _normalized(gray: Float[Tensor, "1 1 h w"]) -> Float[Tensor, "1 1 h w"]:
     """Differences from the local mean, in local standard deviations (eq. 1)."""
-    steps = torch.arange(WINDOW, dtype=grey.dtype) - WINDOW // 2
+    steps = torch.arange(WINDOW, dtype=gray.dtype) - WINDOW // 2
     bell = (-(steps**2) / (2 * (WINDOW / 6) ** 2)).exp()
     window = (bell[:, None] * bell / bell.sum() ** 2)[None, None]
 
     def smooth(values: Tensor) -> Tensor:
         return F.conv2d(F.pad(values, [WINDOW // 2] * 4, mode="replicate"), window)
 
-    mean = smooth(grey)
-    return (grey - mean) / ((smooth(grey**2) - mean**2).abs().sqrt() + 1)
+    mean = smooth(gray)
+    return (gray - mean) / ((smooth(gray**2) - mean**2).abs().sqrt() + 1)
 
 
 def _asymmetric_gaussian(

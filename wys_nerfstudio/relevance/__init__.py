@@ -1,6 +1,6 @@
-"""Relevance: maps of one view, their fusion in space, and where an edit may change a view.
+"""Relevance maps of single views, their fusion in space, and edit masks.
 
-The functions of `maps` are re-exported here; they need torch only.
+The functions of `maps` are re-exported here; they depend on torch only.
 """
 
 from wys_nerfstudio.relevance.maps import (

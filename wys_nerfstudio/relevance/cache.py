@@ -1,4 +1,4 @@
-"""Raw relevance maps on disk, with what they are maps of: they are made once."""
+"""Cache of raw relevance maps on disk, keyed by everything that they depend on."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ MAPS_FILE = "maps.safetensors"
 
 @dataclass(frozen=True)
 class RelevanceRequest:
-    """What a set of relevance maps depends on, beside the captured views. Maps of an equal request are not made twice."""
+    """Everything that a set of relevance maps depends on, except the captured views: the key of the cache."""
 
     editor: str
     """Name of the editor."""
@@ -25,22 +25,22 @@ class RelevanceRequest:
     noise_level: float
     """t_rel as a share of the diffusion."""
     num_samples: int
-    """Noise draws averaged."""
+    """Number of noise samples averaged."""
     seed: int
     """The run's seed."""
     resolution: Optional[int]
-    """Editing resolution; None is the editor's own."""
+    """Editing resolution; None for the editor's default."""
     reference: str = ""
-    """What the views show, as of `WysDataManager.reference_hash`; empty for the captured views."""
+    """Hash of the views' content (`WysDataManager.reference_hash`); empty for the captured views."""
 
 
 def find_maps(folder: Path, request: RelevanceRequest, names: Sequence[str]) -> Optional[Float[Tensor, "n lh lw"]]:
-    """The raw maps in a folder, if they are those that are asked for.
+    """Return the cached raw maps, or None if the folder holds none or those of another request.
 
     Args:
-        folder: Where they may be.
-        request: What they must have been made of.
-        names: The views' names.
+        folder: Folder of the cache.
+        request: Required key.
+        names: Names of the views.
     """
     from safetensors import safe_open
 
@@ -48,12 +48,12 @@ def find_maps(folder: Path, request: RelevanceRequest, names: Sequence[str]) -> 
     if not path.is_file():
         return None
     with safe_open(path, "pt") as file:
-        known = (file.metadata() or {}).get("request") == _as_json(request, names)
-        return file.get_tensor("raw") if known else None
+        matches = (file.metadata() or {}).get("request") == _as_json(request, names)
+        return file.get_tensor("raw") if matches else None
 
 
 def save_maps(folder: Path, request: RelevanceRequest, names: Sequence[str], raw: Float[Tensor, "n lh lw"]) -> None:
-    """Writes raw maps where `find_maps` finds them."""
+    """Write raw maps to the cache; arguments as in `find_maps`."""
     from safetensors.torch import save
 
     atomic_write(folder / MAPS_FILE, save({"raw": raw.contiguous()}, metadata={"request": _as_json(request, names)}))

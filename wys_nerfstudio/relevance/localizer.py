@@ -1,6 +1,6 @@
-"""Where an edit may change a view.
+"""Edit masks: which pixels of a view an edit may change.
 
-The only place that turns a choice of localization, a threshold and relevance into an edit mask.
+The only place that turns a choice of localization, a threshold and relevance into a mask.
 """
 
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ localization (Instruct-NeRF2NeRF)."""
 
 
 def available_localizations(has_masks: bool) -> tuple[Localization, ...]:
-    """Return the localizations that a run can switch between: the given masks replace relevance maps and field."""
+    """Return the localizations that a run can switch between; given masks replace relevance maps and field."""
     return ("masks", "none") if has_masks else ("relevance-field", "relevance-map", "none")
 
 
 @dataclass(frozen=True)
 class Localizer:
-    """Edit masks of the training views, under one choice of localization."""
+    """Edit masks of the training views under one choice of localization."""
 
     localization: Localization
     """Source of the masks."""
@@ -45,7 +45,7 @@ class Localizer:
         return self.localized and self.localization == "relevance-field"
 
     def view_mask(self, view: int, height: int, width: int) -> Bool[Tensor, "height width"]:
-        """Edit mask of a view that needs no render.
+        """Return the edit mask of a view that does not depend on a render.
 
         Args:
             view: Index of the view.
@@ -64,11 +64,11 @@ class Localizer:
         return threshold(self.maps[view], 0.5 if self.localization == "masks" else self.mask_threshold)
 
     def mask_from(self, relevance: Float[Tensor, "*b h w"]) -> Bool[Tensor, "*b h w"]:
-        """Edit mask from relevance, such as a render of the relevance field."""
+        """Return the edit mask of relevance in [0, 1], for example a render of the relevance field."""
         return threshold(relevance, self.mask_threshold)
 
     def near_mask(self, mask: Optional[Bool[Tensor, "h w"]], coarse: Float[Tensor, "lh lw"]) -> Bool[Tensor, "lh lw"]:
-        """Latents whose pixels may lie within the mask, with a margin of one latent.
+        """Return the latents whose pixels may lie within the mask, with a margin of one latent.
 
         Args:
             mask: Mask of the view in pixels; None if it depends on the relevance field.

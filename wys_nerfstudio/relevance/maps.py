@@ -1,8 +1,8 @@
-"""From two noise predictions to a mask: the mathematics of the relevance map, in torch alone.
+"""Relevance maps and masks from noise predictions; pure functions that depend on torch only.
 
-A relevance map says how much the editor's noise prediction changes when it hears the instruction (supplement, eq. 13).
-Shapes: a stack of views is ``(b, h, w)``, latents are ``(b, c, h, w)``, images are ``(b, h, w, 3)`` in [0, 1].
-Nothing here knows a network, a scene or a file; making the predictions is the business of `editing`.
+A relevance map is the absolute difference of the editor's noise predictions with and without the instruction (supplement,
+eq. 13). Shapes: maps are ``(b, h, w)``, latents ``(b, c, h, w)``, images ``(b, h, w, 3)`` in [0, 1]. `editing` computes the
+predictions.
 """
 
 import math
@@ -14,29 +14,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 OUTLIER_FACTOR = 1.5
-"""Values above Q3 + 1.5 (Q3 - Q1) are outliers (Tukey's fence, the paper's choice)."""
+"""Values above Q3 + 1.5 (Q3 - Q1) are outliers (Tukey's fence, as in the paper)."""
 
 
 def noise_difference(
     noise_with_instruction: Float[Tensor, "b c h w"], noise_without: Float[Tensor, "b c h w"]
 ) -> Float[Tensor, "b h w"]:
-    """Absolute difference of two noise predictions, averaged over the latent channels (eq. 13 without its sign).
+    """Return the absolute difference of two noise predictions, averaged over the latent channels (eq. 13, unsigned).
 
     Args:
         noise_with_instruction: eps(z_t, I, T).
-        noise_without: eps(z_t, I, ""), the same latents and image under the empty instruction.
+        noise_without: eps(z_t, I, ""), for the same latents and image.
 
     Returns:
-        Raw relevance, at least 0, not yet normalised.
+        Raw relevance, at least 0, not normalized.
     """
     return (noise_with_instruction.float() - noise_without.float()).abs().mean(dim=1)
 
 
 def clamp_outliers(raw: Float[Tensor, "*batch n"], factor: float = OUTLIER_FACTOR) -> Float[Tensor, "*batch n"]:
-    """Clamps what lies above Q3 + factor IQR of the last dimension; small values stay (the fence is one-sided).
+    """Clamp values above Q3 + factor IQR; the fence is one-sided, so that small values are unchanged.
 
     Args:
-        raw: Values of any scale. The quartiles are taken over the last dimension.
+        raw: Values of any scale; quartiles are computed over the last dimension.
+        factor: Width of the fence in interquartile ranges.
     """
     ordered = raw.sort(dim=-1).values
     q1, q3 = (_quantile(ordered, q) for q in (0.25, 0.75))
@@ -44,20 +45,20 @@ def clamp_outliers(raw: Float[Tensor, "*batch n"], factor: float = OUTLIER_FACTO
 
 
 def _quantile(ordered: Float[Tensor, "*batch n"], q: float) -> Float[Tensor, "*batch 1"]:
-    # torch.quantile refuses more than 16 M values, which a scene of many large views exceeds.
+    # torch.quantile is limited to 16 M values, which a scene of many large views exceeds.
     position = q * (ordered.shape[-1] - 1)
     below, above = math.floor(position), math.ceil(position)
     return torch.lerp(ordered[..., below : below + 1], ordered[..., above : above + 1], position - below)
 
 
 def min_max(values: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-    """Stretches the last dimension to [0, 1]; where all values are the same there is nothing to see: zeros, never NaN."""
+    """Normalize the last dimension to [0, 1] by its minimum and maximum; constant values become zeros, not NaN."""
     low, high = values.amin(dim=-1, keepdim=True), values.amax(dim=-1, keepdim=True)
-    spread = high - low
-    # Differences at the level of rounding are no relevance; stretching them would invent a mask.
-    flat = spread <= 1e-6 * high.abs().clamp_min(1e-6)
+    extent = high - low
+    # Rounding errors are not relevance: scaling them up would produce an arbitrary mask.
+    flat = extent <= 1e-6 * high.abs().clamp_min(1e-6)
     return torch.where(
-        flat, torch.zeros_like(values), (values - low) / torch.where(flat, torch.ones_like(spread), spread)
+        flat, torch.zeros_like(values), (values - low) / torch.where(flat, torch.ones_like(extent), extent)
     )
 
 
@@ -66,13 +67,13 @@ def normalize(
     over: Literal["view", "scene"] = "view",
     outlier_factor: Optional[float] = OUTLIER_FACTOR,
 ) -> Float[Tensor, "b h w"]:
-    """Outlier clamp, then min-max to [0, 1].
+    """Clamp outliers, then normalize to [0, 1].
 
     Args:
         raw: Raw relevance of all views.
-        over: "view" treats each view by itself (the paper). "scene" uses one fence and one range for all views, so that
-            a view which does not show the object gets an empty map instead of amplified noise.
-        outlier_factor: Width of the outlier fence in interquartile ranges; None clamps nothing.
+        over: "view" normalizes each view by itself (the paper); "scene" uses one fence and one range for all views, so that
+            a view without the object gets an empty map instead of amplified noise.
+        outlier_factor: Width of the outlier fence in interquartile ranges; None for no clamp.
 
     Returns:
         Relevance in [0, 1]; zeros where the raw map is flat.
@@ -83,7 +84,7 @@ def normalize(
 
 
 def resize(relevance: Float[Tensor, "b h w"], height: int, width: int) -> Float[Tensor, "b height width"]:
-    """Bilinear resize of maps, for instance from the latents' size to the image's."""
+    """Resize maps bilinearly, for example from latent to image resolution."""
     return F.interpolate(relevance[:, None], size=(height, width), mode="bilinear", align_corners=False)[:, 0]
 
 
@@ -94,45 +95,43 @@ def upsample(
     over: Literal["view", "scene"] = "view",
     outlier_factor: float = OUTLIER_FACTOR,
 ) -> Float[Tensor, "b height width"]:
-    """Relevance in [0, 1] at the images' size, from raw maps at the latents' size; arguments as in `normalize`."""
-    # Interpolation rounds, by which it may leave the range.
+    """Normalize raw maps at latent resolution and upsample them to image resolution; arguments as in `normalize`."""
+    # Rounding in the interpolation can leave the range.
     return resize(normalize(raw, over, outlier_factor), height, width).clamp(0, 1)
 
 
 def expectile_loss(
-    rendered: Float[Tensor, "*batch"], maps: Float[Tensor, "*batch"], agreement: float
+    rendered: Float[Tensor, "*batch"], maps: Float[Tensor, "*batch"], expectile: float
 ) -> Float[Tensor, ""]:
-    """Mean squared error whose two sides weigh differently (expectiles; Newey and Powell, 1987).
+    """Expectile loss between rendered relevance and relevance maps (Newey and Powell, 1987).
 
-    A point is seen by many views, and their maps are blurred: around an object each calls other surroundings relevant.
-    Where a share p of the views says 1 and the others 0, the least loss is at p (1 - a) / (p (1 - a) + (1 - p) a), with a
-    the `agreement`: one half where p = a.
+    A point is visible in many views, whose blurred maps disagree around an object. Where a share p of the maps is 1 and the
+    rest 0, the minimum of the loss is p (1 - a) / (p (1 - a) + (1 - p) a) with a the `expectile`: one half for p = a.
 
     Args:
-        rendered: Relevance of rays in [0, 1].
-        maps: What the views' maps say of them, in [0, 1].
-        agreement: Weight of what is rendered too high, against 1 - agreement for what is too low, in (0, 1); 0.5 gives
-            the squared error.
+        rendered: Rendered relevance of rays in [0, 1].
+        maps: Relevance of the same pixels in the views' maps, in [0, 1].
+        expectile: Weight of rays that are rendered too high, in (0, 1), against 1 - expectile for those that are too low;
+            0.5 is the squared error.
     """
-    weights = torch.where(rendered > maps, agreement, 1 - agreement)
+    weights = torch.where(rendered > maps, expectile, 1 - expectile)
     return 2 * (weights * (rendered - maps) ** 2).mean()
 
 
 def threshold(relevance: Float[Tensor, "*batch h w"], tau: float) -> Bool[Tensor, "*batch h w"]:
-    """The edit mask R >= tau. With tau = 0 it is every pixel, hence plain InstructPix2Pix (supplement A)."""
+    """Return the edit mask R >= tau; tau = 0 selects every pixel, which is plain InstructPix2Pix (supplement A)."""
     return relevance >= tau
 
 
 def dilate(mask: Bool[Tensor, "b h w"]) -> Bool[Tensor, "b h w"]:
-    """A mask and all eight neighbours of each of its pixels."""
+    """Dilate a mask by the eight neighbors of each pixel."""
     return F.max_pool2d(mask[:, None].float(), kernel_size=3, stride=1, padding=1)[:, 0] > 0.5
 
 
 def latent_mask(mask: Bool[Tensor, "b height width"], h: int, w: int) -> Bool[Tensor, "b h w"]:
-    """A pixel mask at the latents' size: a latent is edited if any of its pixels is.
+    """Reduce a pixel mask to latent resolution: a latent is edited if any of its pixels is.
 
-    Erring to this side lets the decoder see edited latents on both sides of the mask's border; the pixels outside are
-    put back afterwards by `composite`.
+    The decoder then receives edited latents on both sides of the mask's border; `composite` restores the pixels outside.
     """
     return F.adaptive_max_pool2d(mask[:, None].float(), (h, w))[:, 0] > 0.5
 
@@ -140,5 +139,5 @@ def latent_mask(mask: Bool[Tensor, "b height width"], h: int, w: int) -> Bool[Te
 def composite(
     edited: Float[Tensor, "b h w 3"], reference: Float[Tensor, "b h w 3"], mask: Bool[Tensor, "b h w"]
 ) -> Float[Tensor, "b h w 3"]:
-    """The edit inside the mask; outside it the reference, bit for bit."""
+    """Return the edit inside the mask and the unchanged reference outside, bit for bit."""
     return torch.where(mask[..., None], edited, reference)

@@ -1,15 +1,15 @@
 """Free-space relevance: the visual hull of the views' relevance maps.
 
-The relevance head is defined on surfaces. An object that the instruction adds, such as a hat, has no surface yet: the map of every
-view shows it in front of another part of the background, where the maps contradict each other. In space they agree. The maps are
-therefore intersected in space, like silhouettes for a visual hull (Laurentini, 1994): the relevance of a point of free space is the
-value that three quarters of the views through it reach, unless the surfaces behind the point explain it. Rays are followed to their
-first surface; relevance on surfaces comes from the relevance head.
+The relevance head is defined on surfaces. An object that the instruction adds, such as a hat, has no surface yet: each view's map
+projects it onto another part of the background, where the maps contradict each other. In space they agree. The maps are therefore
+intersected in space, like silhouettes for a visual hull (Laurentini, 1994): the relevance of a point in free space is the value
+that three quarters of the maps reach there, unless it is explained by the relevance of the surfaces behind the point. Rays are
+sampled up to their first surface; relevance on surfaces comes from the relevance head.
 
-The intersected maps are those before outliers were clamped. A clamp that suits surfaces makes the halo around an object as relevant
-as the object. On the surfaces behind it the halos of different views contradict each other, but in free space they do not. For the
-same reason the relevance that surfaces explain is computed from these maps, not from the relevance head, which is trained on clamped
-ones. The result is rescaled to the range of clamped relevance.
+The maps are intersected before their outliers are clamped: a clamp that suits surfaces makes the halo around an object as relevant as
+the object. Halos of different views contradict each other on the surfaces behind, but not in free space. The relevance that surfaces
+explain is computed from the same unclamped maps, not from the relevance head, which is trained on clamped maps. The result is
+rescaled to the range of clamped relevance.
 """
 
 from collections.abc import Callable
@@ -30,18 +30,18 @@ CHUNK = 8192
 SAMPLES = 64
 """Samples per ray at which free-space relevance is evaluated."""
 VIEW_QUANTILE = 0.75
-"""Share of the views through a point that must reach its relevance."""
-FEWEST_VIEWS, FEWEST_SHARE = 3, 0.1
-"""Points seen by fewer views, or by a smaller share of them, have relevance 0: a point just in front of a camera is seen by
-neighboring cameras only, all from the same side."""
+"""Share of the views of a point whose maps must reach its relevance."""
+MIN_VIEWS, MIN_VIEW_SHARE = 3, 0.1
+"""Points visible in fewer views, or in a smaller share of them, have relevance 0: a point just in front of a camera is visible
+to neighboring cameras only, all from the same side."""
 DEPTH_MARGIN = 1.02
-"""A point is hidden from a view if its distance is this many times that of the surface: depths are per cell, not per pixel."""
-UNEXPLAINED = 4.0
+"""A point is occluded if its distance exceeds that of the surface by this factor: depths are per cell, not per pixel."""
+UNEXPLAINED_GAIN = 4.0
 """A point keeps its full relevance if the surfaces behind it leave a quarter of it unexplained, and proportionally less below."""
 PEAK_QUANTILE = 0.999
-"""Quantile of the surfaces' relevance that is taken as its maximum."""
-LENSES = (CameraType.PERSPECTIVE.value, CameraType.FISHEYE.value)
-"""Camera types that points can be projected into."""
+"""Quantile of the surfaces' relevance that is used as its maximum."""
+CAMERA_TYPES = (CameraType.PERSPECTIVE.value, CameraType.FISHEYE.value)
+"""Supported camera types."""
 
 
 def project(
@@ -50,12 +50,12 @@ def project(
     """Project points into views: the inverse of `Cameras.generate_rays`.
 
     Args:
-        points: Positions in the world.
+        points: World positions.
         cameras: Perspective or fisheye cameras, with or without distortion.
 
     Returns:
-        Columns and rows in pixels, distances from the cameras, and whether a point lies within the view (elsewhere, columns
-        and rows mean nothing).
+        Columns and rows in pixels, distances from the cameras, and whether a point lies within the view (columns and rows are
+        undefined elsewhere).
     """
     offset = points - cameras.camera_to_worlds[:, None, :, 3]
     local = torch.einsum("bnj,bji->bni", offset, cameras.camera_to_worlds[:, :, :3])
@@ -96,34 +96,36 @@ def free_space_relevance(
     surfaces: Float[Tensor, "b rows columns"],
     depths: Float[Tensor, "b rows columns"],
 ) -> Float[Tensor, " n"]:
-    """Return the relevance of points of free space: the value that three quarters of the views that see them reach in their maps,
-    as far as it exceeds what three quarters of them reach on the surfaces behind.
+    """Return the relevance of points in free space.
+
+    It is the value that three quarters of the views of a point reach in their maps, as far as it exceeds the value that three
+    quarters of them reach on the surfaces behind the point.
 
     Args:
-        points: Positions in the world.
-        cameras: Those of the views; perspective or fisheye.
+        points: World positions.
+        cameras: Cameras of the views; perspective or fisheye.
         maps: Relevance of the views in [0, 1].
-        surfaces: Relevance of the surfaces that the views see.
+        surfaces: Relevance of the visible surfaces of each view.
         depths: Distances of these surfaces.
 
     Returns:
-        Values in [0, 1]; 0 for points that too few views see.
+        Values in [0, 1]; 0 for points visible in too few views.
     """
-    places, seen = _views_of(points, cameras, depths)
-    claimed, explained = _agreed(maps, places, seen), _agreed(surfaces, places, seen)
-    value = torch.minimum(claimed, (UNEXPLAINED * (claimed - explained)).clamp_min(0))
-    return torch.where(seen.sum(dim=0) >= max(FEWEST_VIEWS, FEWEST_SHARE * len(maps)), value, 0.0)
+    positions, visible = _project_visible(points, cameras, depths)
+    reached, explained = _view_quantile(maps, positions, visible), _view_quantile(surfaces, positions, visible)
+    value = torch.minimum(reached, (UNEXPLAINED_GAIN * (reached - explained)).clamp_min(0))
+    return torch.where(visible.sum(dim=0) >= max(MIN_VIEWS, MIN_VIEW_SHARE * len(maps)), value, 0.0)
 
 
 def surface_relevance(
     cameras: Cameras, maps: Float[Tensor, "b h w"], depths: Float[Tensor, "b rows columns"]
 ) -> Float[Tensor, "b rows columns"]:
-    """Return the relevance of the surfaces that views see: the value that three quarters of the views that see them reach.
+    """Return the relevance of each view's visible surfaces: the value that three quarters of the views of a surface reach.
 
     Args:
-        cameras: As for `free_space_relevance`.
-        maps: As for `free_space_relevance`.
-        depths: As for `free_space_relevance`.
+        cameras: As in `free_space_relevance`.
+        maps: As in `free_space_relevance`.
+        depths: As in `free_space_relevance`.
     """
     views, rows, columns = depths.shape
     size = torch.stack([cameras.height[0, 0] / rows, cameras.width[0, 0] / columns])
@@ -131,31 +133,31 @@ def surface_relevance(
     indices = torch.arange(views, device=depths.device).repeat_interleave(len(cells))
     rays = cameras.generate_rays(indices[:, None], coords=((cells + 0.5) * size).repeat(views, 1))
     points = rays.origins + rays.directions * depths.reshape(-1, 1)
-    parts = (_agreed(maps, *_views_of(part, cameras, depths)) for part in points.split(CHUNK))
+    parts = (_view_quantile(maps, *_project_visible(part, cameras, depths)) for part in points.split(CHUNK))
     return torch.cat(list(parts)).view_as(depths).clamp(max=1)
 
 
-def _views_of(
+def _project_visible(
     points: Float[Tensor, "n 3"], cameras: Cameras, depths: Float[Tensor, "b rows columns"]
 ) -> tuple[Float[Tensor, "b n 2"], Bool[Tensor, "b n"]]:
-    """Return the positions of points in the views, in [0, 1] from corner to corner, and which views see them."""
+    """Return the positions of points in the views, in [0, 1] from corner to corner, and whether they are visible there."""
     pixels, distance, within = project(points, cameras)
-    places = pixels / torch.cat([cameras.width, cameras.height], dim=-1)[:, None]
-    return places, within & (distance < DEPTH_MARGIN * _at(depths, places))
+    positions = pixels / torch.cat([cameras.width, cameras.height], dim=-1)[:, None]
+    return positions, within & (distance < DEPTH_MARGIN * _sample_nearest(depths, positions))
 
 
-def _agreed(
-    images: Float[Tensor, "b h w"], places: Float[Tensor, "b n 2"], seen: Bool[Tensor, "b n"]
+def _view_quantile(
+    images: Float[Tensor, "b h w"], positions: Float[Tensor, "b n 2"], visible: Bool[Tensor, "b n"]
 ) -> Float[Tensor, " n"]:
-    """Return the value that three quarters of the views that see a point reach there; above 1 if none sees it."""
-    beyond = 2.0  # sorts after every relevance
-    values = torch.where(seen, _at(images, places), beyond).sort(dim=0).values
-    return values.gather(0, (seen.sum(dim=0) * (1 - VIEW_QUANTILE)).long()[None])[0]
+    """Return the value that three quarters of the views of a point reach there; above 1 if no view shows the point."""
+    invisible = 2.0  # sorts after every relevance
+    values = torch.where(visible, _sample_nearest(images, positions), invisible).sort(dim=0).values
+    return values.gather(0, (visible.sum(dim=0) * (1 - VIEW_QUANTILE)).long()[None])[0]
 
 
-def _at(images: Float[Tensor, "b h w"], places: Float[Tensor, "b n 2"]) -> Float[Tensor, "b n"]:
+def _sample_nearest(images: Float[Tensor, "b h w"], positions: Float[Tensor, "b n 2"]) -> Float[Tensor, "b n"]:
     """Return the values of the nearest pixels at positions in [0, 1], clamped to the border."""
-    (height, width), (x, y) = images.shape[1:], places.unbind(-1)
+    (height, width), (x, y) = images.shape[1:], positions.unbind(-1)
     column, row = (x * width).long().clamp(0, width - 1), (y * height).long().clamp(0, height - 1)
     return images.flatten(1).gather(1, row * width + column)
 
@@ -176,7 +178,7 @@ class RelevanceHull(nn.Module):
         return bool(self.relevance[0, 0, 0] >= 0)
 
     def reset(self) -> None:
-        """Make all values unknown, for another instruction."""
+        """Mark all values as unknown, for another instruction."""
         self.relevance.fill_(-1)
 
     @torch.no_grad()
@@ -188,17 +190,17 @@ class RelevanceHull(nn.Module):
         unclamped_maps: Float[Tensor, "b h w"],
         depths: Float[Tensor, "b rows columns"],
     ) -> None:
-        """Fill the grid from the maps of all views; with zeros for cameras of other types than `LENSES`.
+        """Fill the grid from the maps of all views, or with zeros if a camera's type is not one of `CAMERA_TYPES`.
 
         Args:
             to_world: Map from the unit cube to the world.
-            cameras: As for `free_space_relevance`.
-            maps: Relevance of the views in [0, 1], as the relevance head is trained on it.
+            cameras: As in `free_space_relevance`.
+            maps: Relevance of the views in [0, 1], the targets of the relevance head.
             unclamped_maps: The same maps before outliers were clamped.
-            depths: As for `free_space_relevance`.
+            depths: As in `free_space_relevance`.
         """
         self.relevance.zero_()
-        if not all(int(kind) in LENSES for kind in cameras.camera_type.unique()):
+        if not all(int(kind) in CAMERA_TYPES for kind in cameras.camera_type.unique()):
             return
         surfaces = surface_relevance(cameras, unclamped_maps, depths)
 
@@ -207,32 +209,32 @@ class RelevanceHull(nn.Module):
             return torch.cat([free_space_relevance(part, cameras, unclamped_maps, surfaces, depths) for part in parts])
 
         coarse = values(_grid_points(RESOLUTION // 2, unclamped_maps.device)).view(1, 1, *[RESOLUTION // 2] * 3)
-        worth_it = F.max_pool3d(coarse, kernel_size=3, stride=1, padding=1) >= MIN_RELEVANCE
-        refined = F.interpolate(worth_it.float(), scale_factor=2, mode="nearest")[0, 0] > 0
+        relevant = F.max_pool3d(coarse, kernel_size=3, stride=1, padding=1) >= MIN_RELEVANCE
+        refined = F.interpolate(relevant.float(), scale_factor=2, mode="nearest")[0, 0] > 0
         self.relevance.copy_(F.interpolate(coarse, scale_factor=2, mode="trilinear")[0, 0])
         if refined.any():
             self.relevance[refined] = values(_grid_points(RESOLUTION, unclamped_maps.device)[refined.view(-1)])
-        clamped = surface_relevance(cameras, maps, depths).quantile(PEAK_QUANTILE)
-        top = torch.maximum(surfaces.quantile(PEAK_QUANTILE), self.relevance.max())
-        self.relevance *= (clamped / top.clamp_min(MIN_RELEVANCE)).clamp_min(1)
+        clamped_peak = surface_relevance(cameras, maps, depths).quantile(PEAK_QUANTILE)
+        peak = torch.maximum(surfaces.quantile(PEAK_QUANTILE), self.relevance.max())
+        self.relevance *= (clamped_peak / peak.clamp_min(MIN_RELEVANCE)).clamp_min(1)
 
     def forward(self, positions: Float[Tensor, "*bs 3"]) -> Float[Tensor, "*bs"]:
-        """Return relevance at positions in the unit cube, interpolated."""
+        """Return trilinearly interpolated relevance at positions in the unit cube."""
         grid = self.relevance[None, None]
-        places = positions.reshape(1, -1, 1, 1, 3) * 2 - 1
-        values = F.grid_sample(grid, places, align_corners=False, padding_mode="border")
-        return values.view(positions.shape[:-1]).clamp(max=1)  # interpolation rounds
+        coordinates = positions.reshape(1, -1, 1, 1, 3) * 2 - 1
+        values = F.grid_sample(grid, coordinates, align_corners=False, padding_mode="border")
+        return values.view(positions.shape[:-1]).clamp(max=1)  # rounding in the interpolation
 
 
 def _grid_points(resolution: int, device: torch.device) -> Float[Tensor, "n 3"]:
     """Return the centers of a grid's cells in the unit cube, x fastest."""
-    places = (torch.arange(resolution, device=device) + 0.5) / resolution
-    z, y, x = torch.meshgrid(places, places, places, indexing="ij")
+    centers = (torch.arange(resolution, device=device) + 0.5) / resolution
+    z, y, x = torch.meshgrid(centers, centers, centers, indexing="ij")
     return torch.stack([x, y, z], dim=-1).view(-1, 3)
 
 
 def free_space(samples: RaySamples, weights: Float[Tensor, "rays samples 1"]) -> Float[Tensor, "rays some 3"]:
-    """Return points along rays from their origin to the first surface, where half of the light is absorbed.
+    """Return points on rays between their origin and the first surface, where accumulated weights reach one half.
 
     Args:
         samples: Samples of the rays.

@@ -22,7 +22,7 @@ from wys_nerfstudio.utils.visualization import save_png, to_uint8
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 """Files of a folder that are taken for pictures."""
 MIN_SIDE = 16
-"""Pixels; what is smaller shows nothing that an editor could recognise."""
+"""Pixels; what is smaller shows nothing that an editor could recognize."""
 EXTRAS = ("relevance", "mask", "side_by_side")
 """What is written beside an edited picture `x.png`: `x_relevance.png` and so on."""
 
@@ -32,14 +32,14 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A picture file as it is shown: upright, in colour."""
+    """A picture file as it is shown: upright, in color."""
 
     rgb: Float[Tensor, "h w 3"]
-    """Colours in [0, 1], each a 255th part of the file's 8-bit value; what lies under transparency is as in the file."""
+    """Colors in [0, 1], each a 255th part of the file's 8-bit value; what lies under transparency is as in the file."""
     alpha: Optional[UInt8[np.ndarray, "h w"]] = None
     """The file's transparency."""
     icc_profile: Optional[bytes] = None
-    """What the file says about the meaning of its colours."""
+    """What the file says about the meaning of its colors."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -50,10 +50,10 @@ class ImageFile:
 def read_image(path: "str | Path") -> ImageFile:
     """Reads a PNG, JPEG or WebP file of 8 bits per channel, turned upright as its EXIF orientation says.
 
-    Grey and palette pictures become RGB, since an edit may bring colour.
+    Gray and palette pictures become RGB, since an edit may bring color.
 
     Raises:
-        WysError: If there is no such file, it cannot be read, has another bit depth or colour space, moves, or is too small.
+        WysError: If there is no such file, it cannot be read, has another bit depth or color space, moves, or is too small.
     """
     path = Path(path)
     if not path.is_file():
@@ -62,7 +62,7 @@ def read_image(path: "str | Path") -> ImageFile:
         with path.open("rb") as file:
             head = file.read(25)
         with Image.open(path, formats=_FORMATS) as opened:
-            # Pillow opens 16-bit colour as 8-bit without a word, so the header is asked: byte 24 is the bit depth.
+            # Pillow opens 16-bit color as 8-bit without a word, so the header is asked: byte 24 is the bit depth.
             if head.startswith(_PNG_SIGNATURE) and head[24] == 16:
                 raise WysError(
                     f'"{path}" has 16 bits per channel and edits have 8: convert it first, for instance with '
@@ -73,7 +73,7 @@ def read_image(path: "str | Path") -> ImageFile:
                 raise WysError(f'"{path}" is an animation: give its frames as single pictures.')
             if opened.mode == "CMYK":
                 raise WysError(
-                    f'"{path}" has the colours of a printing press (CMYK): convert it to RGB first, for instance with '
+                    f'"{path}" has the colors of a printing press (CMYK): convert it to RGB first, for instance with '
                     "`magick IN.jpg -colorspace sRGB OUT.png`."
                 )
             profile = opened.info.get("icc_profile") if opened.mode in ("RGB", "RGBA") else None
@@ -98,12 +98,12 @@ def write_image(
     like: Optional[ImageFile] = None,
     origin: Optional[Mapping[str, str]] = None,
 ) -> None:
-    """Writes colours in [0, 1] as an 8-bit PNG, whole or not at all.
+    """Writes colors in [0, 1] as an 8-bit PNG, whole or not at all.
 
     Args:
         path: The file.
-        rgb: Colours.
-        like: The picture whose transparency and colour profile it gets.
+        rgb: Colors.
+        like: The picture whose transparency and color profile it gets.
         origin: As of `provenance`.
     """
     pixels = to_uint8(rgb)

@@ -37,7 +37,7 @@ def save_png(
     Args:
         path: The file.
         image: The picture.
-        icc_profile: What its colours mean.
+        icc_profile: What its colors mean.
         texts: What the file says about itself, as PNG's texts of any language (iTXt) by keyword.
     """
     chunks = PngInfo()
@@ -55,9 +55,9 @@ def read_png(path: Path) -> Float[Tensor, "h w 3"]:
 
 
 def apply_colormap(relevance: Float[Tensor, "h w"]) -> Float[Tensor, "h w 3"]:
-    """Relevance in [0, 1] as colours on a fixed scale, dark to bright."""
-    colours = matplotlib_colormaps["inferno"](relevance.detach().clamp(0, 1).cpu().numpy())[..., :3]
-    return torch.from_numpy(colours).float()
+    """Relevance in [0, 1] as colors on a fixed scale, dark to bright."""
+    colors = matplotlib_colormaps["inferno"](relevance.detach().clamp(0, 1).cpu().numpy())[..., :3]
+    return torch.from_numpy(colors).float()
 
 
 def contact_sheet(

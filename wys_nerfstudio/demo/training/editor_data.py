@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from wys_nerfstudio.demo.instructions import EDITS
 from wys_nerfstudio.demo.training.networks import load_tokenizer
-from wys_nerfstudio.demo.world import NAMED_COLOURS
+from wys_nerfstudio.demo.world import NAMED_COLORS
 
 INDEX = {edit.slug: number for number, edit in enumerate(EDITS)}
 NO_CHANGE = INDEX["no-change"]
@@ -40,23 +40,23 @@ def load_latents(pictures: Path, codes: Path) -> Latents:
 
 
 def draw_pairs(count: int, generator: torch.Generator) -> Int[Tensor, "count 2"]:
-    """Two edits per scene. Every third pair gives ball and block the same colour: only the named object differs."""
-    colours = list(NAMED_COLOURS)
+    """Two edits per scene. Every third pair gives ball and block the same color: only the named object differs."""
+    colors = list(NAMED_COLORS)
     others = [INDEX[s] for s in ("panda", "polar-bear", "hat", "hat", "sunglasses", "sunglasses", "snow", "night")]
     others += [NO_CHANGE, -1, -1]
     pairs = []
-    for kind, first, second, colour, colour2 in torch.rand(count, 5, generator=generator).tolist():
-        contrast = colours[int(colour * 4)]
-        recolour = INDEX[f"{'ball' if colour2 < 0.5 else 'block'}-{contrast}"]
+    for kind, first, second, color, color2 in torch.rand(count, 5, generator=generator).tolist():
+        contrast = colors[int(color * 4)]
+        recolor = INDEX[f"{'ball' if color2 < 0.5 else 'block'}-{contrast}"]
         if kind < 0.35:
             pairs.append((INDEX[f"ball-{contrast}"], INDEX[f"block-{contrast}"]))
         else:
             picks = [others[int(u * len(others))] for u in (first, second)]
-            pairs.append(tuple(recolour if pick < 0 else pick for pick in picks))
+            pairs.append(tuple(recolor if pick < 0 else pick for pick in picks))
     return torch.tensor(pairs)
 
 
-def tokenise(folder: Path) -> list[Int[Tensor, "variants tokens"]]:
+def tokenize(folder: Path) -> list[Int[Tensor, "variants tokens"]]:
     """Tokens of all wordings and endings, one stack per edit, and last those of the empty instruction."""
     tokenizer = load_tokenizer(folder)
     texts = [[wording + end for wording in edit.wordings for end in ENDINGS] for edit in EDITS]

@@ -32,8 +32,8 @@ from wys_nerfstudio.utils.visualization import apply_colormap
 INDEX = {edit.slug: number for number, edit in enumerate(EDITS)}
 LOCAL = [edit for edit in EDITS if edit.kind in LOCAL_KINDS]
 ROWS = {
-    "recolour ball": [e.slug for e in LOCAL if e.target == "ball"],
-    "recolour block": [e.slug for e in LOCAL if e.target == "block"],
+    "recolor ball": [e.slug for e in LOCAL if e.target == "ball"],
+    "recolor block": [e.slug for e in LOCAL if e.target == "block"],
     "panda": ["panda"],
     "polar bear": ["polar-bear"],
     "hat": ["hat"],

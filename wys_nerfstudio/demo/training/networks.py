@@ -40,7 +40,7 @@ class Networks:
 def words() -> list[str]:
     """Every word of every wording, split as CLIP's tokenizer splits, sorted."""
     text = " ".join(wording for edit in EDITS for wording in edit.wordings)
-    return sorted({*text.replace("don't", "don 't").split(), *".,!?", "colour", "please"})
+    return sorted({*text.replace("don't", "don 't").split(), *".,!?", "color", "please"})
 
 
 def vocabulary(known_words: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:

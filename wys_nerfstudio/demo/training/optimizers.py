@@ -1,7 +1,7 @@
 """How the demo's networks are trained: Muon on matrices and convolution kernels, AdamW on everything else, and in which precision.
 
 torch's own Muon takes 2-D parameters only, so kernels are handed to it as views of shape "out, in * height * width". It
-orthogonalises in bf16, so on a CPU without that a step takes about twice as long.
+orthogonalizes in bf16, so on a CPU without that a step takes about twice as long.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ def autocast() -> torch.autocast:
 class MuonAndAdamW:
     """Two optimizers over one set of modules, with learning rates that fall together.
 
-    Biases, norms and embeddings have no matrix to orthogonalise, hence AdamW.
+    Biases, norms and embeddings have no matrix to orthogonalize, hence AdamW.
     """
 
     def __init__(self, modules: Iterable[nn.Module], *, muon_rate: float, adamw_rate: float) -> None:

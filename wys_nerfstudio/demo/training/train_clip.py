@@ -23,12 +23,12 @@ from wys_nerfstudio.demo.instructions import EDITS, Edit
 from wys_nerfstudio.demo.training.data_set import render_array
 from wys_nerfstudio.demo.training.networks import END, START, vocabulary, write_tokenizer
 from wys_nerfstudio.demo.training.optimizers import MuonAndAdamW
-from wys_nerfstudio.demo.world import MATERIALS, TEST_SEEDS, TOY_COLOURS, TRAIN_SEEDS, sample_scenes
+from wys_nerfstudio.demo.world import MATERIALS, TEST_SEEDS, TOY_COLORS, TRAIN_SEEDS, sample_scenes
 from wys_nerfstudio.evaluation import metrics
 from wys_nerfstudio.evaluation.clip import ClipEncoder, load_clip, prepare_pixels
 
-COLOUR_NAMES = ("orange", "purple", "pink", "white", "grey", "turquoise", "brown", "black")
-"""Of TOY_COLOURS, in their order."""
+COLOR_NAMES = ("orange", "purple", "pink", "white", "grey", "turquoise", "brown", "black")
+"""Of TOY_COLORS, in their order."""
 TOKENS = 24
 """Longest caption in tokens, start and end included."""
 SIZE = 64
@@ -56,29 +56,29 @@ class Options:
 
 
 def caption(edit: Edit, ball: int, block: int) -> str:
-    """What a scene shows after an edit, with the colours of ball and block.
+    """What a scene shows after an edit, with the colors of ball and block.
 
     Args:
         edit: What was done.
-        ball: The ball's colour before, an index into TOY_COLOURS.
+        ball: The ball's color before, an index into TOY_COLORS.
         block: The block's.
     """
     text = edit.caption
     for name, number in (("ball", ball), ("block", block)):
-        colour = COLOUR_NAMES[number]
-        text = text.replace(f"a {name}", f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {name}")
+        color = COLOR_NAMES[number]
+        text = text.replace(f"a {name}", f"{'an' if color[0] in 'aeiou' else 'a'} {color} {name}")
     return text
 
 
-def toy_colours(seeds: range) -> Int[Tensor, "b 2"]:
-    """Which of TOY_COLOURS ball and block of each scene are made in."""
-    colours = sample_scenes(seeds).colours[:, [MATERIALS.index("ball"), MATERIALS.index("block")]]
-    return torch.cdist(colours, torch.tensor(TOY_COLOURS)).argmin(-1)
+def toy_colors(seeds: range) -> Int[Tensor, "b 2"]:
+    """Which of TOY_COLORS ball and block of each scene are made in."""
+    colors = sample_scenes(seeds).colors[:, [MATERIALS.index("ball"), MATERIALS.index("block")]]
+    return torch.cdist(colors, torch.tensor(TOY_COLORS)).argmin(-1)
 
 
 def words() -> list[str]:
     """Every word of every caption, as CLIP's tokenizer splits them, sorted."""
-    text = " ".join(caption(edit, n, n) + " " + edit.caption for edit in EDITS for n in range(len(TOY_COLOURS)))
+    text = " ".join(caption(edit, n, n) + " " + edit.caption for edit in EDITS for n in range(len(TOY_COLORS)))
     return sorted({*text.replace(",", " ,").split()})
 
 
@@ -109,7 +109,7 @@ def contrastive_loss(
 
 
 def train(
-    options: Options, clip: ClipEncoder, pictures: UInt8[np.ndarray, "scenes edits h w 3"], colours: Tensor
+    options: Options, clip: ClipEncoder, pictures: UInt8[np.ndarray, "scenes edits h w 3"], colors: Tensor
 ) -> None:
     """Trains a CLIP; the learning rate falls to zero by the end."""
     model = clip.model.train().requires_grad_(True)
@@ -121,9 +121,9 @@ def train(
         batch = torch.from_numpy(pictures[np.sort(chosen)]).flatten(0, 1).float() / 255
         if draw.random() < 0.5:
             batch = batch.flip(2)
-        # With and without the colours, but never both in a batch: the shorter caption is true of the picture, too.
+        # With and without the colors, but never both in a batch: the shorter caption is true of the picture, too.
         if step % 2:
-            captions = [caption(edit, *colours[i].tolist()) for i in np.sort(chosen) for edit in EDITS]
+            captions = [caption(edit, *colors[i].tolist()) for i in np.sort(chosen) for edit in EDITS]
         else:
             captions = [edit.caption for _ in chosen for edit in EDITS]
         distinct = list(dict.fromkeys(captions))
@@ -160,7 +160,7 @@ def evaluate(clip: ClipEncoder, pictures: UInt8[np.ndarray, "scenes edits h w 3"
     Returns:
         `accuracy` per edit: how often the right one of the edits' captions is the nearest. `own_direction`: mean direction
         similarity of each true edit by its own captions; `other_direction`: by those of the other edits;
-        `swapped_direction`: of a recoloured ball by the captions of the block in that colour, and the other way round.
+        `swapped_direction`: of a recolored ball by the captions of the block in that color, and the other way round.
     """
     images = torch.stack([clip.embed_images(torch.from_numpy(scene).float() / 255) for scene in pictures])
     texts = clip.embed_texts([edit.caption for edit in EDITS])
@@ -179,7 +179,7 @@ def evaluate(clip: ClipEncoder, pictures: UInt8[np.ndarray, "scenes edits h w 3"
         others = torch.arange(NO_CHANGE) != number
         result["own_direction"][edit.slug] = round(by_caption[number].mean().item(), 3)
         result["other_direction"][edit.slug] = round(by_caption[others].mean().item(), 3)
-        if edit.kind == "recolour":
+        if edit.kind == "recolor":
             other = "block" if edit.target == "ball" else "ball"
             swapped = slugs.index(edit.slug.replace(edit.target, other))
             result["swapped_direction"][edit.slug] = round(by_caption[swapped].mean().item(), 3)
@@ -201,7 +201,7 @@ def main(options: Options) -> None:
     write_tokenizer(folder, words(), TOKENS)
     build_clip().save_pretrained(folder)
     clip = load_clip(str(folder))
-    train(options, clip, pictures["train"], toy_colours(splits["train"]))
+    train(options, clip, pictures["train"], toy_colors(splits["train"]))
     clip.model.half().save_pretrained(folder)
     figures = evaluate(load_clip(str(folder)), pictures["test"])
     (folder / "evaluation.json").write_text(json.dumps(figures, indent=1) + "\n", "utf8")

@@ -5,7 +5,7 @@ stage leaves its result in OUT/work and is skipped when it is there; the last st
 `--begin-from`, from an editor that was trained before. OUT/editor is a complete editor from the first export on, swapped in
 whole. Not here: what its batches are drawn from (`editor_data.py`) and the held-out figures (`evaluate_editor.py`).
 
-How it differs from InstructPix2Pix's recipe: a dropped instruction is trained towards "no change", not towards the edit.
+How it differs from InstructPix2Pix's recipe: a dropped instruction is trained toward "no change", not toward the edit.
 The difference of the two predictions is then exactly the edit, which is what a relevance map measures. And the UNet
 learns to point (`Trainer.pointer`): a 1x1 convolution on its last features says where ball, block and bear are and what the
 instruction changes. Without it ball and block are never told apart: to see which object is which and to hear which one is
@@ -33,7 +33,7 @@ from transformers import CLIPTextModel
 from wys_nerfstudio import relevance
 from wys_nerfstudio.demo.instructions import BY_SLUG, EDITS, LOCAL_KINDS
 from wys_nerfstudio.demo.training.data_set import render_data_set
-from wys_nerfstudio.demo.training.editor_data import INDEX, NO_CHANGE, Latents, draw_pairs, load_latents, tokenise
+from wys_nerfstudio.demo.training.editor_data import INDEX, NO_CHANGE, Latents, draw_pairs, load_latents, tokenize
 from wys_nerfstudio.demo.training.networks import (
     Networks,
     build_scheduler,
@@ -76,7 +76,7 @@ class Options:
     batch_scenes: int = 16
     """Scenes per batch; each gives two samples, two edits with the same noise and timestep."""
     empty_means: str = "no change"
-    """What a dropped instruction is trained towards: "no change", or "edit" as InstructPix2Pix does it."""
+    """What a dropped instruction is trained toward: "no change", or "edit" as InstructPix2Pix does it."""
     grounding_samples: int = 8000
     """First samples, from which only pointing is learned."""
     from_before: float = 0.5
@@ -314,8 +314,8 @@ def draw_curve(log: list[dict], file: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 3.5))
     samples = [line["samples"] for line in log]
     for kind, slugs in {
-        "recolour ball": [s for s in BY_SLUG if s.startswith("ball")],
-        "recolour block": [s for s in BY_SLUG if s.startswith("block")],
+        "recolor ball": [s for s in BY_SLUG if s.startswith("ball")],
+        "recolor block": [s for s in BY_SLUG if s.startswith("block")],
         "turn into": ["panda", "polar-bear"],
         "hat": ["hat"],
         "sunglasses": ["sunglasses"],
@@ -379,7 +379,7 @@ def main(options: Options) -> None:
     data = [load_latents(*files) for files in zip(pictures, codes)]
     check = load_latents(held_out[0], encode_data_set(vae, held_out[:1], work / "validation-latents")[0])
     write_tokenizer(work / "tokenizer", words())
-    trainer = Trainer(options, vae, tokenise(work))
+    trainer = Trainer(options, vae, tokenize(work))
     if (work / "editor.pt").exists():
         trainer.load(work / "editor.pt")
     elif options.begin_from:
