@@ -105,7 +105,7 @@ def clip_table() -> list[list[str]]:
             [v for slug, v in result[key].items() if belongs(slug)]
             for key in ("accuracy", "own_direction", "other_direction")
         ]
-        rows.append([kind, *(f"{mean(values):.2f}" if values else "" for values in columns)])
+        rows.append([kind, *(f"{mean(values):.3f}" if values else "" for values in columns)])
     return rows
 
 

@@ -113,7 +113,7 @@ def is_elsewhere(command: str) -> bool:
 
 def run(command: str, *more: str) -> None:
     """Runs a command in this process, through the entry point of its console script."""
-    from nerfstudio.utils import writer
+    from nerfstudio.configs.base_config import writer  # nerfstudio.utils.writer cannot be the first import
 
     program, *arguments = shlex.split(command.replace('"..."', '"give the bear a hat"'))
     sys.argv = [program, *arguments, *more]
