@@ -1,16 +1,16 @@
-"""Small, seeded stand-ins for what users bring: an InstructPix2Pix folder, AlexNet weights, captured scenes."""
+"""Small seeded stand-ins for the files of users: an InstructPix2Pix folder, AlexNet weights, captured scenes."""
 
 import json
 import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-# The suite runs in two workers; torch's own threads would only get into each other's way.
+# The suite runs in two workers, whose torch threads would compete for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-# Slow machines are no defect; nothing here measures time.
+# No deadline: the time of an example depends on the machine.
 settings.register_profile("wys", deadline=None)
 settings.load_profile("wys")
 
@@ -35,24 +35,35 @@ WORDS = "a the make turn paint give it bear ball block hat red blue green panda 
 
 
 def run_wys(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    """Runs the `wys` command in this process."""
+    """Run the `wys` command in this process."""
     from wys_nerfstudio.cli import main
 
     monkeypatch.setattr(sys, "argv", ["wys", *map(str, arguments)])
     main.entrypoint()
 
 
-def sentence_of(refused: Callable[[], object]) -> str:
-    """The one sentence with which a command ends."""
-    with pytest.raises(SystemExit) as stopped:
-        refused()
-    sentence = str(stopped.value.code)
+def sentence_of(call: Callable[[], object]) -> str:
+    """Return the one-line error message with which a command exits.
+
+    Args:
+        call: Runs the command.
+    """
+    with pytest.raises(SystemExit) as ended:
+        call()
+    sentence = str(ended.value.code)
     assert sentence.startswith("wys: ") and "\n" not in sentence
     return sentence
 
 
 def build_editor_folder(folder: Path, *, prediction_type: str = "epsilon", in_channels: int = 8, seed: int = 0) -> Path:
-    """Writes an untrained InstructPix2Pix with the file layout and class names of timbrooks/instruct-pix2pix."""
+    """Write an untrained InstructPix2Pix with the file layout and class names of timbrooks/instruct-pix2pix.
+
+    Args:
+        folder: Folder to write.
+        prediction_type: The scheduler's `prediction_type`.
+        in_channels: Input channels of the UNet; 8 are InstructPix2Pix's.
+        seed: Seed of the weights.
+    """
     from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -126,13 +137,13 @@ def build_editor_folder(folder: Path, *, prediction_type: str = "epsilon", in_ch
 
 @pytest.fixture(scope="session")
 def editor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained editor, once per session."""
+    """Folder of an untrained editor."""
     return build_editor_folder(tmp_path_factory.mktemp("editors") / "untrained")
 
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained CLIP of 12 tokens and 32 pixels."""
+    """Folder of an untrained CLIP for 12 tokens and images of 32 pixels."""
     from transformers import CLIPConfig, CLIPModel
 
     from wys_nerfstudio.demo.training.networks import vocabulary, write_tokenizer
@@ -150,7 +161,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def alexnet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """AlexNet's state dict with random weights: of the right shapes, which is all that the loss's wiring needs."""
+    """File with AlexNet's state dict: random weights in the real shapes."""
     from torchvision.models import alexnet
 
     torch.manual_seed(0)
@@ -160,8 +171,8 @@ def alexnet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def torch_home(alexnet_file: Path, tmp_path_factory: pytest.TempPathFactory) -> "object":
-    """A torch cache with AlexNet in it: nerfacto looks there even to train."""
+def torch_home(alexnet_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Torch cache that contains AlexNet, which nerfacto loads even for training."""
     home = tmp_path_factory.mktemp("torch_home")
     (home / "hub" / "checkpoints").mkdir(parents=True)
     state = torch.load(alexnet_file, weights_only=True)
@@ -180,7 +191,16 @@ def torch_home(alexnet_file: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def write_ring_scene(
     folder: Path, *, width: int = 40, height: int = 32, views: int = 14, alpha: bool = False, distorted: bool = False
 ) -> Path:
-    """A nerfstudio scene: noise-free views of a coloured ball from a ring of cameras; each view has its own tint."""
+    """Write a nerfstudio scene: noise-free views of a ball from a ring of cameras. The color of the ball differs in each view.
+
+    Args:
+        folder: Folder to write.
+        width: Width of the views in pixels.
+        height: Height of the views in pixels.
+        views: Number of views.
+        alpha: Write RGBA images, transparent outside the ball.
+        distorted: Write distortion parameters; the images stay undistorted.
+    """
     (folder / "images").mkdir(parents=True)
     focal = 1.2 * width
     frames = []
@@ -215,12 +235,17 @@ def write_ring_scene(
 
 @pytest.fixture(scope="session")
 def ring_scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A landscape scene of 14 views."""
+    """Scene of 14 views in landscape format."""
     return write_ring_scene(tmp_path_factory.mktemp("scenes") / "ring")
 
 
 def as_blender_scene(ring: Path, folder: Path) -> Path:
-    """The same views in the layout of NeRF's synthetic scenes."""
+    """Write the views of a ring scene in the format of NeRF's synthetic scenes.
+
+    Args:
+        ring: Result of `write_ring_scene`.
+        folder: Folder to write.
+    """
     meta = json.loads((ring / "transforms.json").read_text())
     shutil.copytree(ring / "images", folder / "images")
     angle = 2 * math.atan(meta["w"] / (2 * meta["fl_x"]))
@@ -231,7 +256,12 @@ def as_blender_scene(ring: Path, folder: Path) -> Path:
 
 
 def as_colmap_scene(ring: Path, folder: Path) -> Path:
-    """The same views as a COLMAP model in text form."""
+    """Write the views of a ring scene as a COLMAP model in text format.
+
+    Args:
+        ring: Result of `write_ring_scene`.
+        folder: Folder to write.
+    """
     from scipy.spatial.transform import Rotation
 
     meta = json.loads((ring / "transforms.json").read_text())

@@ -1,8 +1,8 @@
-"""A GPU that is none, for machines without one: tensors that say they are on cuda:0, and compute on the CPU.
+"""Emulation of a GPU on machines without one: tensors that report cuda:0 as their device and compute on the CPU.
 
-What a GPU refuses is refused: operations between tensors of two devices, and `numpy()` of its own. As there, a number without
-dimensions from the CPU may meet a tensor of the GPU, and an index may come from the CPU. Autocast is the CPU's, in the GPU's
-precision. Not here: memory, streams and speed.
+Errors are those of a GPU: operations between tensors on different devices, and `numpy()` of a GPU tensor, raise. As with a real GPU, a
+zero-dimensional CPU tensor may be combined with a GPU tensor, and indices may be on the CPU. Autocast is that of the CPU with the
+GPU's precision. Memory, streams and speed are not emulated.
 """
 
 import threading
@@ -18,11 +18,12 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
 GPU = torch.device("cuda", 0)
-CROSSING = {"copy_", "_to_copy"}
-"""Operations that tensors of two devices may take part in."""
+CROSS_DEVICE = {"copy_", "_to_copy"}
+"""Operations between tensors on different devices that are allowed."""
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
-IN_ONE_PIECE = {torch.Tensor.quantile, torch.quantile}
-"""Functions whose C++ makes tensors on the way, on what it takes for the tensor's device."""
+"""Operations whose indices may be on the CPU."""
+UNWRAPPED = {torch.Tensor.quantile, torch.quantile}
+"""Functions that are called with plain CPU tensors: their C++ code creates intermediate tensors on a device of its own choice."""
 STUBS: dict[str, Any] = {
     "is_available": lambda: True,
     "device_count": lambda: 1,
@@ -36,13 +37,14 @@ STUBS: dict[str, Any] = {
 
 
 class OnGpu(Tensor):
-    """A tensor that says it is on the GPU; `inner` holds its numbers."""
+    """A tensor on the emulated GPU."""
 
     inner: Tensor
+    """The values, on the CPU."""
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "OnGpu":
-        # It is the CPU's to torch itself, whose C++ would look for a driver otherwise.
+        # For torch's C++ code it is a CPU tensor: a CUDA tensor would need a driver.
         return torch.Tensor._make_wrapper_subclass(  # type: ignore
             cls,
             inner.size(),
@@ -65,7 +67,7 @@ class OnGpu(Tensor):
         return 0
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.inner.__reduce_ex__(protocol)  # in a file only its numbers matter: it is loaded to the CPU
+        return self.inner.__reduce_ex__(protocol)  # saved as a CPU tensor
 
     def __repr__(self, **_: Any) -> str:  # type: ignore
         return f"OnGpu({self.inner})"
@@ -73,10 +75,10 @@ class OnGpu(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None) -> Any:  # type: ignore
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
-        elsewhere = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and not isinstance(t, OnGpu)]
+        on_cpu = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and not isinstance(t, OnGpu)]
         if name in INDEXING and isinstance(args[0], OnGpu):
-            elsewhere = [t for t in args[2:3] if isinstance(t, Tensor) and not isinstance(t, OnGpu)]
-        if any(t.dim() > 0 for t in elsewhere) and name not in CROSSING:
+            on_cpu = [t for t in args[2:3] if isinstance(t, Tensor) and not isinstance(t, OnGpu)]
+        if any(t.dim() > 0 for t in on_cpu) and name not in CROSS_DEVICE:
             raise RuntimeError(f"Expected all tensors to be on the same device: {name} of cuda:0 and cpu")
         result = func(*tree_map(to_cpu, args), **tree_map(to_cpu, kwargs))
         if name == "copy_" and not isinstance(args[0], OnGpu):
@@ -85,7 +87,7 @@ class OnGpu(Tensor):
         return return_and_correct_aliasing(func, args, kwargs, result)
 
 
-class _Up(torch.autograd.Function):
+class _ToGpu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         return OnGpu(tensor.detach().clone())
@@ -95,7 +97,7 @@ class _Up(torch.autograd.Function):
         return to_cpu(gradient)
 
 
-class _Down(torch.autograd.Function):
+class _ToCpu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: OnGpu) -> Tensor:
         return tensor.inner.clone()
@@ -106,19 +108,19 @@ class _Down(torch.autograd.Function):
 
 
 def to_cpu(value: Any) -> Any:
-    """The numbers themselves, without a copy."""
+    """Return the CPU tensor of an `OnGpu` without a copy, and anything else unchanged."""
     return value.inner if isinstance(value, OnGpu) else value
 
 
 def _moved(value: Any, device: torch.device) -> Any:
     if not isinstance(value, Tensor) or isinstance(value, OnGpu) == (device.type == "cuda"):
         return value
-    assert value.device.type != "meta", "there is nothing to move"
-    return (_Up if device.type == "cuda" else _Down).apply(value)
+    assert value.device.type != "meta", "a meta tensor has no values to move"
+    return (_ToGpu if device.type == "cuda" else _ToCpu).apply(value)
 
 
 def _device(value: Any) -> "torch.device | None":
-    """What a device argument means; None for anything else, and for the meta device, which is nobody's."""
+    """Return the device that an argument names; None if it names none, or the meta device."""
     if isinstance(value, torch.device) or (isinstance(value, str) and value.split(":")[0] in ("cpu", "cuda")):
         device = torch.device(value)
         return device if device.type in ("cpu", "cuda") else None
@@ -126,7 +128,7 @@ def _device(value: Any) -> "torch.device | None":
 
 
 class _Devices(TorchFunctionMode):
-    """Takes devices out of calls before torch looks for a driver, and moves what comes out."""
+    """Replaces device arguments before torch needs a driver, and moves the results."""
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore
         kwargs = dict(kwargs or {})
@@ -143,7 +145,7 @@ class _Devices(TorchFunctionMode):
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
         if func is torch.Tensor.new_tensor and isinstance(first, OnGpu) and "device" not in kwargs:
             return _moved(torch.tensor(args[1], dtype=kwargs.get("dtype", first.dtype)), GPU)
-        if func in IN_ONE_PIECE and isinstance(first, OnGpu):
+        if func in UNWRAPPED and isinstance(first, OnGpu):
             return OnGpu(func(first.inner, *args[1:], **kwargs))
         device = _device(kwargs.get("device"))
         if device is None:
@@ -160,7 +162,7 @@ class _Devices(TorchFunctionMode):
                 target, dtype = value.device, value.dtype
             elif isinstance(value, torch.dtype):
                 dtype = value
-            elif not isinstance(value, (bool, type(None))):  # as in `to(device, dtype, non_blocking)`
+            elif not isinstance(value, (bool, type(None))):  # flags, as in `to(device, dtype, non_blocking)`
                 target = value
         device = _device(target)
         kwargs.pop("non_blocking", None)
@@ -170,31 +172,31 @@ class _Devices(TorchFunctionMode):
 
 @contextmanager
 def emulated_gpu() -> Iterator[None]:
-    """Within it there is a GPU."""
+    """Context manager that emulates one GPU."""
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     run_backward, run_thread = torch.autograd._engine_run_backward, threading.Thread.run
 
-    def in_this_mode(*args: Any, **kwargs: Any) -> Any:  # torch leaves the mode to call a function that it has heard of
+    def emulated_backward(*args: Any, **kwargs: Any) -> Any:  # torch leaves the mode before it calls the engine
         with _Devices():
             return run_backward(*args, **kwargs)
 
-    def run(thread: threading.Thread) -> None:  # a mode is a matter of each thread
+    def emulated_run(thread: threading.Thread) -> None:  # modes are thread-local
         with _Devices():
             run_thread(thread)
 
-    set_up = torch.autocast.__init__
+    init_autocast = torch.autocast.__init__
 
-    def autocast(self: torch.autocast, device_type: str, dtype: Any = None, **kwargs: Any) -> None:
-        set_up(self, "cpu", torch.float16 if device_type == "cuda" and dtype is None else dtype, **kwargs)
+    def cpu_autocast(self: torch.autocast, device_type: str, dtype: Any = None, **kwargs: Any) -> None:
+        init_autocast(self, "cpu", torch.float16 if device_type == "cuda" and dtype is None else dtype, **kwargs)
 
     with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(torch.autocast, "__init__", autocast))
-        patches.enter_context(mock.patch.object(threading.Thread, "run", run))
+        patches.enter_context(mock.patch.object(torch.autocast, "__init__", cpu_autocast))
+        patches.enter_context(mock.patch.object(threading.Thread, "run", emulated_run))
         for name, stub in STUBS.items():
             patches.enter_context(mock.patch.object(torch.cuda, name, stub or (lambda *_, **__: None)))
-        patches.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", in_this_mode))
-        check = "_accelerator_graph_capture_health_check"
-        patches.enter_context(mock.patch.object(torch.optim.Optimizer, check, lambda self: None, create=True))
+        patches.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", emulated_backward))
+        health_check = "_accelerator_graph_capture_health_check"
+        patches.enter_context(mock.patch.object(torch.optim.Optimizer, health_check, lambda self: None, create=True))
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         patches.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)
         patches.enter_context(_Devices())

@@ -1,4 +1,4 @@
-"""The benchmarks run, and what they compare is the same work: the slow twins' pictures and maps are this package's."""
+"""Every benchmark runs, and the slow references that it compares with produce the same edits and maps as this package."""
 
 import copy
 import json
@@ -29,15 +29,15 @@ from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor
 from wys_nerfstudio.utils.atomic_io import write_tensors
 
 
-def test_compat_names_tests_that_exist() -> None:
+def test_the_tests_that_compat_runs_exist() -> None:
     assert all((compat.ROOT / "tests" / f"{name}.py").is_file() for name in compat.TESTS)
 
 
 UV = """#!/bin/sh
-# What compat.py asks of uv, without its downloads: the environment is the present one.
+# Stands in for uv in compat.py without downloads: each environment links to the current one.
 case "$1 $2" in
 "build -q") for folder; do case "$folder" in */wheel) mkdir -p "$folder"; touch "$folder/package.whl" ;; esac; done ;;
-"venv -q") for folder; do :; done; mkdir -p "$folder"; ln -s "$PRESENT"/bin "$PRESENT"/lib "$PRESENT"/*.cfg "$folder" ;;
+"venv -q") for folder; do :; done; mkdir -p "$folder"; ln -s "$CURRENT"/bin "$CURRENT"/lib "$CURRENT"/*.cfg "$folder" ;;
 "pip install") ;;
 *) exit 1 ;;
 esac
@@ -45,12 +45,12 @@ esac
 
 
 @pytest.mark.slow
-def test_an_environment_is_tried_out(
+def test_compat_installs_and_checks_an_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "uv").write_text(UV)
     (tmp_path / "uv").chmod(0o755)
-    monkeypatch.setenv("PRESENT", sys.prefix)
+    monkeypatch.setenv("CURRENT", sys.prefix)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setitem(compat.CHECKS, "tests", "echo 3 passed")
     monkeypatch.setitem(compat.CHECKS, "imports", "echo an error; exit 1")
@@ -64,8 +64,8 @@ def test_an_environment_is_tried_out(
 
 
 @pytest.fixture(autouse=True)
-def no_writers_of_other_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """nerfstudio keeps the writers of every run of a process, and the folders of these may be gone."""
+def clear_event_writers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove nerfstudio's writers of earlier runs in this process, whose folders may not exist any more."""
     monkeypatch.setattr(writer, "EVENT_WRITERS", [])
 
 
@@ -75,41 +75,39 @@ def editor(editor_folder: Path) -> StableDiffusionEditor:
 
 
 @pytest.fixture
-def pictures() -> torch.Tensor:
+def images() -> torch.Tensor:
     return torch.rand(3, 32, 40, 3, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("scales", [(7.5, 1.5), (1.0, 1.0), (3.0, 1.0)])
-def test_the_slow_way_and_ours_make_the_same_edit(
-    editor: StableDiffusionEditor, pictures: torch.Tensor, scales
-) -> None:
-    strength, slow = 700 / 999, speed.as_slow(editor)
+def test_edits_equal_those_of_the_slow_reference(editor: StableDiffusionEditor, images: torch.Tensor, scales) -> None:
+    strength, slow = 700 / 999, speed.slow_editor(editor)
     ours = edit_images(
-        editor, pictures, pictures.flip(0), torch.ones(3, 32, 40, dtype=torch.bool), "make the ball blue",
+        editor, images, images.flip(0), torch.ones(3, 32, 40, dtype=torch.bool), "make the ball blue",
         EditSettings(*scales, diffusion_steps=10), strength=strength, seeds=[5, 6, 7],
     )  # fmt: skip
-    # The slow way takes all steps wherever it starts, so it is told how many there are from here.
+    # The reference takes all steps at any noise level, so it is given the number of steps from this level.
     steps = len(editor.noise_levels(strength, 10)) - 1
     states = speed.slow_states(slow, "make the ball blue")
     for view, seed in enumerate((5, 6, 7)):
-        render, captured = pictures[view : view + 1], pictures[2 - view : 3 - view]
+        render, captured = images[view : view + 1], images[2 - view : 3 - view]
         settings = EditSettings(*scales, diffusion_steps=steps)
-        theirs = speed.slow_edit(slow, render, captured, states, settings, strength, seed)[0]
-        assert (theirs - ours[view]).abs().max() < 1e-3
-    assert (ours - pictures.flip(0)).abs().mean() > 0.01
+        reference = speed.slow_edit(slow, render, captured, states, settings, strength, seed)[0]
+        assert (reference - ours[view]).abs().max() < 1e-3
+    assert (ours - images.flip(0)).abs().mean() > 0.01
 
 
-def test_the_slow_way_and_ours_make_the_same_map(editor: StableDiffusionEditor, pictures: torch.Tensor) -> None:
-    slow = speed.as_slow(editor)
-    ours = torch.cat(list(relevance_maps(editor, pictures, "make the ball blue", seeds=[1, 2, 3])))
+def test_maps_equal_those_of_the_slow_reference(editor: StableDiffusionEditor, images: torch.Tensor) -> None:
+    slow = speed.slow_editor(editor)
+    ours = torch.cat(list(relevance_maps(editor, images, "make the ball blue", seeds=[1, 2, 3])))
     states = speed.slow_states(slow, "make the ball blue")
     for view, seed in enumerate((1, 2, 3)):
-        picture = pictures[view : view + 1]
-        theirs = speed.slow_map(slow, picture, picture, states, EditSettings(), seed)[0]
-        assert torch.allclose(theirs, ours[view], atol=1e-5) and theirs.max() > 1e-3
+        image = images[view : view + 1]
+        reference = speed.slow_map(slow, image, image, states, EditSettings(), seed)[0]
+        assert torch.allclose(reference, ours[view], atol=1e-5) and reference.max() > 1e-3
 
 
-def test_the_benchmark_of_speed_runs_and_writes_its_table(
+def test_speed_measures_edits_maps_and_encoding(
     ring_scene: Path, editor_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = speed.Options(ring_scene, editor=str(editor_folder), instruction="make the ball blue")
@@ -119,7 +117,7 @@ def test_the_benchmark_of_speed_runs_and_writes_its_table(
     result = json.loads(options.output.read_text())
     assert [row["work"].split(",")[0] for row in result["rows"]] == [
         "edit",
-        "relevance map of a visit",
+        "relevance map",
         "edit",
         "hash encoding of 24",
     ]
@@ -127,22 +125,20 @@ def test_the_benchmark_of_speed_runs_and_writes_its_table(
     assert result["unet_gflop"] > 0.01
 
 
-def test_the_benchmark_of_the_field_runs_and_writes_its_tables(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_field_compares_time_and_memory_with_nerfacto(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     field.main(field.Options(rays=64, repeats=1, output=tmp_path / "field.json"))
     assert capsys.readouterr().out.count("\n") == 2 + 5 + 1 + 2 + 2
     result = json.loads((tmp_path / "field.json").read_text())
     rows = {row["step"]: row for row in result["steps"]}
     assert rows["nerfacto"]["time_ratio"] == rows["nerfacto"]["memory_ratio"] == 1
-    # A step of localisation keeps nothing of the scene; one of editing keeps what the relevance head saw.
+    # A localize step saves nothing of the scene for its backward pass; an edit step also saves the relevance head's part.
     localize, reconstruct, edit = (rows[f"wys, {phase}"]["mib"] for phase in ("localize", "reconstruct", "edit"))
     assert localize < reconstruct < edit
     assert len(result["encodings"]) == 2 and result["encodings"][0]["times_as_fast"] == 1
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_start_up_runs_and_hides_the_plugin(
+def test_startup_compares_with_a_run_without_the_plugin(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(startup, "COMMANDS", (["--help"],))
@@ -153,7 +149,7 @@ def test_the_benchmark_of_start_up_runs_and_hides_the_plugin(
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_scale_runs_and_tells_what_grows(
+def test_scale_measures_memory_by_count_and_size_of_views(
     ring_scene: Path, editor_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = scale.Options(ring_scene, editor=str(editor_folder), instruction="make the ball blue", rounds=1)
@@ -163,15 +159,13 @@ def test_the_benchmark_of_scale_runs_and_tells_what_grows(
     rows = json.loads((options.output / "scale.json").read_text())["rows"]
     assert [(row["views"], row["side"]) for row in rows] == [(3, 40), (6, 40), (3, 40), (3, 80), (3, 40)]
     few, many, same, wide, _ = (row["mib_per_view"] for row in rows)
-    # Captured in 8 bit, edited and relevance in single precision, and the number of the view.
+    # Captured view in 8 bits, edited view and relevance in single precision, and the index of the view.
     assert few == many == same == pytest.approx((32 * 40 * (3 + 12 + 4) + 8) / 2**20)
     assert wide == pytest.approx(4 * few, rel=1e-3)
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_localisation_runs_and_compares_maps_with_all_inputs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_localization_compares_maps_with_all_field_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scene = write_demo_scene(tmp_path / "scene", width=32, height=32, num_views=10)
     config: Any = copy.deepcopy(wys_tiny.config.pipeline)
     config.datamanager.data = scene
@@ -188,14 +182,14 @@ def test_the_benchmark_of_localisation_runs_and_compares_maps_with_all_inputs(
         for source in ["maps", *heads, *(f"{head} and hull" for head in heads)]
         for over in ("view", "scene")
     }
-    figures = {row["source"]: row["AP"] for row in rows if row["normalization"] == "view"}
-    # The embedded editor finds the bear; two steps on a scene that is not trained find nothing.
-    assert figures["maps"] > 0.5 > figures["geometry"]
+    average_precision = {row["source"]: row["AP"] for row in rows if row["normalization"] == "view"}
+    # The embedded editor localizes the bear; a relevance head trained for two steps on an untrained scene does not.
+    assert average_precision["maps"] > 0.5 > average_precision["geometry"]
 
 
 @pytest.fixture
 def tiny_base(ring_scene: Path, editor_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An untrained scene as a base for wys-tiny, which has the tests' editor."""
+    """An untrained scene as a base run for wys-tiny, whose editor is replaced by the tests' editor."""
     tiny: Any = copy.deepcopy(wys_tiny)
     tiny.config.pipeline.editor = str(editor_folder)
     monkeypatch.setattr(speed, "wys_tiny", tiny)
@@ -208,7 +202,7 @@ def tiny_base(ring_scene: Path, editor_folder: Path, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_the_edit_phase_tells_its_parts(
+def test_edit_phase_measures_its_parts_and_operations(
     ring_scene: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = edit_phase.Options(ring_scene, tiny_base, "make the ball blue", 1, tmp_path / "edit-phase.json")
@@ -224,34 +218,34 @@ def test_the_benchmark_of_the_edit_phase_tells_its_parts(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("localized", [False, True])
-def test_the_edit_phase_is_measured_beside_the_slow_way(
+def test_speed_measures_the_edit_phase(
     ring_scene: Path, tiny_base: Path, editor: StableDiffusionEditor, tmp_path: Path, localized: bool
 ) -> None:
     options = speed.Options(ring_scene, instruction="make the ball blue", batch=1, repeats=1)
     options.output = tmp_path / "speed.json"
-    row = speed.edit_phase_row(options, tiny_base, editor, speed.as_slow(editor), localized)
+    row = speed.edit_phase_row(options, tiny_base, editor, speed.slow_editor(editor), localized)
     assert row.ours[0] > 0 and row.ratio == row.slow[1] / row.ours[1]
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_memory_takes_whole_runs(
+def test_memory_measures_all_phases_of_a_run(
     ring_scene: Path, editor_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     small: Any = copy.deepcopy(wys_tiny.config)
     small.pipeline.model.lpips_loss_mult = 1.0
-    small.pipeline.editor = "nobody/no-such-editor"  # the methods' own is not asked for
+    small.pipeline.editor = "nobody/no-such-editor"  # the method's own editor is not loaded
     monkeypatch.setitem(all_methods, "small", small)
     options = memory.Options(
         ring_scene, tmp_path, methods=("small",), editor=str(editor_folder), views=4, side=40, steps=3
     )
     memory.main(options)
     assert "| `small` | " in capsys.readouterr().out
-    unclamped_maps = json.loads((tmp_path / "memory.json").read_text())["peak_gib"]["small"]
-    # A CPU's is the largest so far.
-    assert 0.1 < unclamped_maps["reconstruct"] <= unclamped_maps["localize"] <= unclamped_maps["edit"] < 20
+    peaks = json.loads((tmp_path / "memory.json").read_text())["peak_gib"]["small"]
+    # On a CPU the peak is the maximum since the start of the process.
+    assert 0.1 < peaks["reconstruct"] <= peaks["localize"] <= peaks["edit"] < 20
 
 
-def test_a_part_inside_another_counts_for_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_of_a_nested_part_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     class Work:
         def outer(self) -> str:
             return self.inner() + self.inner()

@@ -1,4 +1,4 @@
-"""Runs on a GPU as far as they can be tried without one: nothing of the GPU meets anything of the CPU (`emulated_gpu.py`)."""
+"""Runs on an emulated GPU (`emulated_gpu.py`): tensors on different devices are never combined, and results equal the CPU's."""
 
 import json
 import sys
@@ -13,32 +13,33 @@ from nerfstudio.utils import writer
 from torch import nn
 
 from wys_nerfstudio.training.checkpoint import find_checkpoint, read_checkpoint, register_safe_globals
+from wys_nerfstudio.training.run_state import SETTINGS_KEY
 
 register_safe_globals()
 
 
-def test_what_a_gpu_refuses_is_refused() -> None:
+def test_the_emulation_raises_the_errors_of_a_gpu() -> None:
     with emulated_gpu():
-        there, here = torch.rand(3, 4, device="cuda"), torch.rand(3, 4)
-        for meeting in (
-            lambda: there + here,
-            lambda: here + there,
-            lambda: here[there > 0.5],
-            lambda: torch.cat([here, there]),
+        on_gpu, on_cpu = torch.rand(3, 4, device="cuda"), torch.rand(3, 4)
+        for combine in (
+            lambda: on_gpu + on_cpu,
+            lambda: on_cpu + on_gpu,
+            lambda: on_cpu[on_gpu > 0.5],
+            lambda: torch.cat([on_cpu, on_gpu]),
         ):
             with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
-                meeting()
+                combine()
         with torch.autocast("cuda"):
-            assert (there @ there.T).dtype == torch.float16
+            assert (on_gpu @ on_gpu.T).dtype == torch.float16
         with pytest.raises(TypeError, match="can't convert cuda:0"):
-            there.numpy()
-        assert (there * torch.tensor(2.0)).device == there[torch.tensor([0, 2])].device == torch.device("cuda:0")
-        here.copy_(there)
-        assert torch.equal(here, there.cpu()) and here.device.type == "cpu"
+            on_gpu.numpy()
+        assert (on_gpu * torch.tensor(2.0)).device == on_gpu[torch.tensor([0, 2])].device == torch.device("cuda:0")
+        on_cpu.copy_(on_gpu)
+        assert torch.equal(on_cpu, on_gpu.cpu()) and on_cpu.device.type == "cpu"
     assert not torch.cuda.is_available()
 
 
-def test_networks_are_trained_there_as_here() -> None:
+def test_training_on_the_emulated_gpu_equals_the_cpu() -> None:
     weights = []
     for device in ("cpu", "cuda"):
         with emulated_gpu():
@@ -64,8 +65,19 @@ SHORT = """
 
 
 def ns_train(monkeypatch: pytest.MonkeyPatch, scene: Path, editor: Path, output: Path, *arguments: object) -> Path:
-    """A short run of wys-tiny in this process; its folder."""
-    monkeypatch.setattr(writer, "EVENT_WRITERS", [])  # other tests' runs, whose folders may be gone
+    """Run wys-tiny for a few steps in this process.
+
+    Args:
+        monkeypatch: pytest's fixture.
+        scene: Folder of the scene.
+        editor: Folder of the editor.
+        output: Folder of the runs.
+        *arguments: Further options.
+
+    Returns:
+        Folder of the run.
+    """
+    monkeypatch.setattr(writer, "EVENT_WRITERS", [])  # writers of other tests, whose folders may not exist any more
     command = ["ns-train", "wys-tiny", "--data", scene, "--editor", editor, "--output-dir", output, *SHORT]
     command += ["--instruction", "make the ball blue", *arguments]
     monkeypatch.setattr(sys, "argv", [str(word) for word in command])
@@ -83,9 +95,9 @@ def ns_train(monkeypatch: pytest.MonkeyPatch, scene: Path, editor: Path, output:
         ["--localization", "none", "--pipeline.model.lpips-loss-mult", "1", "--pipeline.datamanager.edit-patch-size", "32",
          "--pipeline.datamanager.edit-num-rays-per-batch", "1024"],
     ],
-    ids=["field", "map, views in main memory", "nothing, LPIPS"],
+    ids=["relevance field", "relevance maps, views in main memory", "no localization, LPIPS"],
 )  # fmt: skip
-def test_a_whole_run_comes_to_the_same_there(
+def test_a_run_on_the_emulated_gpu_equals_the_cpu(
     options: list[str], ring_scene: Path, editor_folder: Path, torch_home: Path, tmp_path: Path, monkeypatch
 ) -> None:
     weights = []
@@ -95,19 +107,22 @@ def test_a_whole_run_comes_to_the_same_there(
             run = ns_train(monkeypatch, ring_scene, editor_folder, tmp_path / device, *arguments)
         weights.append(read_checkpoint(find_checkpoint(run, "--load-dir"))["pipeline"])
         assert len(list((run / "wys" / "edits").glob("*.png"))) == 6
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, atol=0, rtol=0, msg=name)
-    figures = tmp_path / "figures.json"
-    arguments = ["ns-eval", "--load-config", str(run / "config.yml"), "--output-path", str(figures)]
+    on_cpu, on_gpu = weights
+    assert on_gpu.pop(SETTINGS_KEY) == on_cpu.pop(SETTINGS_KEY)
+    assert on_gpu.keys() == on_cpu.keys()
+    for name, value in on_cpu.items():
+        torch.testing.assert_close(on_gpu[name], value, atol=0, rtol=0, msg=name)
+    results = tmp_path / "results.json"
+    arguments = ["ns-eval", "--load-config", str(run / "config.yml"), "--output-path", str(results)]
     monkeypatch.setattr(sys, "argv", arguments)
     with emulated_gpu():
         ns_eval.entrypoint()
-    assert "edit_psnr" in json.loads(figures.read_text())["results"]["edit"]["mean"]
+    assert "edit_psnr" in json.loads(results.read_text())["results"]["edit"]["mean"]
 
 
 @pytest.mark.slow
-def test_half_precision_trains_there(ring_scene: Path, editor_folder: Path, tmp_path: Path, monkeypatch) -> None:
-    """What `wys` does on a GPU; on the CPU nerfstudio switches it off."""
+def test_half_precision_trains_the_scene(ring_scene: Path, editor_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """The precision of `wys` on a GPU. nerfstudio disables it on the CPU."""
     arguments = ["--machine.device-type", "cuda", "--mixed-precision", "True", "--mask-threshold", "0"]
     with emulated_gpu():
         run = ns_train(monkeypatch, ring_scene, editor_folder, tmp_path, *arguments)
@@ -115,6 +130,7 @@ def test_half_precision_trains_there(ring_scene: Path, editor_folder: Path, tmp_
         read_checkpoint(path)["pipeline"]
         for path in (run / "wys" / "captured.ckpt", find_checkpoint(run, "--load-dir"))
     )
+    del edited[SETTINGS_KEY]
     assert all(value.isfinite().all() for value in edited.values() if value.is_floating_point())
-    moved = {name for name, value in edited.items() if not torch.equal(value, captured[name])}
-    assert any("mlp_head" in name for name in moved) and any("mlp_base" in name for name in moved)
+    changed = {name for name, value in edited.items() if not torch.equal(value, captured[name])}
+    assert any("mlp_head" in name for name in changed) and any("mlp_base" in name for name in changed)

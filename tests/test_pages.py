@@ -76,7 +76,7 @@ def parse_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # a benchmark sets it when it is imported
     monkeypatch.syspath_prepend(str(path.parent))
     with pytest.raises(SystemExit) as ending:
-        runpy.run_module(target, run_name="__main__") if module else runpy.run_path(str(path), run_name="__main__")
+        runpy.run_path(str(path), run_name="__main__")
     assert ending.value.code == 0, words
 
 

@@ -1,10 +1,10 @@
-"""Installs the package in fresh environments, old and new, tries it there, and writes what came of it as a Markdown table.
+"""Compatibility with old and new versions of Python and dependencies: install, import, train and test in new environments.
 
     pip install uv && python tests/benchmarks/compat.py --output /tmp/compat
 
-Each row of `ROWS` gets an environment of its own, from a wheel, which is removed afterwards; uv finds the interpreters on the
-PATH. A row that has been tried is passed over, so a run that was stopped goes on where it was. In the table "yes" is what
-passed; else there is the first line that says why not.
+Each row of `ROWS` is an environment of its own, into which a wheel of the package is installed; it is removed afterwards. uv finds
+the interpreters on the PATH. Finished rows are skipped, so an interrupted run can be resumed. The result is a Markdown table, in
+which a cell is "yes" or the line of the output that gives the reason of the failure.
 """
 
 import argparse
@@ -26,14 +26,14 @@ TESTS = [
     "editing/test_local_edit",
     "training/test_checkpoint",
 ]
-"""Tests that are run: of the mathematics, the editor and the files, without those that take minutes."""
+"""Tests to run: mathematics, editor and checkpoints, without tests that take minutes."""
 TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "beartype"]
-SHOWN = ["torch", "diffusers", "transformers", "numpy"]
-"""Packages whose versions are in the table."""
+PACKAGES = ["torch", "diffusers", "transformers", "numpy"]
+"""Packages whose versions the table shows."""
 
 
 def oldest() -> list[str]:
-    """The lower bounds of pyproject.toml, as pins, and the oldest numpy that is meant to work."""
+    """Return the lower bounds in pyproject.toml as pins, and the oldest supported numpy."""
     bounds = re.findall(r'"(\w[\w-]*)>=([\d.]+)",', (ROOT / "pyproject.toml").read_text().split("[project.optional")[0])
     return [f"{name}=={version}" for name, version in bounds if name != "setuptools"] + ["numpy==1.26.*"]
 
@@ -43,10 +43,11 @@ class Row:
     """An environment."""
 
     name: str
+    """Name of the environment."""
     python: str
-    """Version of the interpreter."""
+    """Version of Python."""
     pins: tuple[str, ...] = ()
-    """Requirements beside the package's own."""
+    """Requirements in addition to the package's own."""
 
 
 ROWS = [
@@ -70,11 +71,11 @@ CHECKS = {
     "tests": f"pytest -q -p no:cacheprovider -c {ROOT}/pyproject.toml "
     + " ".join(f"{ROOT}/tests/{name}.py" for name in TESTS),
 }
-"""What is tried in each environment, by the table's heading."""
+"""Shell commands to run in each environment, by column of the table."""
 
 
-def why(text: str) -> str:
-    """The line of an output that says what went wrong: uv's first reason, or the last line that names an error."""
+def failure_reason(text: str) -> str:
+    """Return the line of an output that gives the reason of a failure: uv's first reason, or the last line with an error."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     reasons = [line for line in lines if "Because" in line]
     errors = [line for line in lines if re.search("error|failed", line, re.IGNORECASE)]
@@ -82,31 +83,40 @@ def why(text: str) -> str:
 
 
 def run(command: str, folder: Path, log: Path, environment: Optional[Path] = None) -> tuple[bool, str]:
-    """Runs a shell command in a folder, with an environment's programs first.
+    """Run a shell command.
+
+    Args:
+        command: The command.
+        folder: Working directory.
+        log: File that command and output are appended to.
+        environment: Virtual environment whose programs come first on the PATH.
 
     Returns:
-        Whether it ended with 0, and what it printed, which goes to the log, too.
+        Whether the exit code is 0, and the output.
     """
     variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     variables |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     if environment is not None:
         variables |= {"VIRTUAL_ENV": str(environment), "PATH": f"{environment}/bin:{os.environ['PATH']}"}
-    done = subprocess.run(
+    result = subprocess.run(
         command, shell=True, cwd=folder, env=variables, text=True, check=False,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     with log.open("a") as file:
-        file.write(f"$ {command}\n{done.stdout}\n")
-    return done.returncode == 0, done.stdout
+        file.write(f"$ {command}\n{result.stdout}\n")
+    return result.returncode == 0, result.stdout
 
 
-def attempt(row: Row, wheel: Path, folder: Path) -> dict[str, str]:
-    """Makes the row's environment, tries everything in it, and removes it.
+def check_environment(row: Row, wheel: Path, folder: Path) -> dict[str, str]:
+    """Create an environment, run all checks in it, and remove it.
 
     Args:
         row: The environment.
         wheel: The package.
-        folder: Empty folder for all that comes up; a log stays in it.
+        folder: Empty folder for the environment and the files of the checks; a log stays in it.
+
+    Returns:
+        Cells of the table by column.
     """
     environment, log = folder / "environment", folder / "log.txt"
     requirements = " ".join(f"'{requirement}'" for requirement in [str(wheel), *row.pins, *TEST_TOOLS])
@@ -114,46 +124,47 @@ def attempt(row: Row, wheel: Path, folder: Path) -> dict[str, str]:
     installed, text = run(install, folder, log, environment)
     cells = {"Python": row.python}
     if installed:
-        code = f"import importlib.metadata as m; print(*(m.version(name) for name in {SHOWN}))"
+        code = f"import importlib.metadata as m; print(*(m.version(name) for name in {PACKAGES}))"
         versions = run(f'python -c "{code}"', folder, log, environment)[1].split()
-        cells |= dict(zip(SHOWN, versions))
-    cells["installs"] = "yes" if installed else why(text)
-    for heading, command in CHECKS.items() if installed else ():
+        cells |= dict(zip(PACKAGES, versions))
+    cells["installs"] = "yes" if installed else failure_reason(text)
+    for column, command in CHECKS.items() if installed else ():
         passed, text = run(command, folder, log, environment)
         count = re.search(r"(\d+) passed", text)
-        cells[heading] = (count[0] if count else "yes") if passed else why(text)
-        print(f"{row.name}: {heading}: {cells[heading]}", flush=True)
+        cells[column] = (count[0] if count else "yes") if passed else failure_reason(text)
+        print(f"{row.name}: {column}: {cells[column]}", flush=True)
     shutil.rmtree(environment, ignore_errors=True)
     return cells
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """The Markdown table."""
-    headings = ["Python", *SHOWN, "installs", *CHECKS]
-    lines = [headings, ["---"] * len(headings), *([row.get(heading, "") for heading in headings] for row in rows)]
+    """Return the Markdown table."""
+    columns = ["Python", *PACKAGES, "installs", *CHECKS]
+    lines = [columns, ["---"] * len(columns), *([row.get(column, "") for column in columns] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def main() -> None:
-    """Tries the rows that have not been tried."""
+    """Check the environments that have not been checked, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS], default=[row.name for row in ROWS])
+    parser.add_argument("--output", type=Path, required=True, help="folder for environments, logs and the table")
+    names = [row.name for row in ROWS]
+    parser.add_argument("--rows", nargs="+", choices=names, default=names, help="environments to check")
     options = parser.parse_args()
     output: Path = options.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     built, text = run(f"uv build -q --wheel --out-dir {output}/wheel {ROOT}", output, output / "build.txt")
     if not built:
-        raise SystemExit(why(text))
+        raise SystemExit(failure_reason(text))
     (wheel,) = (output / "wheel").glob("*.whl")
     for row in (row for row in ROWS if row.name in options.rows and not (output / f"{row.name}.json").exists()):
         folder = output / row.name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        cells = attempt(row, wheel, folder)
+        cells = check_environment(row, wheel, folder)
         (output / f"{row.name}.json").write_text(json.dumps(cells, indent=1))
-    tried = [path for path in (output / f"{row.name}.json" for row in ROWS) if path.exists()]
-    (output / "table.md").write_text(table([json.loads(path.read_text()) for path in tried]))
+    finished = [path for path in (output / f"{row.name}.json" for row in ROWS) if path.exists()]
+    (output / "table.md").write_text(table([json.loads(path.read_text()) for path in finished]))
     sys.stdout.write((output / "table.md").read_text())
 
 

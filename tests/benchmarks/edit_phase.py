@@ -1,10 +1,10 @@
-"""Where the time of the edit phase goes: the parts of a period (five steps and an edit), and the operations inside them.
+"""Profile of the edit phase: the parts of one period (five steps and an edit), and the operations in them.
 
     wys demo-scene SCENE && ns-train wys-tiny --data SCENE --instruction "turn the bear into a panda" --vis tensorboard
     OMP_NUM_THREADS=1 python tests/benchmarks/edit_phase.py SCENE RUN/wys/captured.ckpt
 
-Parts are CPU seconds of this process, means over all periods; operations are torch's profiler's, each without those that it
-calls, over one more period.
+Parts are CPU seconds of this process, averaged over the periods. Operations are self times from torch's profiler, over one more
+period.
 """
 
 import json
@@ -37,38 +37,44 @@ class Options:
     instruction: str = "turn the bear into a panda"
     """What to change."""
     periods: int = 8
-    """Edits that are measured; one more before warms up."""
+    """Number of measured periods, after one for warmup."""
     output: Path = Path("edit-phase.json")
-    """JSON to write; Markdown goes to the terminal."""
+    """JSON file to write; the tables are also printed as Markdown."""
 
 
 class Stopwatch:
-    """CPU seconds of named parts; a part that is inside another one counts for itself alone."""
+    """CPU seconds of named parts. The time of a nested part is not counted in the outer one."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self._inside: list[float] = []
+        self._nested: list[float] = []
 
     def watch(self, owner: Any, method: str, part: str) -> None:
-        """Measures every call of a method as a part."""
+        """Measure every call of a method.
+
+        Args:
+            owner: Object whose method is replaced.
+            method: Name of the method.
+            part: Name of the part that the time is added to.
+        """
         original: Callable[..., Any] = getattr(owner, method)
 
         def watched(*arguments: Any, **named: Any) -> Any:
-            self._inside.append(0.0)
-            began = time.process_time()
+            self._nested.append(0.0)
+            started = time.process_time()
             try:
                 return original(*arguments, **named)
             finally:
-                took = time.process_time() - began
-                self.seconds[part] += took - self._inside.pop()
-                if self._inside:
-                    self._inside[-1] += took
+                elapsed = time.process_time() - started
+                self.seconds[part] += elapsed - self._nested.pop()
+                if self._nested:
+                    self._nested[-1] += elapsed
 
         setattr(owner, method, watched)
 
 
 def watch_parts(trainer: WysTrainer, stopwatch: Stopwatch) -> None:
-    """Measures what a period consists of."""
+    """Measure the parts of a period."""
     pipeline, editor = trainer.pipeline, trainer.pipeline.editor()
     stopwatch.watch(trainer, "train_iteration", "backward pass of the steps")
     stopwatch.watch(pipeline, "get_train_loss_dict", "forward pass of the steps")
@@ -81,7 +87,12 @@ def watch_parts(trainer: WysTrainer, stopwatch: Stopwatch) -> None:
 
 
 def period(trainer: WysTrainer, first: int) -> None:
-    """An edit and the steps until the next one."""
+    """Run one edit and the steps until the next one.
+
+    Args:
+        trainer: Trainer in its edit phase.
+        first: First step of the period.
+    """
     for step in range(first, first + trainer.config.pipeline.edit_every):
         trainer.pipeline.train()
         with trainer.train_lock:
@@ -93,7 +104,7 @@ def period(trainer: WysTrainer, first: int) -> None:
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Parts and operations, as plain data."""
+    """Return parts and operations as plain data."""
     build = speed.Options(options.scene, instruction=options.instruction, batch=1, output=options.output)
     trainer = speed.build_trainer(build, options.run, localized=True)
     first, every = trainer.pipeline.session.schedule.edit_start, trainer.config.pipeline.edit_every
@@ -118,7 +129,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def main(options: Options) -> None:
-    """Measures, prints both tables and writes the JSON."""
+    """Measure, print both tables and write the JSON file."""
     result = measure(options)
     total = sum(result["parts"].values())
     print("| part of a period | seconds | share |\n|---|---|---|")

@@ -1,11 +1,11 @@
-"""Kills a short run at seeded moments, resumes it with the same command, and compares what comes of it, bit for bit.
+"""Kill a short run at seeded moments, resume it with the same command, and compare the result bit for bit.
 
     python tests/benchmarks/kills.py --kills 200 --output /tmp/kills
 
-The run has every phase, and an instruction that is applied on top. Moments are of two kinds: events (a step begins or ends,
-the editor's network is asked, a file is half written, is written but not in its place, has just been put there) and, for
-every fourth kill, a moment of the clock. A third of the runs are killed again after they were resumed. All runs are forks
-of one process that has imported everything, and go through nerfstudio's own entry point.
+The run has every phase, and an instruction that is applied on top. Three of four cases are killed at an event: a step begins or
+ends, the editor's network is called, a file is half written, written but not renamed, or just renamed. Every fourth case is killed
+at a random time. A third of the runs are killed a second time after they were resumed. All runs are forks of one process with all
+imports done, and start at nerfstudio's own entry point.
 """
 
 import argparse
@@ -28,16 +28,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["OMP_NUM_THREADS"] = "1"  # a forked process must not inherit torch's threads
 
 import torch
-import torchmetrics.image  # noqa: F401  as the editor below: once, for all forks
+import torchmetrics.image  # noqa: F401  imported once for all forks
 from conftest import build_editor_folder, write_ring_scene
 from nerfstudio.scripts import train
 
 from wys_nerfstudio.editing import load_editor
 from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor
-from wys_nerfstudio.pipeline import WysPipeline
 from wys_nerfstudio.trainer import WysTrainer
 from wys_nerfstudio.training.checkpoint import read_checkpoint
 from wys_nerfstudio.training.schedule import Phase
+from wys_nerfstudio.training.session import EditSession
 from wys_nerfstudio.viewer.panel import ON_TOP, ViewerCommand
 
 APPLIED_AT = 13
@@ -65,12 +65,12 @@ OPTIONS = [
 ]
 
 
-class Moments:
-    """Counts the events of a run, and ends it at one of them.
+class EventLog:
+    """Records the events of a run, and kills the process at one of them.
 
     Args:
-        log: File that the events, or the one of the kill, are written to.
-        kill_at: Number of the event that the process is killed at.
+        log: JSON file that the events are written to; after a kill, only the last one.
+        kill_at: Index of the event at which the process is killed.
     """
 
     def __init__(self, log: Path, kill_at: Optional[int] = None) -> None:
@@ -78,70 +78,78 @@ class Moments:
         self.phase = "start"
         self._events: list[tuple[str, str]] = []
 
-    def happens(self, what: str, at_kill: Callable[[], object] = lambda: None) -> None:
-        """An event; `at_kill` is done if it is the last one."""
-        self._events.append((self.phase, what))
+    def record(self, event: str, before_kill: Callable[[], object] = lambda: None) -> None:
+        """Record an event, and kill the process if it is the chosen one.
+
+        Args:
+            event: Kind of the event.
+            before_kill: Called before the process is killed.
+        """
+        self._events.append((self.phase, event))
         if len(self._events) - 1 == self._kill_at:
-            at_kill()
+            before_kill()
             self.write([self._events[-1]])
             os.kill(os.getpid(), signal.SIGKILL)
 
     def write(self, events: Optional[list[tuple[str, str]]] = None) -> None:
-        """Writes the log."""
+        """Write all recorded events, or other ones, to the log."""
         self._log.write_text(json.dumps(self._events if events is None else events))
 
     def install(self) -> None:
-        """Puts events around what a run does."""
+        """Patch the functions of a run so that they record events."""
         fsync, replace, iteration, predict = (
             os.fsync,
             os.replace,
             WysTrainer.train_iteration,
             StableDiffusionEditor.predict_noise,
         )
-        enter = WysPipeline.enter_phase
+        enter = EditSession.enter_phase
 
         def watched_fsync(descriptor: int) -> None:
-            about = os.fstat(descriptor)
-            if stat.S_ISREG(about.st_mode):
-                self.happens("file half written", lambda: os.ftruncate(descriptor, about.st_size // 2))
+            status = os.fstat(descriptor)
+            if stat.S_ISREG(status.st_mode):
+                self.record("file half written", lambda: os.ftruncate(descriptor, status.st_size // 2))
             fsync(descriptor)
 
         def watched_replace(old: Path, new: Path) -> None:
-            kind = {".ckpt": "checkpoint", ".png": "picture"}.get(Path(new).suffix, "other file")
-            self.happens(f"{kind} written, not in its place")
+            kind = {".ckpt": "checkpoint", ".png": "image"}.get(Path(new).suffix, "other file")
+            self.record(f"{kind} written, not renamed")
             replace(old, new)
-            self.happens(f"{kind} in its place")
+            self.record(f"{kind} renamed")
 
-        def watched_enter(pipeline: WysPipeline, phase: Phase) -> None:
-            applied = pipeline.config.instruction != "make the ball blue"
+        def watched_enter(session: EditSession, phase: Phase) -> None:
+            applied = session.settings.current.instruction != "make the ball blue"
             self.phase = f"{phase.value} (applied)" if applied else phase.value
-            enter(pipeline, phase)
+            enter(session, phase)
 
         def watched_iteration(trainer: WysTrainer, step: int):
-            self.happens("step begins")
+            self.record("step begins")
             result = iteration(trainer, step)
-            self.happens("step ends")
+            self.record("step ends")
             if step == APPLIED_AT:
                 trainer.pipeline.panel.commands.put(ViewerCommand("apply", ON_TOP, "make the bear red"))
             return result
 
         def watched_predict(editor: StableDiffusionEditor, *arguments: Any, **named: Any) -> Any:
-            self.happens("editor asked")
+            self.record("editor called")
             return predict(editor, *arguments, **named)
 
         os.fsync, os.replace = watched_fsync, watched_replace  # type: ignore
         WysTrainer.train_iteration, StableDiffusionEditor.predict_noise = watched_iteration, watched_predict  # type: ignore
-        WysPipeline.enter_phase = watched_enter  # type: ignore
+        EditSession.enter_phase = watched_enter  # type: ignore
 
 
 def run(arguments: list[str], log: Path, kill_at: Optional[int] = None, kill_after: Optional[float] = None) -> int:
-    """One run in a process of its own; returns its exit code, -9 if it was killed.
+    """Run ns-train in a forked process.
 
     Args:
-        arguments: Of ns-train.
-        log: File for its events and, with another ending, its output.
-        kill_at: Number of the event to kill it at.
-        kill_after: Seconds after which to kill it.
+        arguments: Arguments of ns-train.
+        log: JSON file for the events; the output goes to a .txt file beside it.
+        kill_at: Index of the event at which to kill the run.
+        kill_after: Seconds after which to kill the run.
+
+    Returns:
+        Exit code, -9 if the run was killed.
     """
     child = os.fork()
     if child == 0:
@@ -150,11 +158,11 @@ def run(arguments: list[str], log: Path, kill_at: Optional[int] = None, kill_aft
             with log.with_suffix(".txt").open("w") as output:
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
-            moments = Moments(log, kill_at)
-            moments.install()
+            event_log = EventLog(log, kill_at)
+            event_log.install()
             sys.argv = ["ns-train", *arguments]
             train.entrypoint()
-            moments.write()
+            event_log.write()
             code = 0
         except SystemExit as error:
             print(error.code)
@@ -169,19 +177,25 @@ def run(arguments: list[str], log: Path, kill_at: Optional[int] = None, kill_aft
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def different(first: Any, second: Any, where: str = "") -> list[str]:
-    """Names of the entries in which two checkpoints differ."""
+def differences(first: Any, second: Any, where: str = "") -> list[str]:
+    """Return the names of the entries in which two nested values differ.
+
+    Args:
+        first: Containers of tensors and plain data.
+        second: The same.
+        where: Name of the two values.
+    """
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
         return [] if torch.equal(first, second) and first.dtype == second.dtype else [where]
     if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
-        return [name for key in first for name in different(first[key], second[key], f"{where}/{key}")]
+        return [name for key in first for name in differences(first[key], second[key], f"{where}/{key}")]
     if isinstance(first, (list, tuple)) and type(first) is type(second) and len(first) == len(second):
-        return [name for i, pair in enumerate(zip(first, second)) for name in different(*pair, f"{where}/{i}")]
+        return [name for i, pair in enumerate(zip(first, second)) for name in differences(*pair, f"{where}/{i}")]
     return [] if first == second and type(first) is type(second) else [where]
 
 
 def contents(run_folder: Path) -> dict[str, Any]:
-    """Everything that a run leaves and that must be the same: files by name, and as what they hold."""
+    """Return all files of a run that must be reproduced, parsed where their bytes may differ, by relative path."""
     found: dict[str, Any] = {}
     paths = [*run_folder.glob("nerfstudio_models/*"), *run_folder.glob("wys/**/*")]
     for path in (path for path in paths if path.is_file() and not path.name.endswith(".partial")):
@@ -196,44 +210,44 @@ def contents(run_folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Kills, resumes, compares and prints the table."""
+    """Kill, resume and compare runs, and print a table. The exit code is 1 if a resumed run differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this many")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--kills", type=int, default=20, help="minimum number of kills")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this many minutes")
+    parser.add_argument("--output", type=Path, required=True, help="folder for runs and logs")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    output, draw = options.output, random.Random(options.seed)
+    output, rng = options.output, random.Random(options.seed)
     scene = write_ring_scene(output / "scene", width=24, height=20, views=4)
     editor = build_editor_folder(output / "editor")
     load_editor(str(editor))
     start = ["wys-tiny", "--data", str(scene), "--editor", str(editor), *OPTIONS]
 
-    began = time.monotonic()
+    started = time.monotonic()
     assert run([*start, "--output-dir", str(output / "whole")], output / "whole.json") == 0
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - started
     (whole,) = output.glob("whole/*/*/run")
-    wanted, events = contents(whole), json.loads((output / "whole.json").read_text())
+    expected, events = contents(whole), json.loads((output / "whole.json").read_text())
     kinds = sorted({tuple(event) for event in events})
     print(f"uninterrupted: {seconds:.1f} s, {len(events)} events of {len(kinds)} kinds", flush=True)
 
     table: dict[tuple[str, str], Counter[str]] = {}
     kills, case = 0, 0
-    while kills < options.kills and time.monotonic() - began < 60 * options.minutes:
+    while kills < options.kills and time.monotonic() - started < 60 * options.minutes:
         folder, log = output / f"case-{case:03d}", output / f"case-{case:03d}.json"
         command = [*start, "--output-dir", str(folder)]
         moments: list[tuple[str, str]] = []
-        wanted_kills = 2 if case % 3 == 2 else 1
-        while len(moments) < wanted_kills:
+        kills_of_case = 2 if case % 3 == 2 else 1
+        while len(moments) < kills_of_case:
             if case % 4 == 3:
-                code = run(command, log, kill_after=draw.uniform(0.1, 1.0) * seconds)
-                moment = ("any", "moment of the clock")
+                code = run(command, log, kill_after=rng.uniform(0.1, 1.0) * seconds)
+                moment = ("any", "random time")
             else:
-                # Kinds are drawn, not events: most events are pictures.
-                kind = draw.choice(kinds)
-                number = draw.choice([i for i, event in enumerate(events) if tuple(event) == kind])
-                code = run(command, log, kill_at=number if not moments else draw.randrange(len(events) // 4))
+                # Sample a kind first, then an event of it: most events are image files.
+                kind = rng.choice(kinds)
+                number = rng.choice([i for i, event in enumerate(events) if tuple(event) == kind])
+                code = run(command, log, kill_at=number if not moments else rng.randrange(len(events) // 4))
                 moment = tuple(json.loads(log.read_text())[-1])
             if code == 0:
                 break
@@ -245,19 +259,19 @@ def main() -> None:
         else:
             code = run(command, log)
         text = log.with_suffix(".txt").read_text()
-        assert code == 0 or "The run is through" in text, text
+        assert code == 0 or "The run is finished" in text, text
         (resumed,) = folder.glob("*/*/run")
-        wrong = different(wanted, contents(resumed))
+        different = differences(expected, contents(resumed))
         for moment in moments:
             row = table.setdefault(moment, Counter())
             row["kills"] += 1
-            row["equal"] += not wrong
+            row["equal"] += not different
         kills, case = kills + len(moments), case + 1
-        if wrong:
-            print(f"{folder}: killed at {moments}, differs in {wrong[:5]} and {len(wrong)} in all", flush=True)
+        if different:
+            print(f"{folder}: killed at {moments}; {len(different)} entries differ: {different[:5]} ...", flush=True)
         else:
             shutil.rmtree(folder)
-    print(f"{'phase':22} {'moment':36} kills  resumed equal")
+    print(f"{'phase':22} {'moment':36} kills  equal")
     for (phase, what), row in sorted(table.items()):
         print(f"{phase:22} {what:36} {row['kills']:5}  {row['equal']:5}")
     equal = sum(row["equal"] for row in table.values())

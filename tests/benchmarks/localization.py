@@ -1,9 +1,8 @@
-"""Which input of the relevance head, and which normalisation of the maps, locates edits better on ground truth.
+"""Accuracy of localization on ground truth, by input of the relevance head and normalization of the relevance maps.
 
-For every edit of a toy scene, maps of the training views are made once per normalisation, the relevance head is trained on
-them on a fixed scene, and its renders are compared with the true masks on views that were held out from training, without
-and with the hull that holds what is relevant in mid-air; so are the maps of those same views. Run it on a scene that
-`wys demo-scene` wrote and a finished wys-tiny run on it:
+For every edit of a toy scene, the relevance head is trained on the maps of the training views while the scene stays fixed. Its
+renders of held-out views, without and with free-space relevance from the visual hull, and the relevance maps of those views are
+compared with the true masks. Requires a scene written by `wys demo-scene` and a finished wys-tiny run on it:
 
     python tests/benchmarks/localization.py SCENE RUN --output localization.json
 """
@@ -39,15 +38,15 @@ class Options:
     scene: tyro.conf.Positional[Path]
     """Scene with ground truth."""
     run: tyro.conf.Positional[Path]
-    """Run or checkpoint whose scene is used."""
+    """Run or checkpoint of that scene."""
     editor: str = EMBEDDED
-    """Editor that is asked."""
+    """Editor: a hub id, a local folder or "embedded"."""
     num_samples: int = 4
     """Noise samples averaged per relevance map."""
     noise_level: float = 0.8
-    """t_rel."""
+    """Noise level of relevance maps (t_rel), as a share of the diffusion."""
     outlier_factor: float = wys_tiny.config.pipeline.relevance_outlier_factor  # type: ignore
-    """Maps are clamped at Q3 + this many interquartile ranges."""
+    """Relevance is clamped at Q3 + this many interquartile ranges."""
     expectile: float = wys_tiny.config.pipeline.model.relevance_expectile  # type: ignore
     """Expectile of the relevance loss: the share of views that must agree that a surface is relevant."""
     steps: int = wys_tiny.config.pipeline.localize_steps  # type: ignore
@@ -55,17 +54,17 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of maps and heads."""
     edits: tuple[str, ...] = EDITS
-    """Slugs of the edits."""
+    """Edits to measure, as named in the scene's ground truth."""
     inputs: tuple[RelevanceInput, ...] = get_args(RelevanceInput)
-    """What relevance heads see."""
+    """Inputs of the relevance head to measure."""
     normalizations: tuple[Literal["view", "scene"], ...] = ("view", "scene")
-    """Over what maps are normalised."""
+    """Normalizations of the relevance maps to measure: in each view, or over the scene."""
     output: Path = field(default_factory=lambda: Path("localization.json"))
-    """JSON to write; a Markdown table goes to the terminal."""
+    """JSON file to write; the table is also printed as Markdown."""
 
 
 def build(options: Options, relevance_input: RelevanceInput, seed: int) -> WysPipeline:
-    """A pipeline on the scene with a fresh relevance head."""
+    """Return a pipeline with the run's scene and a newly initialized relevance head."""
     config = copy.deepcopy(wys_tiny.config.pipeline)
     config.datamanager.data = options.scene
     config.editor = options.editor
@@ -78,7 +77,7 @@ def build(options: Options, relevance_input: RelevanceInput, seed: int) -> WysPi
 
 
 def raw_maps(options: Options, editor: Editor, pipeline: WysPipeline, instruction: str, seed: int) -> torch.Tensor:
-    """Raw maps of training views, then of held-out views."""
+    """Return the maps of all training views, then of all held-out views, before normalization."""
     data = pipeline.datamanager
     held_out = [data.eval_dataset[i]["image"] for i in range(len(data.eval_dataset))]
     images = torch.cat([data.captured_views(range(data.num_views)), torch.stack(held_out)])
@@ -90,7 +89,7 @@ def raw_maps(options: Options, editor: Editor, pipeline: WysPipeline, instructio
 
 
 def train_head(pipeline: WysPipeline, steps: int) -> None:
-    """Trains the relevance head as the localise phase does."""
+    """Train the relevance head as in the localize phase."""
     model = pipeline.scene_model
     model.phase = Phase.LOCALIZE
     model.train()
@@ -107,7 +106,7 @@ def train_head(pipeline: WysPipeline, steps: int) -> None:
 
 @torch.no_grad()
 def field_renders(pipeline: WysPipeline) -> torch.Tensor:
-    """Rendered relevance of the held-out views."""
+    """Render the relevance of the held-out views."""
     pipeline.eval()
     cameras = pipeline.datamanager.eval_dataset.cameras
     renders = [
@@ -116,18 +115,24 @@ def field_renders(pipeline: WysPipeline) -> torch.Tensor:
     return torch.stack(renders)[..., 0]
 
 
-def figures(maps: torch.Tensor, truth: GroundTruth, names: list[str]) -> dict[str, float]:
-    """Mean figures of maps against true masks, over the views in which something changes."""
+def metrics(maps: torch.Tensor, truth: GroundTruth, names: list[str]) -> dict[str, float]:
+    """Return mean metrics of relevance against the true masks, over the views in which the edit is visible.
+
+    Args:
+        maps: Relevance of the views, of shape (n, h, w), in [0, 1].
+        truth: Ground truth of the edit.
+        names: File names of the views.
+    """
     masks = [truth.mask(name) for name in names]
-    seen = [i for i, mask in enumerate(masks) if mask.any()]
-    rows = {"AP": [average_precision(maps[i], masks[i]) for i in seen]}
+    visible = [i for i, mask in enumerate(masks) if mask.any()]
+    rows = {"AP": [average_precision(maps[i], masks[i]) for i in visible]}
     for tau in (0.25, 0.35, 0.5, 0.7):
-        rows[f"IoU {tau}"] = [intersection_over_union(relevance.threshold(maps[i], tau), masks[i]) for i in seen]
+        rows[f"IoU {tau}"] = [intersection_over_union(relevance.threshold(maps[i], tau), masks[i]) for i in visible]
     return {name: sum(values) / len(values) for name, values in rows.items()}
 
 
 def main(options: Options) -> None:
-    """Runs all combinations and writes the table."""
+    """Measure all combinations, write the JSON file and print the table."""
     editor = load_editor(options.editor)
     rows = []
     for seed in options.seeds:
@@ -145,29 +150,29 @@ def main(options: Options) -> None:
                     maps = relevance.resize(
                         relevance.normalize(raw, normalization, options.outlier_factor), *data.view_size
                     )
-                    start = copy.deepcopy(pipeline.scene_model.field.mlp_relevance.state_dict())
+                    initial_head = copy.deepcopy(pipeline.scene_model.field.mlp_relevance.state_dict())
                     unclamped_maps = relevance.normalize(raw, normalization, outlier_factor=None)
                     data.set_relevance(maps[: data.num_views], unclamped_maps[: data.num_views])
                     train_head(pipeline, options.steps)
                     key = {"seed": seed, "edit": slug, "normalization": normalization}
-                    rows.append({**key, "source": variant, **figures(field_renders(pipeline), truth, names)})
+                    rows.append({**key, "source": variant, **metrics(field_renders(pipeline), truth, names)})
                     pipeline.session.edit_loop.build_visual_hull()
                     rows.append(
-                        {**key, "source": f"{variant} and hull", **figures(field_renders(pipeline), truth, names)}
+                        {**key, "source": f"{variant} and hull", **metrics(field_renders(pipeline), truth, names)}
                     )
                     pipeline.scene_model.field.relevance_hull.reset()
-                    pipeline.scene_model.field.mlp_relevance.load_state_dict(start)
+                    pipeline.scene_model.field.mlp_relevance.load_state_dict(initial_head)
                     if variant == options.inputs[0]:
-                        rows.append({**key, "source": "maps", **figures(maps[data.num_views :], truth, names)})
+                        rows.append({**key, "source": "maps", **metrics(maps[data.num_views :], truth, names)})
                 print(rows[-1], flush=True)
                 options.output.write_text(json.dumps(rows, indent=1), "utf8")
     print(table(rows))
 
 
 def table(rows: list[dict]) -> str:
-    """Means over edits and seeds as Markdown."""
+    """Return the means over edits and seeds as Markdown."""
     columns = [name for name in rows[0] if name not in ("seed", "edit", "normalization", "source")]
-    lines = [f"| relevance | normalised over | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
+    lines = [f"| relevance | normalized over | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
     for source in dict.fromkeys(row["source"] for row in rows):
         for normalization in dict.fromkeys(row["normalization"] for row in rows):
             chosen = [r for r in rows if r["source"] == source and r["normalization"] == normalization]

@@ -1,8 +1,8 @@
-"""Peak memory of a whole run, phase by phase: the scene's training, the perceptual loss, and the editor resident.
+"""Peak memory of each phase of a run: training of the scene, perceptual loss, and the editor in memory.
 
-A few steps of each phase as `ns-train` takes them, with InstructPix2Pix's networks at their full size and random weights, and
-a random AlexNet. On a GPU it is what torch has allocated at most in a phase. A CPU's is the largest resident memory so far,
-single precision throughout, and says little about a GPU's.
+Each phase has a few steps, trained as by `ns-train`, with InstructPix2Pix's networks at full size with random weights, and a random
+AlexNet. On a GPU the peak is the maximum that torch has allocated in the phase. On a CPU it is the maximum resident memory so far, in
+single precision, which is no estimate of a GPU's.
 
     wys demo-scene SCENE
     python tests/benchmarks/memory.py SCENE --output DIR --device cuda --methods wys wys-small
@@ -26,7 +26,6 @@ from speed import FULL_SIZE, full_size_editor
 from torchvision.models import alexnet
 
 from wys_nerfstudio.editing import Editor, load_editor
-from wys_nerfstudio.pipeline import WysPipeline
 from wys_nerfstudio.trainer import WysTrainer, WysTrainerConfig
 from wys_nerfstudio.training.schedule import Phase
 
@@ -38,30 +37,30 @@ class Options:
     scene: tyro.conf.Positional[Path]
     """Scene; its views are repeated and enlarged."""
     output: Path
-    """Folder for memory.json and the runs."""
+    """Folder for memory.json, the scene and the runs."""
     device: str = "cpu"
     """Device of editor and scene."""
     methods: tuple[str, ...] = ("wys", "wys-small")
-    """Methods that are measured."""
+    """Methods to measure."""
     editor: str = FULL_SIZE
-    """Editor, or "full-size" for InstructPix2Pix's sizes with random weights."""
+    """Editor, or "full-size" for random weights in InstructPix2Pix's sizes."""
     views: int = 100
     """Number of views."""
     side: int = 512
     """Longer side of the views in pixels."""
     steps: int = 6
-    """Steps of each phase; every second one of the last begins with an edit."""
+    """Steps of each phase; in the edit phase there is one edit every two steps."""
 
 
 def peak_gib(device: str) -> float:
-    """Most memory since the last reset, in GiB; on a CPU since the process began."""
+    """Return the peak memory in GiB since the last reset; on a CPU since the start of the process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def measure(method: str, scene: Path, options: Options) -> dict[str, float]:
-    """Peak of each phase of a run in GiB; the editor is loaded and let go when the run does so."""
+    """Return the peak memory of each phase of a run in GiB. The run loads and releases the editor itself."""
     config: WysTrainerConfig = copy.deepcopy(all_methods[method])  # type: ignore
     config.vis, config.machine.device_type = "tensorboard", torch.device(options.device).type  # type: ignore
     config.output_dir, config.pipeline.datamanager.data = options.output / "runs", scene
@@ -74,30 +73,29 @@ def measure(method: str, scene: Path, options: Options) -> dict[str, float]:
     torch.manual_seed(0)
     trainer: WysTrainer = config.setup(local_rank=0, world_size=1)
     trainer.setup()
-    pipeline: WysPipeline = trainer.pipeline
-    unclamped_maps: dict[str, float] = {}
-    began: list[Phase] = []
-    enter = pipeline.enter_phase
+    peaks: dict[str, float] = {}
+    entered: list[Phase] = []
+    enter_phase = trainer.pipeline.session.enter_phase
 
-    def end() -> None:
-        if began:
-            unclamped_maps[began[-1].value] = peak_gib(options.device)
+    def end_phase() -> None:
+        if entered:
+            peaks[entered[-1].value] = peak_gib(options.device)
         if options.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
 
-    def watched(phase: Phase) -> None:
-        end()
-        began.append(phase)
-        enter(phase)
+    def measured_enter_phase(phase: Phase) -> None:
+        end_phase()
+        entered.append(phase)
+        enter_phase(phase)
 
-    pipeline.enter_phase = watched
+    trainer.pipeline.session.enter_phase = measured_enter_phase
     trainer.train()
-    end()
-    return unclamped_maps
+    end_phase()
+    return peaks
 
 
 def main(options: Options) -> None:
-    """Measures, prints the table and writes the JSON."""
+    """Measure, print the table and write the JSON file."""
     options.output.mkdir(parents=True, exist_ok=True)
     scene = options.output / "scene"
     write_scene(options.scene, scene, options.views, options.side)

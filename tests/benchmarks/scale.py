@@ -1,10 +1,10 @@
-"""What a scene's size costs: relevance maps and the edit loop against the number of views, and against their resolution.
+"""Time and memory by size of the scene: relevance maps and edit loop over the number of views and over their resolution.
 
     wys demo-scene SCENE && OMP_NUM_THREADS=1 python tests/benchmarks/scale.py SCENE --output DIR
 
-The scene's views are repeated until there are enough, or enlarged; the model is `wys-tiny`'s, the editor the embedded one. A
-round of the edit loop is five steps of training and an edit of a whole view; CPU seconds, medians of several rounds. Memory is
-that of the views, their relevance and their edits. Leaves `scale.json` and `scale.png`.
+The scene's views are repeated or enlarged as needed; the model is `wys-tiny`'s, the editor the embedded one. One round of the edit
+loop is five training steps and an edit of a whole view. Times are CPU seconds, for rounds the median. Memory is that of the views,
+their relevance and their edits. Writes `scale.json` and `scale.png`.
 """
 
 import copy
@@ -37,26 +37,26 @@ class Options:
     """Options of the benchmark."""
 
     scene: tyro.conf.Positional[Path]
-    """Scene in nerfstudio's format whose views are repeated and enlarged."""
+    """Scene in nerfstudio's format; its views are repeated and enlarged."""
     counts: tuple[int, ...] = (8, 25, 50, 100, 200, 400)
     """Numbers of views."""
     sides: tuple[int, ...] = (256, 512, 1024)
-    """Longer sides of views, in pixels, that are edited in the editor's own size."""
+    """Longer sides in pixels of views that are edited at the editor's native resolution."""
     editing_sides: tuple[int, ...] = (80, 128, 192, 256)
-    """Longer sides, in pixels, at which views of the first of `sides` are edited."""
+    """Longer sides in pixels at which views of the first of `sides` are edited."""
     rounds: int = 5
-    """Rounds of the edit loop; one more before warms up."""
+    """Measured rounds of the edit loop, after one for warmup."""
     instruction: str = "turn the bear into a panda"
     """What to change."""
     editor: str = "embedded"
-    """Editor."""
+    """Editor: a hub id, a local folder or "embedded"."""
     output: Path = Path("scale")
     """Folder for `scale.json` and `scale.png`."""
 
 
 @dataclass
 class Row:
-    """A scene of one size."""
+    """Measurements of one size of scene."""
 
     views: int
     """Number of training views."""
@@ -67,22 +67,22 @@ class Row:
     maps: float
     """CPU seconds of all relevance maps."""
     round: float
-    """CPU seconds of five steps and an edit."""
+    """CPU seconds of five training steps and an edit."""
     mib_per_view: float
-    """Memory of a view, its relevance and its edit."""
+    """Memory in MiB of a view, its relevance and its edit."""
 
 
 def write_scene(source: Path, folder: Path, views: int, side: Optional[int] = None) -> int:
-    """Writes a scene of repeated, perhaps enlarged views.
+    """Write a scene of repeated, and optionally enlarged, views.
 
     Args:
-        source: A scene.
-        folder: Where to write.
-        views: How many views.
-        side: Their longer side; by default the source's.
+        source: Folder of a scene.
+        folder: Folder to write; it is replaced.
+        views: Number of views.
+        side: Longer side of the views in pixels. Default: the source's.
 
     Returns:
-        The longer side.
+        Longer side of the views in pixels.
     """
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "images").mkdir(parents=True)
@@ -95,8 +95,7 @@ def write_scene(source: Path, folder: Path, views: int, side: Optional[int] = No
         name = f"images/{number:04d}.png"
         Image.open(source / frame["file_path"]).resize(size).save(folder / name)
         frames.append({**frame, "file_path": name})
-    along = {"fl_x": scale, "fl_y": scale, "cx": scale, "cy": scale}
-    transforms |= {key: transforms[key] * factor for key, factor in along.items()}
+    transforms |= {key: transforms[key] * scale for key in ("fl_x", "fl_y", "cx", "cy")}
     transforms |= {"w": size[0], "h": size[1], "frames": frames, "train_filenames": [f["file_path"] for f in frames]}
     transforms |= {"val_filenames": [frames[0]["file_path"]], "test_filenames": [frames[0]["file_path"]]}
     (folder / "transforms.json").write_text(json.dumps(transforms), "utf8")
@@ -104,7 +103,7 @@ def write_scene(source: Path, folder: Path, views: int, side: Optional[int] = No
 
 
 def build_trainer(scene: Path, options: Options, editing_side: int) -> WysTrainer:
-    """A trainer of wys-tiny that edits whole views from the first step on."""
+    """Return a trainer of wys-tiny whose edits change whole views; no step precedes localization."""
     config: WysTrainerConfig = copy.deepcopy(wys_tiny.config)  # type: ignore
     config.vis, config.machine.device_type, config.output_dir = "tensorboard", "cpu", scene.parent / "runs"  # type: ignore
     config.pipeline.datamanager.data = scene
@@ -119,29 +118,35 @@ def build_trainer(scene: Path, options: Options, editing_side: int) -> WysTraine
 
 
 def measure(scene: Path, options: Options, views: int, side: int, editing_side: int) -> Row:
-    """Maps of all views, then rounds of the edit loop."""
+    """Measure the relevance maps of all views, then rounds of the edit loop.
+
+    Args:
+        scene: Folder of the scene.
+        options: Options of the benchmark.
+        views: Number of views of the scene.
+        side: Longer side of the views in pixels.
+        editing_side: Longer side in pixels at which views are edited.
+    """
     trainer = build_trainer(scene, options, editing_side)
-    pipeline, every = trainer.pipeline, trainer.config.pipeline.edit_every
-    began = time.process_time()
+    session, every = trainer.pipeline.session, trainer.config.pipeline.edit_every
+    started = time.process_time()
     with trainer.train_lock:
-        pipeline.session.enter_phase(Phase.LOCALIZE)
-        maps = time.process_time() - began
-        pipeline.session.enter_phase(Phase.EDIT)
+        session.enter_phase(Phase.LOCALIZE)
+        maps = time.process_time() - started
+        session.enter_phase(Phase.EDIT)
     rounds = []
-    for first in range(
-        pipeline.session.schedule.edit_start, pipeline.session.schedule.edit_start + (options.rounds + 1) * every, every
-    ):
-        began = time.process_time()
-        train_steps(trainer, first, every)
-        rounds.append(time.process_time() - began)
-    data = pipeline.datamanager
+    for number in range(options.rounds + 1):
+        started = time.process_time()
+        train_steps(trainer, session.schedule.edit_start + number * every, every)
+        rounds.append(time.process_time() - started)
+    data = trainer.pipeline.datamanager
     stacks = [data._captured, *(value for value in data.cached_batch.values() if isinstance(value, torch.Tensor))]
-    held = sum(stack.numel() * stack.element_size() for stack in stacks) / data.num_views / 2**20
-    return Row(views, side, editing_side, maps, statistics.median(rounds[1:]), held)
+    mib_per_view = sum(stack.numel() * stack.element_size() for stack in stacks) / data.num_views / 2**20
+    return Row(views, side, editing_side, maps, statistics.median(rounds[1:]), mib_per_view)
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as Markdown."""
+    """Return the rows as Markdown."""
     lines = [
         "| views | longer side | edited at | maps, s | maps, s per view | five steps and an edit, s | MiB per view |",
         "|---|---|---|---|---|---|---|",
@@ -155,7 +160,14 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def plot(by_count: Sequence[Row], by_side: Sequence[Row], by_editing_side: Sequence[Row], path: Path) -> None:
-    """Maps and edit loop over the number of views, over their sides, and over the sides at which they are edited."""
+    """Plot times over the number of views, over their size, and over the size at which they are edited.
+
+    Args:
+        by_count: Rows that differ in the number of views.
+        by_side: Rows that differ in the size of the views.
+        by_editing_side: Rows that differ in the size at which views are edited.
+        path: PNG file to write.
+    """
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     axes: Any = figure.subplots(1, 3, sharey=True)
     panels = [
@@ -163,11 +175,11 @@ def plot(by_count: Sequence[Row], by_side: Sequence[Row], by_editing_side: Seque
         (by_side, "longer side of the views, pixels", [r.side for r in by_side]),
         (by_editing_side, "longer side at which they are edited, pixels", [r.editing_side for r in by_editing_side]),
     ]
-    for axis, (rows, label, places) in zip(axes, panels):
-        axis.loglog(places, [r.maps for r in rows], "o-", label="all relevance maps")
-        axis.loglog(places, [r.round for r in rows], "s-", label="five steps and an edit")
+    for axis, (rows, label, values) in zip(axes, panels):
+        axis.loglog(values, [r.maps for r in rows], "o-", label="all relevance maps")
+        axis.loglog(values, [r.round for r in rows], "s-", label="five steps and an edit")
         axis.set_xlabel(label)
-        axis.set_xticks(places, [str(place) for place in places], minor=False)
+        axis.set_xticks(values, [str(value) for value in values], minor=False)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("CPU seconds")
@@ -176,19 +188,19 @@ def plot(by_count: Sequence[Row], by_side: Sequence[Row], by_editing_side: Seque
 
 
 def main(options: Options) -> None:
-    """Measures, prints the tables and writes JSON and picture."""
+    """Measure, print the table, and write the JSON file and the plot."""
     options.output.mkdir(parents=True, exist_ok=True)
-    own = load_editor(options.editor).native_resolution
+    native = load_editor(options.editor).native_resolution
     with tempfile.TemporaryDirectory() as temporary:
         scene = Path(temporary) / "scene"
         by_count = []
         for views in options.counts:
             side = write_scene(options.scene, scene, views)
-            by_count.append(measure(scene, options, views, side, own))
+            by_count.append(measure(scene, options, views, side, native))
         views, by_side, by_editing_side = options.counts[0], [], []
         for side in options.sides:
             write_scene(options.scene, scene, views, side)
-            by_side.append(measure(scene, options, views, side, own))
+            by_side.append(measure(scene, options, views, side, native))
         for editing_side in options.editing_sides:
             write_scene(options.scene, scene, views, options.sides[0])
             by_editing_side.append(measure(scene, options, views, options.sides[0], editing_side))

@@ -1,16 +1,17 @@
-"""Edits, relevance maps and the whole edit phase, beside Instruct-NeRF2NeRF's way of doing the same work.
+"""Speed of edits, relevance maps and the edit phase, compared with Instruct-NeRF2NeRF's implementation of the same work.
 
-The other way is written out here as a slow twin, after that system's loop (for relevance after that of the authors'
-release): one view at a time, always all diffusion steps, always three branches, sliced attention, single-precision weights
-(under autocast on a GPU), the condition encoded anew at every edit, a map at every visit, whole views rendered in train mode
-with all outputs, the edit between a step's forward and backward pass, nerfstudio's own torch hash encoding. Both ways use the same networks, views, seeds and
-settings; they take turns, and medians are compared. On a CPU the process's CPU seconds are counted, which other work on the
-machine disturbs less than the clock's (OMP_NUM_THREADS=1 makes them those of an idle machine).
+The comparison is a slow reference in this file that follows Instruct-NeRF2NeRF's loop, and for relevance the method authors'
+release: one view at a time, all diffusion steps at any noise level, always three branches, sliced attention, single-precision
+weights (under autocast on a GPU), the condition encoded again for every edit, one relevance map per edit, whole views rendered in
+train mode with all outputs, edits between the forward and the backward pass of a step, and nerfstudio's own torch hash encoding.
+Both use the same networks, views, seeds and settings, are measured alternately, and are compared by their medians. On a CPU, CPU
+seconds of the process are measured, because other work on the machine disturbs them less than wall-clock time; with
+OMP_NUM_THREADS=1 they equal the wall-clock time on an idle machine.
 
     wys demo-scene SCENE && ns-train wys-tiny --data SCENE --instruction "turn the bear into a panda" --vis tensorboard
     python tests/benchmarks/speed.py SCENE RUN/wys/captured.ckpt
 
-`--editor full-size` measures edits and maps with InstructPix2Pix's own sizes and random weights, at 512 pixels.
+`--editor full-size` measures edits and maps with random weights in InstructPix2Pix's sizes, at 512 pixels.
 """
 
 import copy
@@ -43,6 +44,7 @@ from wys_nerfstudio.pipeline import WysPipelineConfig
 from wys_nerfstudio.trainer import WysTrainer, WysTrainerConfig
 from wys_nerfstudio.training import schedule
 from wys_nerfstudio.training.schedule import Phase
+from wys_nerfstudio.training.settings import RunSettings
 from wys_nerfstudio.utils.encodings import FastHashEncoding, use_fast_encodings
 from wys_nerfstudio.utils.visualization import read_png
 
@@ -54,49 +56,49 @@ class Options:
     """Options of the benchmark."""
 
     scene: tyro.conf.Positional[Path]
-    """Scene whose views are edited."""
+    """Scene in nerfstudio's format."""
     run: tyro.conf.Positional[Optional[Path]] = None
-    """Run or checkpoint on that scene, for the edit phase; without it edits and maps alone are measured."""
+    """Run or checkpoint of that scene, for the edit phase; without it only edits and maps are measured."""
     editor: str = EMBEDDED
-    """Editor, or "full-size" for InstructPix2Pix's sizes with random weights."""
+    """Editor, or "full-size" for random weights in InstructPix2Pix's sizes."""
     instruction: str = "turn the bear into a panda"
     """What to change."""
     device: str = "cpu"
     """Device of editor and scene."""
     views: int = 8
-    """Views that are edited, and that maps are made of."""
+    """Number of views that are edited and have relevance maps."""
     batch: int = 4
-    """Views that this package edits together."""
+    """Views per edit of this package; the comparison edits one at a time."""
     repeats: int = 3
-    """Turns of each way."""
+    """Measured rounds, after one for warmup."""
     compile: bool = False
-    """Compile this package's UNet first, and tell how long that takes."""
+    """Compile this package's UNet first, and measure the time of it."""
     output: Path = Path("speed.json")
-    """JSON to write; Markdown goes to the terminal."""
+    """JSON file to write; the table is also printed as Markdown."""
 
 
 @dataclass
 class Row:
-    """One piece of work, done both ways; seconds per view, the smallest, median and largest of all turns."""
+    """One measured task: minimum, median and maximum seconds per view over all rounds."""
 
     work: str
-    """What was done."""
+    """Name of the task."""
     slow: tuple[float, float, float]
-    """Instruct-NeRF2NeRF's way."""
+    """Seconds of the slow reference."""
     ours: tuple[float, float, float]
-    """This package's way."""
+    """Seconds of this package."""
 
     @property
     def ratio(self) -> float:
-        """How many times as fast, by medians."""
+        """Speedup of this package: ratio of the medians."""
         return self.slow[1] / self.ours[1]
 
 
 # ------------------------------------------------------------------------------------------------------ the slow reference
 
 
-def as_slow(editor: StableDiffusionEditor) -> StableDiffusionEditor:
-    """The same networks in single precision and with sliced attention."""
+def slow_editor(editor: StableDiffusionEditor) -> StableDiffusionEditor:
+    """Return a copy of an editor in single precision with sliced attention."""
     unet, vae, text_encoder = (copy.deepcopy(net).float() for net in (editor.unet, editor.vae, editor.text_encoder))
     unet.set_attention_slice("auto")
     return StableDiffusionEditor(
@@ -114,7 +116,7 @@ def as_slow(editor: StableDiffusionEditor) -> StableDiffusionEditor:
 def slow_noise(
     editor: StableDiffusionEditor, latents: Tensor, level: NoiseLevel, condition: Tensor, states: Tensor
 ) -> Sequence[Tensor]:
-    """With text and image, with the image, with neither: always all three, for one view."""
+    """Predict the noise of one view with all three branches: text and image, image only, neither."""
     conditions = torch.cat([condition, condition, torch.zeros_like(condition)])
     cuda = editor.device.type == "cuda"
     with torch.autocast("cuda", torch.float16) if cuda else nullcontext():
@@ -122,12 +124,12 @@ def slow_noise(
 
 
 def level_at(editor: StableDiffusionEditor, timestep: int) -> NoiseLevel:
-    """The noise level of a timestep."""
+    """Return the noise level of a timestep."""
     return editor.noise_levels(timestep / (editor.num_train_timesteps - 1), 1)[0]
 
 
 def slow_states(editor: StableDiffusionEditor, instruction: str) -> Float[Tensor, "3 tokens width"]:
-    """Text states of the three branches; they are made once."""
+    """Encode the texts of the three branches."""
     return torch.cat([editor.encode_text(text) for text in (instruction, "", "")])
 
 
@@ -140,9 +142,19 @@ def slow_edit(
     strength: float,
     seed: int,
 ) -> Float[Tensor, "1 h w 3"]:
-    """One view, all steps wherever it starts, nothing remembered; there is no mask."""
+    """Edit one view without a mask: all diffusion steps at any noise level, nothing cached.
+
+    Args:
+        editor: Result of `slow_editor`.
+        render: The view that the edit starts from, in [0, 1].
+        captured: The view that the edit is conditioned on, in [0, 1].
+        states: Result of `slow_states`.
+        settings: Guidance, steps and resolution.
+        strength: Noise that the edit starts from, as a share of the diffusion.
+        seed: Seed of the noise.
+    """
     size = settings.size_for(editor, *render.shape[1:3])
-    start, kept = (editor.encode(resize_images(x.to(editor.device), *size)) for x in (render, captured))
+    start, reference = (editor.encode(resize_images(x.to(editor.device), *size)) for x in (render, captured))
     noise = seeded_noise([seed], start.latents.shape[1:], editor.device)
     final = editor.noise_levels(strength, 1)[-1]
     last, steps = editor.num_train_timesteps - 1, settings.diffusion_steps
@@ -150,115 +162,153 @@ def slow_edit(
     levels = [level_at(editor, max(1, first - i * first // steps)) for i in range(steps)]
     latents = add_noise(start.latents, noise, levels[0])
     guidance = editor.branches(settings.guidance_scale, settings.image_guidance_scale)
-    for now, following in zip(levels, [*levels[1:], final]):
-        predicted = apply_guidance(slow_noise(editor, latents, now, kept.condition, states), guidance)
-        latents = add_noise(*editor.split(predicted, latents, now), following)
+    for level, next_level in zip(levels, [*levels[1:], final]):
+        predicted = apply_guidance(slow_noise(editor, latents, level, reference.condition, states), guidance)
+        latents = add_noise(*editor.split(predicted, latents, level), next_level)
     return resize_images(editor.decode(latents), *render.shape[1:3])
 
 
 def slow_map(
     editor: StableDiffusionEditor, render: Tensor, captured: Tensor, states: Tensor, settings: EditSettings, seed: int
 ) -> Float[Tensor, "1 lh lw"]:
-    """The release's map of a visit: three branches where two are needed, both pictures encoded anew."""
+    """Compute the relevance map of one view as in the method authors' release: three branches instead of two, both images
+    encoded for every map.
+
+    Args:
+        editor: Result of `slow_editor`.
+        render: The view that the prediction is conditioned on, in [0, 1].
+        captured: The view that noise is added to, in [0, 1].
+        states: Result of `slow_states`.
+        settings: Resolution.
+        seed: Seed of the noise.
+    """
     size = settings.size_for(editor, *render.shape[1:3])
-    clean, kept = (editor.encode(resize_images(x.to(editor.device), *size)) for x in (captured, render))
+    clean, reference = (editor.encode(resize_images(x.to(editor.device), *size)) for x in (captured, render))
     noise = seeded_noise([seed], clean.latents.shape[1:], editor.device)
     level = editor.noise_level(0.8)
-    branches = slow_noise(editor, add_noise(clean.latents, noise, level), level, kept.condition, states)
+    branches = slow_noise(editor, add_noise(clean.latents, noise, level), level, reference.condition, states)
     return relevance.noise_difference(branches[0], branches[1])
 
 
-# ------------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------------------- measurement
 
 
-def in_turns(work: str, slow: Callable[[int], None], ours: Callable[[int], None], repeats: int, views: int) -> Row:
-    """Both ways once to warm up, then in turns; each is handed the number of its turn."""
+def measure_alternately(
+    work: str, slow: Callable[[int], None], ours: Callable[[int], None], repeats: int, views: int
+) -> Row:
+    """Measure two functions alternately, after one call of each for warmup.
+
+    Args:
+        work: Name of the task.
+        slow: The slow reference; receives the number of the round.
+        ours: This package; receives the number of the round.
+        repeats: Number of measured rounds.
+        views: Number of views per call.
+    """
     times: dict[Callable[[int], None], list[float]] = {slow: [], ours: []}
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    for turn in range(repeats + 1):
-        for way in (slow, ours):
-            began = clock()
-            way(turn)
+    for repeat in range(repeats + 1):
+        for function in (slow, ours):
+            started = clock()
+            function(repeat)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            if turn > 0:
-                times[way].append((clock() - began) / views)
-    spread = [(min(t), statistics.median(t), max(t)) for t in times.values()]
-    return Row(work, *spread)
+            if repeat > 0:
+                times[function].append((clock() - started) / views)
+    return Row(work, *((min(t), statistics.median(t), max(t)) for t in times.values()))
 
 
 def editing_rows(
     editor: StableDiffusionEditor,
     slow: StableDiffusionEditor,
-    pictures: Tensor,
+    images: Tensor,
     options: Options,
     config: WysPipelineConfig,
 ) -> list[Row]:
-    """Edits of all views with a method's settings, from noise levels as its runs draw them, and their relevance maps."""
-    count, settings = len(pictures), config.edit_settings()
+    """Measure edits of all views from the noise levels of a run, and their relevance maps.
+
+    Args:
+        editor: This package's editor.
+        slow: Result of `slow_editor`.
+        images: Views in [0, 1], of shape (b, h, w, 3).
+        options: Options of the benchmark.
+        config: Options of the method.
+    """
+    count, settings = len(images), config.edit_settings(RunSettings.from_options(config))
     states = slow_states(slow, options.instruction)
     levels = config.min_strength, config.max_strength
-    everywhere = torch.ones(pictures.shape[:3], dtype=torch.bool, device=pictures.device)
+    mask = torch.ones(images.shape[:3], dtype=torch.bool, device=images.device)
 
-    def strength(turn: int, view: int) -> float:
-        # Views that are edited together start from the same level, as in a run.
-        number = turn * count + view // options.batch
+    def strength(repeat: int, view: int) -> float:
+        # As in a run, views that are edited together start from the same noise level.
+        number = repeat * count + view // options.batch
         return schedule.strength_of_edit(0, number, *levels)
 
-    def edit_slow(turn: int) -> None:
+    def edit_slow(repeat: int) -> None:
         for view in range(count):
-            picture = pictures[view : view + 1]
-            slow_edit(slow, picture, picture, states, settings, strength(turn, view), view)
+            image = images[view : view + 1]
+            slow_edit(slow, image, image, states, settings, strength(repeat, view), view)
 
-    def edit_ours(turn: int) -> None:
+    def edit_ours(repeat: int) -> None:
         for first in range(0, count, options.batch):
             part = slice(first, first + options.batch)
             edit_images(
                 editor,
-                pictures[part],
-                pictures[part],
-                everywhere[part],
+                images[part],
+                images[part],
+                mask[part],
                 options.instruction,
                 settings,
-                strength=strength(turn, first),
+                strength=strength(repeat, first),
                 seeds=list(range(first, min(count, first + options.batch))),
             )
 
-    def maps_slow(turn: int) -> None:
+    def maps_slow(repeat: int) -> None:
         for view in range(count):
-            picture = pictures[view : view + 1]
-            slow_map(slow, picture, picture, states, settings, view)
+            image = images[view : view + 1]
+            slow_map(slow, image, image, states, settings, view)
 
-    def maps_ours(turn: int) -> None:
-        list(relevance_maps(editor, pictures, options.instruction, seeds=list(range(count))))
+    def maps_ours(repeat: int) -> None:
+        list(relevance_maps(editor, images, options.instruction, seeds=list(range(count))))
 
     scales = f"S_T {settings.guidance_scale:g}, S_I {settings.image_guidance_scale:g}"
     return [
-        in_turns(f"edit, {scales}, {settings.diffusion_steps} steps", edit_slow, edit_ours, options.repeats, count),
-        in_turns("relevance map of a visit", maps_slow, maps_ours, options.repeats, count),
+        measure_alternately(
+            f"edit, {scales}, {settings.diffusion_steps} steps", edit_slow, edit_ours, options.repeats, count
+        ),
+        measure_alternately("relevance map", maps_slow, maps_ours, options.repeats, count),
     ]
 
 
 def hash_encoding_row(device: str, repeats: int) -> Row:
-    """nerfstudio's torch hash encoding and this package's, of wys-tiny's size: forward and backward of a step's samples."""
+    """Measure nerfstudio's torch hash encoding and this package's, in wys-tiny's size: forward and backward pass of one
+    step's samples."""
     torch.manual_seed(0)
     slow = HashEncoding(num_levels=8, max_res=512, log2_hashmap_size=15, implementation="torch").to(device)
     fast = copy.deepcopy(slow)
     use_fast_encodings(fast)
     positions = torch.rand(24 * 1024, 3, device=device)
-    runs = [lambda turn, encoding=encoding: encoding(positions).square().sum().backward() for encoding in (slow, fast)]
-    return in_turns("hash encoding of 24,576 samples", runs[0], runs[1], repeats, views=1)
+    passes = [
+        lambda repeat, encoding=encoding: encoding(positions).square().sum().backward() for encoding in (slow, fast)
+    ]
+    return measure_alternately("hash encoding of 24,576 samples", passes[0], passes[1], repeats, views=1)
 
 
 def build_trainer(options: Options, run: Path, localized: bool) -> WysTrainer:
-    """A trainer of wys-tiny right before its edit phase, edits in batches, under the views' relevance maps or nothing."""
+    """Return a trainer of wys-tiny at the first step of its edit phase.
+
+    Args:
+        options: Options of the benchmark.
+        run: Base run.
+        localized: Whether relevance maps confine the edits.
+    """
     config: WysTrainerConfig = copy.deepcopy(wys_tiny.config)  # type: ignore
     config.vis, config.machine.device_type = "tensorboard", torch.device(options.device).type  # type: ignore
     config.output_dir = options.output.parent / "speed-runs"
     config.pipeline.datamanager.data = options.scene
     config.pipeline.instruction, config.pipeline.base_run = options.instruction, run
     config.pipeline.localize_steps = 1
-    config.pipeline.localization = "relevance-map" if localized else "none"  # the field would have to be trained first
+    config.pipeline.localization = "relevance-map" if localized else "none"  # the field would need training
     config.pipeline.edit_every, config.pipeline.edit_count = 5 * options.batch, options.batch
     config.set_timestamp()
     torch.manual_seed(0)
@@ -271,7 +321,13 @@ def build_trainer(options: Options, run: Path, localized: bool) -> WysTrainer:
 
 
 def train_steps(trainer: WysTrainer, first: int, count: int) -> None:
-    """Steps of training with the edits that are due at them; the proposal networks learn at every step."""
+    """Train steps of the edit phase, with the edits that are due. The proposal networks are trained at every step.
+
+    Args:
+        trainer: The trainer.
+        first: First step.
+        count: Number of steps.
+    """
     for step in range(first, first + count):
         trainer.pipeline.train()
         with trainer.train_lock:
@@ -282,33 +338,41 @@ def train_steps(trainer: WysTrainer, first: int, count: int) -> None:
 def edit_phase_row(
     options: Options, run: Path, editor: StableDiffusionEditor, slow: StableDiffusionEditor, localized: bool
 ) -> Row:
-    """Steps of the edit phase with their edits, per edited view: five steps and an edit. The other way has no masks."""
+    """Measure the edit phase per edited view: five steps and an edit. The slow reference has no masks.
+
+    Args:
+        options: Options of the benchmark.
+        run: Base run.
+        editor: This package's editor.
+        slow: Result of `slow_editor`.
+        localized: Whether relevance maps confine this package's edits.
+    """
     ours, other = build_trainer(options, run, localized), build_trainer(options, run, localized=False)
     for module in other.pipeline.modules():
         if isinstance(module, FastHashEncoding):
             module.__class__ = HashEncoding  # nerfstudio's own
-    settings = other.config.pipeline.edit_settings()
+    settings = other.config.pipeline.edit_settings(other.pipeline.settings.current)
     states = slow_states(slow, options.instruction)
     steps = ours.config.pipeline.edit_every
     first_step = ours.pipeline.session.schedule.edit_start
 
-    def turn_ours(turn: int) -> None:
-        train_steps(ours, first_step + turn * steps, steps)
+    def train_ours(repeat: int) -> None:
+        train_steps(ours, first_step + repeat * steps, steps)
 
-    def turn_slow(turn: int) -> None:
+    def train_slow(repeat: int) -> None:
         data, model = other.pipeline.datamanager, other.pipeline.scene_model
         for i in range(steps):
-            step = first_step + turn * steps + i
+            step = first_step + repeat * steps + i
             other.pipeline.train()
             other.optimizers.zero_grad_all()
             losses = other.pipeline.get_train_loss_dict(step)[1]
             if i % 5 == 0:
-                number = (turn * steps + i) // 5
+                number = (repeat * steps + i) // 5
                 view = schedule.view_of_edit(0, number, data.num_views)
                 camera = data.train_dataset.cameras[view : view + 1].to(model.device)
                 with torch.no_grad():
                     rays = camera.generate_rays(camera_indices=0, keep_shape=True)
-                    model.phase = Phase.RECONSTRUCT  # a model without a second head
+                    model.phase = Phase.RECONSTRUCT  # renders without the relevance head
                     render = Model.get_outputs_for_camera_ray_bundle(model, rays)["rgb"][None].clamp(0, 1)
                     model.phase = Phase.EDIT
                     captured = data.captured_views([view])
@@ -320,12 +384,12 @@ def edit_phase_row(
             other.optimizers.scheduler_step_all(step)
 
     ours.pipeline._editor = editor
-    what = "masked" if localized else "whole"
-    return in_turns(f"edit phase of wys-tiny, {what} views", turn_slow, turn_ours, options.repeats, options.batch)
+    work = f"edit phase of wys-tiny, {'masked' if localized else 'whole'} views"
+    return measure_alternately(work, train_slow, train_ours, options.repeats, options.batch)
 
 
 def full_size_editor(device: str) -> StableDiffusionEditor:
-    """InstructPix2Pix's networks with random weights, and the embedded editor's words."""
+    """Return an editor with InstructPix2Pix's architecture, random weights and the embedded editor's tokenizer."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -344,51 +408,51 @@ def full_size_editor(device: str) -> StableDiffusionEditor:
     )
 
 
-def unet_flops(editor: StableDiffusionEditor, pictures: Tensor) -> float:
-    """Floating-point operations of one branch of one view."""
-    encoding = editor.encode(pictures[:1])
+def unet_flops(editor: StableDiffusionEditor, images: Tensor) -> float:
+    """Return the number of floating-point operations of the UNet for one branch of one view."""
+    encoding = editor.encode(images[:1])
     with FlopCounterMode(display=False) as counter:
         editor.predict_noise(encoding.latents, editor.noise_level(0.5), encoding.condition, editor.encode_text(""))
     return float(counter.get_total_flops())
 
 
-def compiled(editor: StableDiffusionEditor, pictures: Tensor, options: Options) -> float:
-    """Compiles the UNet for the shape of a batch; returns the seconds that it took."""
+def compile_unet(editor: StableDiffusionEditor, images: Tensor, options: Options) -> float:
+    """Compile the UNet for the shape of a batch, and return the time of compilation in seconds."""
     editor.unet = torch.compile(editor.unet)
-    began = time.perf_counter()
-    latents = editor.encode(pictures[: options.batch]).latents.repeat(3, 1, 1, 1)
+    started = time.perf_counter()
+    latents = editor.encode(images[: options.batch]).latents.repeat(3, 1, 1, 1)
     editor.predict_noise(latents, editor.noise_level(0.5), latents, editor.encode_text("").expand(len(latents), -1, -1))
-    return time.perf_counter() - began
+    return time.perf_counter() - started
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as Markdown: medians, in brackets the smallest and the largest."""
+    """Return the rows as Markdown: medians, with minimum and maximum in parentheses."""
 
     def cell(times: tuple[float, float, float]) -> str:
         return f"{times[1]:.3f} ({times[0]:.3f} to {times[2]:.3f})"
 
-    lines = ["| work, seconds per view | Instruct-NeRF2NeRF's way | wys | times as fast |", "|---|---|---|---|"]
+    lines = ["| task, seconds per view | Instruct-NeRF2NeRF | wys | speedup |", "|---|---|---|---|"]
     return "\n".join([*lines, *(f"| {r.work} | {cell(r.slow)} | {cell(r.ours)} | {r.ratio:.1f} |" for r in rows)])
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Measures everything that the options ask for."""
+    """Measure all tasks that the options select, and return the results as plain data."""
     full = options.editor == FULL_SIZE
     editor = full_size_editor(options.device) if full else load_editor(options.editor, options.device)
-    slow = as_slow(editor)
+    slow = slow_editor(editor)
     files = sorted((options.scene / "images").glob("*.png"))[: options.views]
-    pictures = torch.stack([read_png(file) for file in files]).to(options.device)
+    images = torch.stack([read_png(file) for file in files]).to(options.device)
     if full:
-        pictures = resize_images(pictures, 512, 512)
-    result: dict[str, Any] = {"unet_gflop": unet_flops(editor, pictures) / 1e9}
+        images = resize_images(images, 512, 512)
+    result: dict[str, Any] = {"unet_gflop": unet_flops(editor, images) / 1e9}
     if options.compile:
-        result["compile_seconds"] = compiled(editor, pictures, options)
+        result["compile_seconds"] = compile_unet(editor, images, options)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     default, tiny = (method.config.pipeline for method in (wys, wys_tiny))
-    rows = editing_rows(editor, slow, pictures, options, default)  # type: ignore
+    rows = editing_rows(editor, slow, images, options, default)  # type: ignore
     if not full:
-        rows += editing_rows(editor, slow, pictures, options, tiny)[:1]  # type: ignore
+        rows += editing_rows(editor, slow, images, options, tiny)[:1]  # type: ignore
     rows.append(hash_encoding_row(options.device, options.repeats))
     if options.run is not None:
         rows += [edit_phase_row(options, options.run, editor, slow, localized) for localized in (False, True)]
@@ -406,7 +470,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def main(options: Options) -> None:
-    """Measures, prints the table and writes the JSON."""
+    """Measure, print the table and write the JSON file."""
     result = measure(options)
     print(result.pop("table"))
     options.output.write_text(json.dumps(result, indent=1), "utf8")

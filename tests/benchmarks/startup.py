@@ -1,7 +1,7 @@
-"""What the plugin adds to the start of nerfstudio's commands: with it, and as if it were not installed.
+"""Time that the plugin adds to the start of nerfstudio's commands.
 
-Whether it is installed is what importlib.metadata lists; the child process that goes without takes this package's entry points
-out of that list and runs the same command. Both take turns; CPU seconds of whole processes, medians.
+Each command runs in a child process, alternately with the plugin and without: without, the package's entry points are removed from
+what importlib.metadata lists. Times are medians of the CPU seconds of whole processes.
 
     python tests/benchmarks/startup.py
 """
@@ -20,7 +20,7 @@ from typing import Any
 import tyro
 
 LIMIT = 0.3
-"""Seconds that the plugin may add."""
+"""Maximum number of seconds that the plugin may add."""
 COMMANDS = (["--help"], ["nerfacto", "--help"])
 
 CHILD = """
@@ -49,13 +49,18 @@ class Options:
     """Options of the benchmark."""
 
     repeats: int = 5
-    """Turns."""
+    """Measured runs of each command."""
     output: Path = Path("startup.json")
-    """JSON to write; Markdown goes to the terminal."""
+    """JSON file to write; the table is also printed as Markdown."""
 
 
 def seconds_of(arguments: list[str], plugin: str) -> float:
-    """CPU seconds of a whole process, "with" the plugin or "without"."""
+    """Return the CPU seconds of one command.
+
+    Args:
+        arguments: Arguments of ns-train.
+        plugin: "with" or "without".
+    """
     command = [sys.executable, "-W", "ignore", "-c", CHILD, plugin, *arguments]
     before = os.times()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -66,13 +71,13 @@ def seconds_of(arguments: list[str], plugin: str) -> float:
 
 
 def main(options: Options) -> None:
-    """Measures, prints the table and writes the JSON."""
+    """Measure, print the table and write the JSON file."""
     rows: list[dict[str, Any]] = []
     for arguments in COMMANDS:
         times: dict[str, list[float]] = {"without": [], "with": []}
         for _ in range(options.repeats):
-            for plugin, seen in times.items():
-                seen.append(seconds_of(arguments, plugin))
+            for plugin, seconds in times.items():
+                seconds.append(seconds_of(arguments, plugin))
         row = {plugin: (min(t), statistics.median(t), max(t)) for plugin, t in times.items()}
         rows.append({"command": " ".join(["ns-train", *arguments]), **row, "added": row["with"][1] - row["without"][1]})
     print("| command, CPU seconds | without the plugin | with it | added |\n|---|---|---|---|")

@@ -1,7 +1,7 @@
-"""Short runs of several ranks on gloo, as a program: nerfstudio's launcher starts ranks on CUDA devices only.
+"""Short runs of several ranks with gloo. A program of its own: nerfstudio's launcher starts ranks on CUDA devices only.
 
-All ranks are forks of one process that has imported everything. Each runs nerfstudio's own training function, and leaves what
-it holds at the end, what it held after each round of edits, and which edits it made itself.
+All ranks are forks of one process with all imports done. Each rank writes its final state, its views after each round of
+edits, and a record of the edits and relevance maps that it computed.
 
     python tests/training/distributed_runs.py FOLDER
 """
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # conftest, when this fil
 
 import torch
 import torch.distributed as dist
-import torchmetrics.image  # noqa: F401  once, for all forks
+import torchmetrics.image  # noqa: F401  imported once for all forks
 import tyro
 from conftest import build_editor_folder, write_ring_scene
 from nerfstudio.configs.method_configs import AnnotatedBaseConfigUnion
@@ -59,43 +59,53 @@ OPTIONS = [
     "--pipeline.datamanager.train-num-rays-per-batch=64",
     "--pipeline.datamanager.edit-num-rays-per-batch=64",
 ]
-Happens = Callable[[WysTrainer, int], None]
+StepHook = Callable[[WysTrainer, int], None]
+"""Receives the trainer and the step that has just been trained."""
 
 
-def masks_of(folder: Path) -> dict[str, bytes]:
-    """The masks in a run's folder."""
+def read_masks(folder: Path) -> dict[str, bytes]:
+    """Return the edit masks of a run, by file name."""
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*/*/run/wys/masks/*.png"))}
 
 
-def train_as(rank: int, ranks: int, port: int, arguments: list[str], folder: Path, happens: Happens) -> None:
-    """One rank; leaves `rank-N.pt` in the folder."""
+def train_rank(rank: int, ranks: int, port: int, arguments: list[str], folder: Path, after_step: StepHook) -> None:
+    """Train as one rank and write `rank-N.pt`.
+
+    Args:
+        rank: Number of this rank.
+        ranks: Number of ranks.
+        port: Port of the process group.
+        arguments: Arguments of ns-train.
+        folder: Folder to write to.
+        after_step: Called after each training step.
+    """
     if ranks > 1:
         url = f"tcp://127.0.0.1:{port}"
         dist.init_process_group("gloo", init_method=url, world_size=ranks, rank=rank, timeout=timedelta(seconds=60))
         comms.LOCAL_PROCESS_GROUP = dist.new_group(list(range(ranks)))
-    kept: dict[str, Any] = {"rounds": [], "edited": [], "maps": []}
-    edit, edited, raw_maps = EditLoop.edit, WysDataManager.edit_views, WysDataManager._raw_maps
-    iteration = WysTrainer.train_iteration
+    record: dict[str, Any] = {"rounds": [], "edited": [], "maps": []}
+    edit, edit_views, raw_maps = EditLoop.edit, WysDataManager.edit_views, WysDataManager._raw_maps
+    train_iteration = WysTrainer.train_iteration
 
-    def watched_edit(loop: EditLoop, step: int, where: Path) -> None:
-        edit(loop, step, where)
-        kept["rounds"].append(loop._data.current_views(range(VIEWS)).clone())
+    def recorded_edit(loop: EditLoop, step: int, run_folder: Path) -> None:
+        edit(loop, step, run_folder)
+        record["rounds"].append(loop._views.current_views(range(VIEWS)).clone())
 
-    def watched_edited(data: WysDataManager, editor, views, *rest, seeds, **named):
-        kept["edited"] += list(zip(views, seeds))
-        return edited(data, editor, views, *rest, seeds=seeds, **named)
+    def recorded_edit_views(data: WysDataManager, editor, inputs, *rest, seeds, **named):
+        record["edited"] += [(edit_input.view, seed) for edit_input, seed in zip(inputs, seeds)]
+        return edit_views(data, editor, inputs, *rest, seeds=seeds, **named)
 
-    def watched_maps(data: WysDataManager, editor, views, *rest, **named):
-        kept["maps"] += list(views)
+    def recorded_raw_maps(data: WysDataManager, editor, views, *rest, **named):
+        record["maps"] += list(views)
         return raw_maps(data, editor, views, *rest, **named)
 
-    def watched_iteration(trainer: WysTrainer, step: int):
-        result = iteration(trainer, step)
-        happens(trainer, step)
+    def hooked_train_iteration(trainer: WysTrainer, step: int):
+        result = train_iteration(trainer, step)
+        after_step(trainer, step)
         return result
 
-    EditLoop.edit, WysDataManager.edit_views = watched_edit, watched_edited
-    WysDataManager._raw_maps, WysTrainer.train_iteration = watched_maps, watched_iteration
+    EditLoop.edit, WysDataManager.edit_views = recorded_edit, recorded_edit_views
+    WysDataManager._raw_maps, WysTrainer.train_iteration = recorded_raw_maps, hooked_train_iteration
     sys.argv = ["ns-train", *arguments]
     config: Any = tyro.cli(AnnotatedBaseConfigUnion, args=arguments)  # type: ignore
     config.pipeline.datamanager.data = config.data
@@ -107,19 +117,30 @@ def train_as(rank: int, ranks: int, port: int, arguments: list[str], folder: Pat
     trainer.setup()
     trainer.train()
     data = trainer.pipeline.datamanager
-    kept |= {
+    record |= {
         "weights": trainer.pipeline.weights(),
         "views": data.current_views(range(VIEWS)),
         "relevance": data.cached_batch["relevance"],
         "history": trainer.pipeline.session.history.data(),
     }
-    torch.save(kept, folder / f"rank-{rank}.pt")
+    torch.save(record, folder / f"rank-{rank}.pt")
 
 
 def run(
-    name: str, folder: Path, arguments: list[str], ranks: int = 2, happens: Happens = lambda *_: None
+    name: str, folder: Path, arguments: list[str], ranks: int = 2, after_step: StepHook = lambda *_: None
 ) -> list[dict[str, Any]]:
-    """Runs all ranks; returns how each of them ended: `code` and what it `said`."""
+    """Run all ranks of one training run.
+
+    Args:
+        name: Name of the run, for its logs.
+        folder: Folder for logs, records and the run itself.
+        arguments: Arguments of ns-train.
+        ranks: Number of ranks.
+        after_step: Called after each training step, on every rank.
+
+    Returns:
+        Exit `code` and `output` of each rank.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -134,7 +155,7 @@ def run(
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
             try:
-                train_as(rank, ranks, port, [*arguments, "--output-dir", str(folder)], folder, happens)
+                train_rank(rank, ranks, port, [*arguments, "--output-dir", str(folder)], folder, after_step)
                 code = 0
             except SystemExit as error:
                 print(error.code)
@@ -146,26 +167,32 @@ def run(
                 os._exit(code)
         children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return [{"code": code, "said": log.read_text()} for code, log in zip(codes, logs)]
+    return [{"code": code, "output": log.read_text()} for code, log in zip(codes, logs)]
 
 
-def at(step: int, what: Callable[[WysTrainer], object], only: Optional[int] = None) -> Happens:
-    """Lets something happen after a step, on one rank or on all."""
+def at(step: int, action: Callable[[WysTrainer], object], only: Optional[int] = None) -> StepHook:
+    """Return a hook that acts after one step.
 
-    def happens(trainer: WysTrainer, now: int) -> None:
-        if now == step and only in (None, trainer.local_rank):
-            what(trainer)
+    Args:
+        step: The step.
+        action: Called with the trainer.
+        only: Number of the rank that acts. Default: all ranks.
+    """
 
-    return happens
+    def after_step(trainer: WysTrainer, trained: int) -> None:
+        if trained == step and only in (None, trainer.local_rank):
+            action(trainer)
+
+    return after_step
 
 
-def ask(*requests: ViewerCommand) -> Callable[[WysTrainer], object]:
-    """Puts requests into the panel's queue, as the viewer does."""
-    return lambda trainer: [trainer.pipeline.panel.commands.put(request) for request in requests]
+def queue(*commands: ViewerCommand) -> Callable[[WysTrainer], object]:
+    """Return an action that puts commands into the panel's queue, as the viewer does."""
+    return lambda trainer: [trainer.pipeline.panel.commands.put(command) for command in commands]
 
 
 def main() -> None:
-    """Makes all the runs that the tests look at; `endings.json` says how they ended."""
+    """Make all runs of the tests, and write the exit code and output of each rank to `endings.json`."""
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     scene = write_ring_scene(folder / "scene", width=24, height=20, views=VIEWS)
@@ -175,21 +202,25 @@ def main() -> None:
     endings = {"one": run("one", folder / "one", start, ranks=1), "two": run("two", folder / "two", start)}
 
     stopped = folder / "stopped"
-    # As the launcher ends its ranks on Ctrl-C: the terminal's SIGINT reaches all, its own SIGTERM follows.
-    endings["stopped"] = run("stopped", stopped, start, happens=at(9, lambda _: os.kill(os.getpid(), signal.SIGINT)
-                             or os.kill(os.getpid(), signal.SIGTERM)))  # fmt: skip
+
+    def interrupt(_: WysTrainer) -> None:
+        # On Ctrl-C the terminal sends SIGINT to all ranks, and the launcher SIGTERM after it.
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    endings["stopped"] = run("stopped", stopped, start, after_step=at(9, interrupt))
     again = [*start, "--load-dir", str(stopped / "scene" / "wys-tiny" / "run")]
     endings["resumed"] = run("resumed", stopped, again)
 
     died = folder / "died"
-    endings["died"] = run("died", died, start, happens=at(9, lambda _: os._exit(9), only=1))
+    endings["died"] = run("died", died, start, after_step=at(9, lambda _: os._exit(9), only=1))
     again = [*start, "--load-dir", str(died / "scene" / "wys-tiny" / "run")]
-    endings["revived"] = run("revived", died, again)
+    endings["restarted"] = run("restarted", died, again)
 
     apply = ViewerCommand("apply", ON_TOP, "make the bear red")
-    endings["applied"] = run("applied", folder / "applied", start, happens=at(13, ask(apply), only=0))
-    undone = ask(apply, ViewerCommand("undo"))
-    endings["undone"] = run("undone", folder / "undone", start, happens=at(14, undone, only=0))
+    endings["applied"] = run("applied", folder / "applied", start, after_step=at(13, queue(apply), only=0))
+    undone = queue(apply, ViewerCommand("undo"))
+    endings["undone"] = run("undone", folder / "undone", start, after_step=at(14, undone, only=0))
     shutil.rmtree(editor)
     (folder / "endings.json").write_text(json.dumps(endings))
 

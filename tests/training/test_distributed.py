@@ -1,4 +1,4 @@
-"""What several processes that train one scene tell each other, as seen from one; real runs of two are in test_distributed_runs."""
+"""Communication between ranks, tested in one process; test_distributed_runs.py has runs of two ranks."""
 
 import pytest
 from hypothesis import given
@@ -9,31 +9,31 @@ from wys_nerfstudio.utils.errors import WysError
 
 
 @given(items=st.lists(st.integers()), size=st.integers(1, 9))
-def test_every_item_belongs_to_one_rank_and_shares_are_even(items, size):
+def test_shards_are_even_and_disjoint(items, size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, "world_size", lambda: size)
-        shares = []
+        shards = []
         for number in range(size):
             patch.setattr(distributed, "rank", lambda number=number: number)
-            shares.append(distributed.shard(items))
-    assert sorted(item for part in shares for item in part) == sorted(items)
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+            shards.append(distributed.shard(items))
+    assert sorted(item for part in shards for item in part) == sorted(items)
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
-def test_a_single_process_is_the_first_and_only_rank():
-    done = []
-    distributed.main_process_only(done.append)("x")
-    assert done == ["x"]
+def test_a_single_process_is_rank_0():
+    calls = []
+    distributed.main_process_only(calls.append)("x")
+    assert calls == ["x"]
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     assert distributed.gather("x") == ["x"] and distributed.broadcast_from_main(lambda: "y") == "y"
 
 
-def test_another_error_of_torch_is_no_lost_rank():
+def test_other_torch_errors_are_not_converted():
     with pytest.raises(RuntimeError, match="out of memory"), distributed.convert_lost_rank_errors():
         raise RuntimeError("out of memory")
 
 
-def test_a_lost_rank_is_a_sentence(monkeypatch):
+def test_a_lost_rank_is_converted_to_an_error_message(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 0)
     with (
