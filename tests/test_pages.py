@@ -3,6 +3,7 @@
 import argparse
 import ast
 import contextlib
+import functools
 import importlib.metadata
 import io
 import json
@@ -159,6 +160,7 @@ def test_the_readme_quotes_the_frequent_messages() -> None:
     assert len(quoted_messages(PAGES["README.md"])) >= 10
 
 
+@functools.cache
 def printed_texts() -> list[str]:
     """All strings of the package, with a NUL where a value is filled in."""
     texts = []
