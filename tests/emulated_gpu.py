@@ -1,6 +1,6 @@
 """Emulation of a GPU on machines without one: tensors that report cuda:0 as their device and compute on the CPU.
 
-Errors are those of a GPU: operations between tensors on different devices, and `numpy()` of a GPU tensor, raise. As with a real GPU, a
+Operations between tensors on different devices, and `numpy()` of a GPU tensor, raise the errors of a real GPU. As on a real GPU, a
 zero-dimensional CPU tensor may be combined with a GPU tensor, and indices may be on the CPU. Autocast is that of the CPU with the
 GPU's precision. Memory, streams and speed are not emulated.
 """

@@ -15,7 +15,9 @@ from typing import Literal, get_args
 
 import torch
 import tyro
+from jaxtyping import Float
 from nerfstudio.cameras.rays import RayBundle
+from torch import Tensor
 
 from wys_nerfstudio import relevance
 from wys_nerfstudio.config import wys_tiny
@@ -76,7 +78,9 @@ def build(options: Options, relevance_input: RelevanceInput, seed: int) -> WysPi
     return pipeline
 
 
-def raw_maps(options: Options, editor: Editor, pipeline: WysPipeline, instruction: str, seed: int) -> torch.Tensor:
+def raw_maps(
+    options: Options, editor: Editor, pipeline: WysPipeline, instruction: str, seed: int
+) -> Float[Tensor, "n lh lw"]:
     """Return the maps of all training views, then of all held-out views, before normalization."""
     data = pipeline.datamanager
     held_out = [data.eval_dataset[i]["image"] for i in range(len(data.eval_dataset))]
@@ -105,7 +109,7 @@ def train_head(pipeline: WysPipeline, steps: int) -> None:
 
 
 @torch.no_grad()
-def field_renders(pipeline: WysPipeline) -> torch.Tensor:
+def field_renders(pipeline: WysPipeline) -> Float[Tensor, "n h w"]:
     """Render the relevance of the held-out views."""
     pipeline.eval()
     cameras = pipeline.datamanager.eval_dataset.cameras
@@ -115,11 +119,11 @@ def field_renders(pipeline: WysPipeline) -> torch.Tensor:
     return torch.stack(renders)[..., 0]
 
 
-def metrics(maps: torch.Tensor, truth: GroundTruth, names: list[str]) -> dict[str, float]:
+def metrics(maps: Float[Tensor, "n h w"], truth: GroundTruth, names: list[str]) -> dict[str, float]:
     """Return mean metrics of relevance against the true masks, over the views in which the edit is visible.
 
     Args:
-        maps: Relevance of the views, of shape (n, h, w), in [0, 1].
+        maps: Relevance of the views in [0, 1].
         truth: Ground truth of the edit.
         names: File names of the views.
     """

@@ -114,8 +114,12 @@ def slow_editor(editor: StableDiffusionEditor) -> StableDiffusionEditor:
 
 
 def slow_noise(
-    editor: StableDiffusionEditor, latents: Tensor, level: NoiseLevel, condition: Tensor, states: Tensor
-) -> Sequence[Tensor]:
+    editor: StableDiffusionEditor,
+    latents: Float[Tensor, "1 c lh lw"],
+    level: NoiseLevel,
+    condition: Float[Tensor, "1 c lh lw"],
+    states: Float[Tensor, "3 tokens width"],
+) -> Sequence[Float[Tensor, "1 c lh lw"]]:
     """Predict the noise of one view with all three branches: text and image, image only, neither."""
     conditions = torch.cat([condition, condition, torch.zeros_like(condition)])
     cuda = editor.device.type == "cuda"
@@ -169,7 +173,12 @@ def slow_edit(
 
 
 def slow_map(
-    editor: StableDiffusionEditor, render: Tensor, captured: Tensor, states: Tensor, settings: EditSettings, seed: int
+    editor: StableDiffusionEditor,
+    render: Float[Tensor, "1 h w 3"],
+    captured: Float[Tensor, "1 h w 3"],
+    states: Float[Tensor, "3 tokens width"],
+    settings: EditSettings,
+    seed: int,
 ) -> Float[Tensor, "1 lh lw"]:
     """Compute the relevance map of one view as in the method authors' release: three branches instead of two, both images
     encoded for every map.
@@ -221,7 +230,7 @@ def measure_alternately(
 def editing_rows(
     editor: StableDiffusionEditor,
     slow: StableDiffusionEditor,
-    images: Tensor,
+    images: Float[Tensor, "b h w 3"],
     options: Options,
     config: WysPipelineConfig,
 ) -> list[Row]:
@@ -230,7 +239,7 @@ def editing_rows(
     Args:
         editor: This package's editor.
         slow: Result of `slow_editor`.
-        images: Views in [0, 1], of shape (b, h, w, 3).
+        images: Views in [0, 1].
         options: Options of the benchmark.
         config: Options of the method.
     """
@@ -408,7 +417,7 @@ def full_size_editor(device: str) -> StableDiffusionEditor:
     )
 
 
-def unet_flops(editor: StableDiffusionEditor, images: Tensor) -> float:
+def unet_flops(editor: StableDiffusionEditor, images: Float[Tensor, "b h w 3"]) -> float:
     """Return the number of floating-point operations of the UNet for one branch of one view."""
     encoding = editor.encode(images[:1])
     with FlopCounterMode(display=False) as counter:
@@ -416,7 +425,7 @@ def unet_flops(editor: StableDiffusionEditor, images: Tensor) -> float:
     return float(counter.get_total_flops())
 
 
-def compile_unet(editor: StableDiffusionEditor, images: Tensor, options: Options) -> float:
+def compile_unet(editor: StableDiffusionEditor, images: Float[Tensor, "b h w 3"], options: Options) -> float:
     """Compile the UNet for the shape of a batch, and return the time of compilation in seconds."""
     editor.unet = torch.compile(editor.unet)
     started = time.perf_counter()

@@ -97,6 +97,7 @@ def test_a_lost_rank_ends_the_run_and_it_resumes_exactly(runs):
     assert lost["code"] == 9 and survivor["code"] == 1
     assert "wys: Another of the 2 processes that train this scene seems to have ended" in survivor["output"]
     assert "Traceback" not in survivor["output"]
+    assert [ending["code"] for ending in endings(runs, "restarted")] == [0, 0], endings(runs, "restarted")
     for whole, restarted in zip(records(runs, "two"), records(runs, "died")):
         assert equal(whole["weights"], restarted["weights"]) and equal(whole["views"], restarted["views"])
 
