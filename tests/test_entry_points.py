@@ -202,8 +202,8 @@ def test_export_needs_no_editor(finished_run: Path, tmp_path: Path) -> None:
 def test_compare_puts_runs_beside_each_other(finished_run: Path, tmp_path: Path, monkeypatch) -> None:
     again = shutil.copytree(finished_run, tmp_path / "again")
     run_wys(monkeypatch, "compare", finished_run, again, "-o", tmp_path / "out")
-    figures = list(json.loads((tmp_path / "out" / "comparison.json").read_text())["figures"].values())
-    assert len(figures) == 2 and figures[0] == figures[1] and figures[0]["edit_psnr"] > 0
+    results = list(json.loads((tmp_path / "out" / "comparison.json").read_text())["metrics"].values())
+    assert len(results) == 2 and results[0] == results[1] and results[0]["edit_psnr"] > 0
     for picture in ("contact_sheet.png", "chart.png", "relevance_A.png", "relevance_B.png"):
         assert Image.open(tmp_path / "out" / picture).width > 300
 

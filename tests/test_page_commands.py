@@ -88,7 +88,7 @@ SHORTER = {
 }
 """Arguments that are added to commands, by how these begin."""
 LEFT = """
-    wys-demo/contact_sheet.png wys-demo/turntable.mp4 wys-demo/figures.json
+    wys-demo/contact_sheet.png wys-demo/turntable.mp4 wys-demo/metrics.json
     outputs/scene/wys/DATE/wys/contact_sheet.png outputs/bear/wys/*/wys/contact_sheet.png
     panda.png panda_relevance.png panda_mask.png panda_side_by_side.png snowed/frame_000.png try.png
     sweep/sweep.csv sweep/curves.png toy/list.csv toy-edited/*.png toy-sweep/sweep.csv toy-sweep/curves.png

@@ -91,7 +91,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         # Errors of nerfstudio's parsers about data that they cannot read.
         except (AssertionError, LookupError, TypeError, ValueError, OSError, RuntimeError) as error:
             for path in getattr(getattr(self, "train_dataset", None), "image_filenames", []):
-                check_image(path, "the capture", whole=True)
+                check_image(path, "the capture", decode=True)
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise WysError(
                 f'The data at "{config.data}" cannot be read ({type(error).__name__}: {first_line}): check them with another '

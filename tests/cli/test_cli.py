@@ -1,4 +1,4 @@
-"""The command line: parsing, short forms, recipes, what is refused before anything starts, what config.yml keeps."""
+"""Command line: parsing, short forms, recipes, refusals before the start of a run, config.yml."""
 
 import dataclasses
 import importlib.metadata
@@ -15,14 +15,15 @@ from nerfstudio.plugins.types import MethodSpecification
 
 from wys_nerfstudio.pipeline import WysPipelineConfig
 from wys_nerfstudio.trainer import WysTrainerConfig
+from wys_nerfstudio.training.settings import RunSettings
 from wys_nerfstudio.utils.recipes import recipe_arguments
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 
 
 @pytest.fixture(autouse=True)
-def scene_in_the_current_folder(ring_scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nerfstudio looks when there is no --data."""
+def in_scene_folder(ring_scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Change to a scene folder: nerfstudio's default for --data is the current folder."""
     monkeypatch.chdir(ring_scene)
 
 
@@ -31,10 +32,10 @@ def parse(*arguments: str) -> WysTrainerConfig:
 
 
 def resolve(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> WysTrainerConfig:
-    """Parses as ns-train does, then does what its script does before config.yml is written."""
-    given = [str(argument) for argument in arguments]
-    monkeypatch.setattr(sys, "argv", ["ns-train", *given])
-    config = parse(*given)
+    """Parse like ns-train and repeat what it does before it writes config.yml."""
+    typed = [str(argument) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["ns-train", *typed])
+    config = parse(*typed)
     if config.data is not None:
         config.pipeline.datamanager.data = config.data
     config.set_timestamp()
@@ -56,16 +57,16 @@ def test_methods_are_registered_under_their_own_name(name: str) -> None:
     assert groups == {"proposal_networks", "fields", "camera_opt", "relevance"}
 
 
-def test_the_small_method_edits_alike_with_less_memory() -> None:
-    """It differs in how much is worked on at once, and in nothing that makes an edit."""
+def test_the_small_method_differs_in_batch_sizes_only() -> None:
+    """The settings of edits are equal."""
     large, small = (vars(all_methods[name].pipeline).copy() for name in ("wys", "wys-small"))
     model, rays = ("eval_num_rays_per_chunk",), ("train_num_rays_per_batch", "edit_num_rays_per_batch")
     parts = [(large, small, ("relevance_batch_size",))]
     parts += [(vars(large.pop("model")), vars(small.pop("model")), model)]
     parts += [(vars(large.pop("datamanager")), vars(small.pop("datamanager")), (*rays, "eval_num_rays_per_batch"))]
     for first, second, smaller in parts:
-        differ = {name for name in first if first[name] != second[name]} - {"images_on_gpu"}
-        assert differ == set(smaller)
+        changed = {name for name in first if first[name] != second[name]} - {"images_on_gpu"}
+        assert changed == set(smaller)
         assert all(second[name] < first[name] for name in smaller)
 
 
@@ -81,15 +82,15 @@ def test_the_small_method_edits_alike_with_less_memory() -> None:
         ("--localization", "none", "localization"),
     ],
 )
-def test_short_forms_mean_the_nested_options(option: str, value: str, nested: str) -> None:
+def test_short_forms_set_the_nested_options(option: str, value: str, nested: str) -> None:
     long = f"--pipeline.{nested.replace('_', '-')}"
     short_value = getattr(parse("wys", option, value).pipeline, nested)
     assert short_value == getattr(parse("wys", long, value).pipeline, nested)
     assert str(short_value) == value
-    assert short_value != getattr(all_methods["wys"].pipeline, nested), "the registered default must stay as it is"
+    assert short_value != getattr(all_methods["wys"].pipeline, nested), "the registered default must not change"
 
 
-def test_help_shows_every_option_with_its_sentence() -> None:
+def test_help_lists_every_option_with_its_docstring() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "nerfstudio.scripts.train", "wys", "--help"],
         capture_output=True,
@@ -116,7 +117,7 @@ def test_help_shows_every_option_with_its_sentence() -> None:
 
 
 def test_every_option_has_a_docstring() -> None:
-    """The docstring under an option is its help, so an option without one is a hole in the help."""
+    """The docstring of an option is its help text."""
     import ast
     import inspect
 
@@ -141,7 +142,7 @@ def test_recipes_parse_through_the_command_line(recipe: Path, tmp_path: Path, mo
     config = resolve(monkeypatch, method, "--recipe", recipe, *typed)
     assert config.pipeline.instruction == content.get("instruction", "make it red")
     assert config.pipeline.localization == content.get("localization", "relevance-field")
-    config.pipeline.check()
+    config.pipeline.check(RunSettings.from_options(config.pipeline))
     for option in ("guidance-scale", "image-guidance-scale", "mask-threshold"):
         if option in content:
             assert getattr(config.pipeline, option.replace("-", "_")) == content[option]
@@ -153,7 +154,7 @@ def test_the_ablations_have_recipes() -> None:
 
 
 @pytest.mark.parametrize(("scene", "guidance"), [("bear", 6.5), ("face", 7.5), ("farm", 12.5), ("fangzhou", 6.5)])
-def test_recipes_hold_the_settings_of_the_supplement(scene: str, guidance: float) -> None:
+def test_recipes_have_the_settings_of_the_supplement(scene: str, guidance: float) -> None:
     content = yaml.safe_load((CONFIGS / f"{scene}.yaml").read_text())
     assert (content["guidance-scale"], content["image-guidance-scale"], content["mask-threshold"]) == (
         guidance,
@@ -163,9 +164,7 @@ def test_recipes_hold_the_settings_of_the_supplement(scene: str, guidance: float
 
 
 @pytest.mark.parametrize("typed", ["0.5", "0.35"])
-def test_what_is_typed_wins_over_the_recipe_even_if_it_is_the_default(
-    typed: str, ring_scene: Path, tmp_path: Path, monkeypatch
-) -> None:
+def test_typed_options_override_the_recipe(typed: str, ring_scene: Path, tmp_path: Path, monkeypatch) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("instruction: from the recipe\nmask-threshold: 0.4\npipeline.edit-steps: 77\n")
     config = resolve(monkeypatch, "wys", "--mask-threshold", typed, "--recipe", recipe)
@@ -177,55 +176,55 @@ def test_what_is_typed_wins_over_the_recipe_even_if_it_is_the_default(
     assert config.pipeline.datamanager.data == ring_scene
 
 
-def test_recipe_must_be_there_be_yaml_be_flat_and_known(tmp_path: Path, monkeypatch) -> None:
+def test_invalid_recipes_are_refused(tmp_path: Path, monkeypatch) -> None:
     recipe = tmp_path / "r.yaml"
     assert "cannot be read" in refusal(monkeypatch, "wys", "--recipe", recipe)
     recipe.write_text("a: [1")
-    assert "no valid YAML" in refusal(monkeypatch, "wys", "--recipe", recipe)
+    assert "not valid YAML" in refusal(monkeypatch, "wys", "--recipe", recipe)
     recipe.write_text("- a\n- b\n")
-    assert 'lines of "option: value"' in refusal(monkeypatch, "wys", "--recipe", recipe)
+    assert 'lines "option: value"' in refusal(monkeypatch, "wys", "--recipe", recipe)
     recipe.write_text("instruction: x\nno-such-option: 3\n")
-    assert "does not know" in refusal(monkeypatch, "wys", "--recipe", recipe)
+    assert "has an unknown option" in refusal(monkeypatch, "wys", "--recipe", recipe)
     recipe.write_text("instruction: x\nmask-threshold: high\n")
-    assert "does not fit it" in refusal(monkeypatch, "wys", "--recipe", recipe)
+    assert "or an invalid value" in refusal(monkeypatch, "wys", "--recipe", recipe)
 
 
-def test_recipe_arguments_are_what_one_would_type(tmp_path: Path) -> None:
+def test_recipe_arguments_are_command_line_arguments(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("instruction: make it snow\nmask-threshold: 0\nmixed-precision: false\n")
     expected = ["--instruction", "make it snow", "--mask-threshold", "0", "--mixed-precision", "False"]
     assert recipe_arguments(recipe) == expected
 
 
-def test_prompt_is_the_instruction_or_refused(monkeypatch) -> None:
+def test_prompt_sets_the_instruction_and_conflicts_are_refused(monkeypatch) -> None:
     assert resolve(monkeypatch, "wys", "--prompt", "make it snow").pipeline.instruction == "make it snow"
     sentence = refusal(monkeypatch, "wys", "--prompt", "make it snow", "--instruction", "make it night")
     assert "--prompt and --instruction" in sentence
 
 
-def test_device_and_backend_are_what_the_machine_has(monkeypatch, capsys) -> None:
+def test_device_and_backend_match_the_machine(monkeypatch, capsys) -> None:
     config = resolve(monkeypatch, "wys", "--instruction", "x")
     assert config.machine.device_type == "cpu"
     assert config.pipeline.model.implementation == "torch"
-    said = capsys.readouterr().out
-    assert "running on the CPU. Try ns-train wys-tiny" in said and said.count("tiny-cuda-nn") == 1
+    output = capsys.readouterr().out
+    assert "running on the CPU. Try ns-train wys-tiny" in output and output.count("tiny-cuda-nn") == 1
     resolve(monkeypatch, "wys-tiny", "--instruction", "x")
-    said = capsys.readouterr().out
-    assert "running on the CPU." in said and "Try" not in said
+    output = capsys.readouterr().out
+    assert "running on the CPU." in output and "Try" not in output
 
 
-def test_steps_are_those_of_the_phases_or_those_that_are_typed(monkeypatch, tmp_path: Path) -> None:
+def test_steps_are_the_sum_of_the_phases_unless_typed(monkeypatch, tmp_path: Path) -> None:
     phases = ["--pipeline.reconstruct-steps=5", "--pipeline.localize-steps=3", "--pipeline.edit-steps=2"]
     assert resolve(monkeypatch, "wys", "--instruction", "x", *phases).max_num_iterations == 10
-    based = resolve(monkeypatch, "wys", "--instruction", "x", *phases, "--base-run", tmp_path)
-    assert based.max_num_iterations == 5
-    everywhere = resolve(monkeypatch, "wys", "--instruction", "x", *phases, "--localization", "none")
-    assert everywhere.max_num_iterations == 7
+    with_base = resolve(monkeypatch, "wys", "--instruction", "x", *phases, "--base-run", tmp_path)
+    assert with_base.max_num_iterations == 5
+    without_masks = resolve(monkeypatch, "wys", "--instruction", "x", *phases, "--localization", "none")
+    assert without_masks.max_num_iterations == 7
     assert resolve(monkeypatch, "wys", "--instruction", "x", "--max-num-iterations=4").max_num_iterations == 4
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "parts"),
     [
         ([], ["no instruction", "--instruction"]),
         (["--instruction", "  "], ["no instruction"]),
@@ -250,19 +249,17 @@ def test_steps_are_those_of_the_phases_or_those_that_are_typed(monkeypatch, tmp_
         (["--pipeline.masks-dir", "m"], ["--localization masks", "give both or none"]),
         (["--pipeline.model.predict-normals", "True"], ["--pipeline.model.predict-normals is not supported"]),
         (["--pipeline.datamanager.edit-patch-size", "16"], ["at least 32", "--pipeline.model.lpips-loss-mult 0"]),
-        (["--data", "nowhere/at/all"], ["no data at", "--data"]),
-        (["--load-dir", "nowhere/at/all"], ["no checkpoint in", "--load-dir"]),
+        (["--data", "missing/folder"], ["no data at", "--data"]),
+        (["--load-dir", "missing/folder"], ["No checkpoint found in", "--load-dir"]),
     ],
 )
-def test_options_that_cannot_work_are_refused_in_a_sentence(
-    arguments: list[str], words: list[str], monkeypatch
-) -> None:
-    given = arguments if not arguments or "--instruction" in arguments else ["--instruction", "x", *arguments]
-    sentence = refusal(monkeypatch, "wys", *given)
-    assert all(word in sentence for word in words), sentence
+def test_invalid_options_are_refused_in_one_sentence(arguments: list[str], parts: list[str], monkeypatch) -> None:
+    typed = arguments if not arguments or "--instruction" in arguments else ["--instruction", "x", *arguments]
+    sentence = refusal(monkeypatch, "wys", *typed)
+    assert all(part in sentence for part in parts), sentence
 
 
-def test_refusals_come_without_traceback_and_leave_nothing_behind(tmp_path: Path) -> None:
+def test_refusals_print_no_traceback_and_write_no_files(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             sys.executable,
@@ -283,21 +280,21 @@ def test_refusals_come_without_traceback_and_leave_nothing_behind(tmp_path: Path
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
-def test_config_survives_yaml(monkeypatch) -> None:
+def test_configs_round_trip_through_yaml(monkeypatch) -> None:
     config = resolve(monkeypatch, "wys-tiny", "--instruction", "make it snow", "--mask-threshold", "0.4")
-    again = yaml.load(yaml.dump(config), Loader=yaml.Loader)
-    assert again == config
-    assert again.pipeline.instruction == "make it snow" and again.pipeline.editor == "embedded"
+    loaded = yaml.load(yaml.dump(config), Loader=yaml.Loader)
+    assert loaded == config
+    assert loaded.pipeline.instruction == "make it snow" and loaded.pipeline.editor == "embedded"
 
 
-def test_wys_command_lists_its_subcommands() -> None:
+def test_wys_help_lists_the_subcommands() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "wys_nerfstudio.cli.main", "--help"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and "demo" in done.stdout and "demo-scene" in done.stdout
 
 
-def test_the_wys_command_says_nothing_of_deprecations_in_nerfstudio(tmp_path: Path) -> None:
+def test_wys_prints_no_deprecation_warnings(tmp_path: Path) -> None:
     arguments = ["compare", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-m", "wys_nerfstudio.cli.main", *arguments], capture_output=True, text=True, check=False
@@ -305,7 +302,7 @@ def test_the_wys_command_says_nothing_of_deprecations_in_nerfstudio(tmp_path: Pa
     assert done.returncode == 1 and done.stderr.strip().startswith("wys: There is no config.yml")
 
 
-def test_demo_scene_of_an_impossible_size_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_demo_scenes_of_invalid_sizes_are_refused(tmp_path: Path) -> None:
     arguments = ["demo-scene", str(tmp_path / "scene"), "--width", "50"]
     done = subprocess.run(
         [sys.executable, "-m", "wys_nerfstudio.cli.main", *arguments], capture_output=True, text=True, check=False

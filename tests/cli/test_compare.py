@@ -1,4 +1,4 @@
-"""`wys compare`: what it refuses, and its table."""
+"""`wys compare`: refusals and the table of metrics."""
 
 import io
 import sys
@@ -8,30 +8,30 @@ import pytest
 from rich.console import Console
 
 from wys_nerfstudio.cli import main
-from wys_nerfstudio.cli.compare import measures, table
+from wys_nerfstudio.cli.compare import metric_names, metrics_table
 
 
 @pytest.mark.parametrize(
-    ("runs", "sentence"),
+    ("runs", "message"),
     [
-        ([], "takes one run or several"),
+        ([], "takes one or more runs"),
         (["a"], 'There is no config.yml in "a"'),
         (["a", "b"], 'There is no config.yml in "a"'),
     ],
 )
-def test_what_cannot_be_compared_is_refused(runs: list[str], sentence: str, tmp_path: Path, monkeypatch) -> None:
+def test_invalid_runs_are_refused(runs: list[str], message: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["wys", "compare", *runs])
-    with pytest.raises(SystemExit, match=sentence):
+    with pytest.raises(SystemExit, match=message):
         main.entrypoint()
     assert not list(tmp_path.iterdir())
 
 
-def test_table_has_every_measure_of_any_run() -> None:
-    figures = [{"edit_psnr": 20.123, "edit_ssim": 0.9}, {"edit_psnr": 31.0, "clip_image_similarity": 0.75}]
-    assert measures(figures) == ["edit_psnr", "edit_ssim", "clip_image_similarity"]
+def test_the_table_lists_the_metrics_of_all_runs() -> None:
+    metrics = [{"edit_psnr": 20.123, "edit_ssim": 0.9}, {"edit_psnr": 31.0, "clip_image_similarity": 0.75}]
+    assert metric_names(metrics) == ["edit_psnr", "edit_ssim", "clip_image_similarity"]
     console = Console(width=100, file=io.StringIO())
-    console.print(table(["A", "B"], figures))
+    console.print(metrics_table(["A", "B"], metrics))
     rows = {
         row[0]: row[1:]
         for row in (line.replace("│", " ").split() for line in console.file.getvalue().splitlines())

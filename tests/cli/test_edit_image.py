@@ -1,4 +1,4 @@
-"""`wys edit-image` through its command line: the files it leaves, and what it refuses before an editor is loaded."""
+"""`wys edit-image` from the command line: output files, and refusals before the editor is loaded."""
 
 import json
 from dataclasses import asdict
@@ -30,7 +30,7 @@ def save(path: Path, pixels: np.ndarray, **options) -> Path:
     return path
 
 
-def pixels_of(path: Path) -> np.ndarray:
+def read_pixels(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.array(image)
 
@@ -50,65 +50,65 @@ def quick(editor_folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("method", ["local", "sds"])
 @pytest.mark.parametrize("shape", [(33, 47, 3), (61, 22, 4), (20, 50)])
-def test_files_outside_the_mask_are_the_input_bit_for_bit(tmp_path, monkeypatch, capsys, quick, shape, method):
+def test_pixels_outside_the_mask_are_bit_exact(tmp_path, monkeypatch, capsys, quick, shape, method):
     pixels = noise(*shape)
     source = save(tmp_path / "in.png", pixels)
     run(monkeypatch, source, INSTRUCTION, "-o", tmp_path / "new" / "out.png", "--method", method, *quick)
-    edited, mask = pixels_of(tmp_path / "new" / "out.png"), pixels_of(tmp_path / "new" / "out_mask.png") > 0
-    wanted = pixels if pixels.ndim == 3 else pixels[..., None].repeat(3, axis=2)
-    assert edited.shape == wanted.shape and mask.shape == shape[:2]
+    edited, mask = read_pixels(tmp_path / "new" / "out.png"), read_pixels(tmp_path / "new" / "out_mask.png") > 0
+    expected = pixels if pixels.ndim == 3 else pixels[..., None].repeat(3, axis=2)
+    assert edited.shape == expected.shape and mask.shape == shape[:2]
     assert mask.any() and not mask.all()
-    assert np.array_equal(edited[~mask], wanted[~mask])
-    assert not np.array_equal(edited[mask], wanted[mask])
-    assert np.array_equal(edited[..., 3:], wanted[..., 3:])
-    relevance = pixels_of(tmp_path / "new" / "out_relevance.png")
-    assert relevance[mask].min() >= 102 >= relevance[~mask].max()  # 0.4, to the nearest 255th
+    assert np.array_equal(edited[~mask], expected[~mask])
+    assert not np.array_equal(edited[mask], expected[mask])
+    assert np.array_equal(edited[..., 3:], expected[..., 3:])
+    relevance = read_pixels(tmp_path / "new" / "out_relevance.png")
+    assert relevance[mask].min() >= 102 >= relevance[~mask].max()  # 0.4 as an 8-bit value
     assert sorted(file.name for file in (tmp_path / "new").iterdir()) == sorted(
         ["out.png", *(f"out{extra}.png" for extra in EXTRAS)]
     )
-    assert np.array_equal(pixels_of(source), pixels)
-    said = capsys.readouterr().out
-    assert "in.png (1 of 1)" in said and "3/3" in said and "out.png" in said
+    assert np.array_equal(read_pixels(source), pixels)
+    output = capsys.readouterr().out
+    assert "in.png (1 of 1)" in output and "3/3" in output and "out.png" in output
 
 
-def test_a_turned_jpeg_is_edited_upright(tmp_path, monkeypatch, quick):
+def test_a_rotated_jpeg_is_edited_upright(tmp_path, monkeypatch, quick):
     exif = Image.Exif()
     exif[0x0112] = 6
     source = save(tmp_path / "in.jpg", noise(24, 40, 3), exif=exif)
     run(monkeypatch, source, INSTRUCTION, "-o", tmp_path / "out.png", *quick)
-    edited, mask = pixels_of(tmp_path / "out.png"), pixels_of(tmp_path / "out_mask.png") > 0
-    upright = np.rot90(pixels_of(source), -1)
+    edited, mask = read_pixels(tmp_path / "out.png"), read_pixels(tmp_path / "out_mask.png") > 0
+    upright = np.rot90(read_pixels(source), -1)
     assert edited.shape == (40, 24, 3)
     assert np.array_equal(edited[~mask], upright[~mask])
     with Image.open(tmp_path / "out.png") as written:
         assert 0x0112 not in written.getexif()
 
 
-def test_ones_own_mask_is_the_mask(tmp_path, monkeypatch, quick):
+def test_a_given_mask_is_used(tmp_path, monkeypatch, quick):
     pixels, mask = noise(30, 41, 3), np.zeros((30, 41), np.uint8)
     mask[4:20, 7:30] = 255
-    source, own = save(tmp_path / "in.png", pixels), save(tmp_path / "own.png", mask)
-    run(monkeypatch, source, INSTRUCTION, "-o", tmp_path / "out.png", "--mask", own, *quick)
-    assert np.array_equal(pixels_of(tmp_path / "out_mask.png"), mask)
-    assert np.array_equal(pixels_of(tmp_path / "out.png")[mask == 0], pixels[mask == 0])
+    source, mask_file = save(tmp_path / "in.png", pixels), save(tmp_path / "own.png", mask)
+    run(monkeypatch, source, INSTRUCTION, "-o", tmp_path / "out.png", "--mask", mask_file, *quick)
+    assert np.array_equal(read_pixels(tmp_path / "out_mask.png"), mask)
+    assert np.array_equal(read_pixels(tmp_path / "out.png")[mask == 0], pixels[mask == 0])
 
 
-def test_a_folder_is_edited_picture_by_picture_as_the_function_does(tmp_path, monkeypatch, quick, editor_folder):
+def test_a_folder_is_edited_like_its_images(tmp_path, monkeypatch, quick, editor_folder):
     folder = tmp_path / "in"
     save(folder / "a.png", noise(33, 47, 3))
     save(folder / "b.jpg", noise(40, 24, 3, seed=1))
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     run(monkeypatch, folder, INSTRUCTION, "-o", tmp_path / "out", "--seed", 5, "--mask-threshold", 0, *quick)
     assert len(list((tmp_path / "out").iterdir())) == 8
     settings = command.EditSettings(diffusion_steps=2, mask_threshold=0.0)
     for name in ("a.png", "b.jpg"):
-        picture = read_image(folder / name)
-        edit = edit_image(load_editor(str(editor_folder)), picture.rgb, INSTRUCTION, settings, seed=5)
-        wanted = (edit.edited * 255).round().numpy().astype(np.uint8)
-        assert np.array_equal(pixels_of(tmp_path / "out" / f"{name[0]}.png"), wanted)
+        image = read_image(folder / name)
+        edit = edit_image(load_editor(str(editor_folder)), image.rgb, INSTRUCTION, settings, seed=5)
+        expected = (edit.edited * 255).round().numpy().astype(np.uint8)
+        assert np.array_equal(read_pixels(tmp_path / "out" / f"{name[0]}.png"), expected)
 
 
-def test_seeds_reproduce_and_differ(tmp_path, monkeypatch, quick):
+def test_equal_seeds_give_equal_edits(tmp_path, monkeypatch, quick):
     source, edits = save(tmp_path / "in.png", noise(32, 32, 3)), []
     for i, seed in enumerate((1, 1, 2)):
         run(monkeypatch, source, INSTRUCTION, "-o", tmp_path / f"{i}.png", "--seed", seed, *quick)
@@ -116,46 +116,46 @@ def test_seeds_reproduce_and_differ(tmp_path, monkeypatch, quick):
     assert edits[0] == edits[1] != edits[2]
 
 
-def test_where_nothing_is_relevant_the_input_comes_out_and_it_is_said(tmp_path, monkeypatch, capsys, quick):
+def test_an_empty_mask_is_reported_and_returns_the_input(tmp_path, monkeypatch, capsys, quick):
     source = save(tmp_path / "in.png", noise(32, 32, 3))
     monkeypatch.setattr("wys_nerfstudio.relevance.threshold", lambda maps, _: torch.zeros_like(maps, dtype=torch.bool))
     run(monkeypatch, source, INSTRUCTION, "-o", tmp_path / "out.png", *quick)
-    assert np.array_equal(pixels_of(tmp_path / "out.png"), pixels_of(source))
-    assert "lower --mask-threshold" in " ".join(capsys.readouterr().out.split())
+    assert np.array_equal(read_pixels(tmp_path / "out.png"), read_pixels(source))
+    assert "Lower --mask-threshold" in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_comparison_of_large_pictures_is_reduced(tmp_path, monkeypatch, quick):
+def test_side_by_side_sheets_of_large_images_are_reduced(tmp_path, monkeypatch, quick):
     source = save(tmp_path / "in.png", noise(300, 1200, 3))
     run(monkeypatch, source, INSTRUCTION, "-o", tmp_path / "out.png", *quick)
     with Image.open(tmp_path / "out_side_by_side.png") as sheet:
         assert sheet.width < 4 * 520 < 4 * 1200
 
 
-def test_the_readmes_python_block_runs(tmp_path, monkeypatch, editor_folder):
+def test_the_python_example_in_the_readme_runs(tmp_path, monkeypatch, editor_folder):
     (lines,) = blocks(PAGES["README.md"], "python")
     monkeypatch.chdir(tmp_path)
     save(Path("bear.jpg"), noise(32, 40, 3))
     few_steps = command.EditSettings(diffusion_steps=2)
     monkeypatch.setattr("wys_nerfstudio.editing.edit.EditSettings", lambda: few_steps)
     exec(lines.replace("timbrooks/instruct-pix2pix", str(editor_folder)).replace('"cuda"', '"cpu"'))
-    assert pixels_of(Path("panda.png")).shape == (32, 40, 3)
+    assert read_pixels(Path("panda.png")).shape == (32, 40, 3)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["in.png"], "takes images and an instruction"),
         (["in.png", " "], "There is no instruction"),
         (["in.png", "b.png"], "is a file, not an instruction"),
-        (["nowhere.png", INSTRUCTION], 'There is no picture "nowhere.png"'),
+        (["missing.png", INSTRUCTION], 'There is no image "missing.png"'),
         (["text.png", INSTRUCTION], "cannot be read"),
-        (["empty", INSTRUCTION], 'There is no picture in the folder "empty"'),
-        (["small.png", INSTRUCTION], "need at least 16 along each side"),
+        (["empty", INSTRUCTION], 'There is no image in the folder "empty"'),
+        (["small.png", INSTRUCTION], "must have at least 16"),
         (["in.png", INSTRUCTION, "--mask-threshold", "1.5"], "--mask-threshold must be between 0 and 1, not 1.5"),
         (["in.png", INSTRUCTION, "--mask", "none.png"], 'There is no mask "none.png"'),
-        (["in.png", INSTRUCTION, "--mask", "small.png"], "need at least 16"),
+        (["in.png", INSTRUCTION, "--mask", "small.png"], "must have at least 16"),
         (["in.png", INSTRUCTION, "--mask", "b.png"], 'The mask "b.png" has 40x30 pixels, but "in.png" has 32x24'),
-        (["in.png", INSTRUCTION, "--output", "out.jpg"], "The edited picture is a PNG file"),
+        (["in.png", INSTRUCTION, "--output", "out.jpg"], "lossless PNG"),
         (["in.png", "b.png", INSTRUCTION], "give -o a folder"),
         (["in.png", INSTRUCTION, "-o", "in.png"], "would overwrite"),
         (["in.png", INSTRUCTION, "-o", "text.png/out.png"], "cannot be created"),
@@ -163,22 +163,22 @@ def test_the_readmes_python_block_runs(tmp_path, monkeypatch, editor_folder):
         (["in.png", INSTRUCTION, "--device", "gpu"], '"gpu" is not available'),
     ],
 )
-def test_what_cannot_work_is_refused_before_the_editor_is_loaded(tmp_path, monkeypatch, arguments, words):
+def test_invalid_arguments_are_refused_without_an_editor(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "load_editor", lambda *_: pytest.fail("the editor was loaded"))
     save(Path("in.png"), noise(24, 32, 3))
     save(Path("b.png"), noise(30, 40, 3))
     save(Path("small.png"), noise(10, 10, 3))
-    Path("text.png").write_text("not a picture")
+    Path("text.png").write_text("not an image")
     Path("empty").mkdir()
     before = sorted(tmp_path.rglob("*"))
     output = [] if {"-o", "--output"} & set(arguments) else ["-o", "out.png"]
-    assert words in refusal(monkeypatch, *arguments, *output)
+    assert message in refusal(monkeypatch, *arguments, *output)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
-    ("instruction", "editor", "words"),
+    ("instruction", "editor", "message"),
     [
         ("turn the bear into a zebra", "embedded", "words that the editor"),
         ("give the bear a moustache", "embedded", "words that the editor"),
@@ -186,28 +186,28 @@ def test_what_cannot_work_is_refused_before_the_editor_is_loaded(tmp_path, monke
         (INSTRUCTION, "no/editor/here", "There is no editor folder"),
     ],
 )
-def test_what_the_editor_does_not_take_is_refused_in_a_sentence(tmp_path, monkeypatch, instruction, editor, words):
+def test_unsupported_instructions_are_refused(tmp_path, monkeypatch, instruction, editor, message):
     source = save(tmp_path / "in.png", noise(32, 32, 3))
     arguments = (source, instruction, "-o", tmp_path / "out.png", "--editor", editor, "--device", "cpu")
-    assert words in refusal(monkeypatch, *arguments)
+    assert message in refusal(monkeypatch, *arguments)
     assert [file.name for file in tmp_path.iterdir()] == ["in.png"]
 
 
-def test_an_edited_file_says_what_made_it(tmp_path, monkeypatch, quick, editor_folder):
+def test_edited_files_contain_their_provenance(tmp_path, monkeypatch, quick, editor_folder):
     instruction = 'クマ → „Pandabär“ 🐼 "now"'
     source = save(tmp_path / "in.png", noise(24, 40, 3))
-    own = save(tmp_path / "own.png", np.full((24, 40), 255, np.uint8))
-    run(monkeypatch, source, instruction, "-o", tmp_path / "out.png", "--seed", 7, "--mask", own, *quick)
+    mask_file = save(tmp_path / "own.png", np.full((24, 40), 255, np.uint8))
+    run(monkeypatch, source, instruction, "-o", tmp_path / "out.png", "--seed", 7, "--mask", mask_file, *quick)
     for name in ("out.png", "out_side_by_side.png"):
         with Image.open(tmp_path / name) as written:
             texts = written.text  # type: ignore
         assert texts["Software"] == f"wys-nerfstudio {__version__}"
         assert texts["Description"] == f'edited with wys-nerfstudio {__version__}: "{instruction}"'
-        made = json.loads(texts["wys-nerfstudio"])
-        assert made["instruction"] == instruction
-        assert made["editor"] == editor_folder.name, "where somebody's folders lie is nobody's business"
+        metadata = json.loads(texts["wys-nerfstudio"])
+        assert metadata["instruction"] == instruction
+        assert metadata["editor"] == editor_folder.name, "only the name of a folder may be published"
         settings = command.EditSettings(diffusion_steps=2)
-        assert made == {
+        assert metadata == {
             **asdict(settings),
             "instruction": instruction,
             "editor": editor_folder.name,

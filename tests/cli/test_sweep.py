@@ -1,4 +1,4 @@
-"""`wys sweep` through its command line: its table against slow references, going on after a stop, and what it refuses."""
+"""`wys sweep` from the command line: results compared with a slow reference, resuming, refusals."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ ENTRIES = [
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two pictures and a list of their edits."""
+    """Folder with two images and a list of their edits."""
     (tmp_path / "in").mkdir()
     for number, (name, shape) in enumerate({"a.png": (24, 40, 3), "b.jpg": (32, 32, 3)}.items()):
         pixels = np.random.default_rng(number).integers(0, 256, shape, dtype=np.uint8)
@@ -57,9 +57,7 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a * b).sum() / (a.norm() * b.norm()))
 
 
-def test_the_table_says_of_every_edit_what_its_slow_reference_says(
-    folder, monkeypatch, quick, editor_folder, clip_folder
-):
+def test_results_equal_their_slow_reference(folder, monkeypatch, quick, editor_folder, clip_folder):
     run(monkeypatch, folder / "in" / "list.json", "-o", folder / "out", "--seed", 3, *quick)
     rows = table(folder / "out")
     assert len(rows) == 2 * 2 * 2
@@ -86,36 +84,36 @@ def test_the_table_says_of_every_edit_what_its_slow_reference_says(
                 assert float(row["direction_similarity"]) == pytest.approx(direction, abs=1e-4)
                 assert row["instruction"] == entry["instruction"] and row["image"] == entry["image"]
     for name in ("curves.png", "grids/000.png", "grids/001.png"):
-        with Image.open(folder / "out" / name) as drawn:
-            assert min(drawn.size) > 100 and np.asarray(drawn.convert("L")).std() > 5
+        with Image.open(folder / "out" / name) as plot:
+            assert min(plot.size) > 100 and np.asarray(plot.convert("L")).std() > 5
     with Image.open(folder / "out" / rows[0]["file"]) as first:
         assert json.loads(first.text["wys-nerfstudio"])["instruction"] == ENTRIES[0]["instruction"]  # type: ignore
 
 
-def test_a_stopped_sweep_goes_on_and_a_finished_one_needs_no_editor(folder, monkeypatch, quick, capsys):
+def test_sweeps_resume_and_finished_ones_load_no_editor(folder, monkeypatch, quick, capsys):
     arguments = [folder / "in" / "list.json", "-o", folder / "out", *quick]
-    whole = [folder / "in" / "list.json", "-o", folder / "whole", *quick]
+    uninterrupted = [folder / "in" / "list.json", "-o", folder / "uninterrupted", *quick]
     edit, count = sweep.edit_image, 0
 
-    def stops_after_three(*args, **options):
+    def interrupt_after_three(*args, **options):
         nonlocal count
         count += 1
         if count == 4:
             raise KeyboardInterrupt
         return edit(*args, **options)
 
-    monkeypatch.setattr(sweep, "edit_image", stops_after_three)
+    monkeypatch.setattr(sweep, "edit_image", interrupt_after_three)
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, *arguments)
     assert len(table(folder / "out")) == 3
     assert not list(folder.rglob("*.partial"))
     first = (folder / "out" / table(folder / "out")[0]["file"]).stat().st_mtime_ns
     run(monkeypatch, *arguments)
-    assert count == 4 + 5, "what was done is not done again"
+    assert count == 4 + 5, "finished edits must not be repeated"
     assert "5/5" in capsys.readouterr().out
     assert (folder / "out" / table(folder / "out")[0]["file"]).stat().st_mtime_ns == first
-    run(monkeypatch, *whole)
-    assert (folder / "out" / "sweep.csv").read_bytes() == (folder / "whole" / "sweep.csv").read_bytes()
+    run(monkeypatch, *uninterrupted)
+    assert (folder / "out" / "sweep.csv").read_bytes() == (folder / "uninterrupted" / "sweep.csv").read_bytes()
 
     monkeypatch.setattr(sweep, "load_editor", None)
     (folder / "out" / "curves.png").unlink()
@@ -123,11 +121,11 @@ def test_a_stopped_sweep_goes_on_and_a_finished_one_needs_no_editor(folder, monk
     assert (folder / "out" / "curves.png").is_file()
 
 
-def test_another_request_in_the_same_folder_is_refused(folder, monkeypatch, quick):
+def test_a_folder_of_another_sweep_is_refused(folder, monkeypatch, quick):
     arguments = [folder / "in" / "list.json", "-o", folder / "out", *quick]
     run(monkeypatch, *arguments)
     before = (folder / "out" / "sweep.csv").read_bytes()
-    sentence = f'"{folder / "out"}" holds a sweep with another list or other settings: give -o another folder'
+    sentence = f'"{folder / "out"}" contains a sweep with another list or other settings: give -o another folder'
     assert sentence in refusal(monkeypatch, *arguments, "--seed", 1)
     assert sentence in refusal(monkeypatch, *arguments, "--guidance-scale", 3)
     Image.new("RGB", (24, 40)).save(folder / "in" / "a.png")
@@ -135,14 +133,14 @@ def test_another_request_in_the_same_folder_is_refused(folder, monkeypatch, quic
     assert (folder / "out" / "sweep.csv").read_bytes() == before
 
 
-def test_lists_of_all_three_kinds_are_read_alike(folder):
-    wanted = read_cases(folder / "in" / "list.json")
-    assert [case.instruction for case in wanted] == [entry["instruction"] for entry in ENTRIES]
+def test_csv_yaml_and_json_lists_are_equivalent(folder):
+    expected = read_cases(folder / "in" / "list.json")
+    assert [case.instruction for case in expected] == [entry["instruction"] for entry in ENTRIES]
     lines = [",".join(ENTRIES[0]), *(",".join(entry.values()) for entry in ENTRIES)]
     (folder / "in" / "list.csv").write_text("\n".join(lines), "utf-8-sig")
     text = "".join("- " + "\n  ".join(f"{key}: {value}" for key, value in entry.items()) + "\n" for entry in ENTRIES)
     (folder / "in" / "list.yaml").write_text(text)
-    assert read_cases(folder / "in" / "list.csv") == wanted == read_cases(folder / "in" / "list.yaml")
+    assert read_cases(folder / "in" / "list.csv") == expected == read_cases(folder / "in" / "list.yaml")
 
 
 @pytest.mark.parametrize(
@@ -160,10 +158,10 @@ def test_lists_of_all_three_kinds_are_read_alike(folder):
         ("list.json", '["a.png"]', 'Edit 1 of "{file}" has no image'),
         ("list.csv", "image,instruction\na.png,make it red\n", 'Edit 1 of "{file}" has no caption_before'),
         ("list.csv", "image,instruction,caption_before,caption_after\na.png, ,a,b\n", "has no instruction"),
-        ("list.csv", "image,instruction,caption_before,caption_after\nc.png,x,a,b\n", "There is no picture"),
+        ("list.csv", "image,instruction,caption_before,caption_after\nc.png,x,a,b\n", "There is no image"),
     ],
 )
-def test_lists_that_cannot_work_are_refused(folder, monkeypatch, quick, name, text, sentence):
+def test_invalid_lists_are_refused(folder, monkeypatch, quick, name, text, sentence):
     file = folder / "in" / name
     if text is not None:
         file.write_text(text)
@@ -179,25 +177,25 @@ def test_lists_that_cannot_work_are_refused(folder, monkeypatch, quick, name, te
         (["--image-guidance-scales"], "--image-guidance-scales takes one or more different numbers"),
         (["--diffusion-steps", "0"], "--diffusion-steps must be at least 1, not 0"),
         (["--device", "cuda:9"], 'The device "cuda:9" is not available'),
-        (["--clip", "nobody/no-clip"], 'The CLIP "nobody/no-clip" could not be loaded'),
-        (["--editor", "nowhere"], 'There is no editor folder "nowhere"'),
+        (["--clip", "nobody/no-clip"], 'The CLIP model "nobody/no-clip" could not be loaded'),
+        (["--editor", "missing"], 'There is no editor folder "missing"'),
     ],
 )
-def test_settings_that_cannot_work_are_refused(folder, monkeypatch, quick, options, sentence):
-    given = [*quick, *options]
-    assert sentence in refusal(monkeypatch, folder / "in" / "list.json", "-o", folder / "out", *given)
+def test_invalid_settings_are_refused(folder, monkeypatch, quick, options, sentence):
+    arguments = [*quick, *options]
+    assert sentence in refusal(monkeypatch, folder / "in" / "list.json", "-o", folder / "out", *arguments)
     assert not (folder / "out" / "sweep.csv").exists()
 
 
-def test_a_caption_that_clip_cannot_read_is_refused_before_the_first_edit(folder, monkeypatch, quick):
+def test_overlong_captions_are_refused_before_the_first_edit(folder, monkeypatch, quick):
     entries = [ENTRIES[0], {**ENTRIES[1], "caption_after": "ball " * 11}]
     (folder / "in" / "list.json").write_text(json.dumps(entries))
     sentence = refusal(monkeypatch, folder / "in" / "list.json", "-o", folder / "out", *quick)
-    assert "has 13 tokens and the CLIP" in sentence
+    assert "has 13 tokens, but the CLIP model" in sentence
     assert not (folder / "out" / "edits").exists()
 
 
-def test_curves_are_means_over_the_cases():
+def test_curves_are_averaged_over_the_cases():
     def row(case: int, tau: float, scale: float, direction: float, image: float) -> SweepResult:
         return SweepResult(case, "a.png", "x", tau, scale, direction, image, 0.0, "")
 

@@ -31,7 +31,7 @@ def test_edit_metrics_are_computed_per_view(alexnet_file: Path) -> None:
     assert set(edit_metrics(captured, edited)) == {"edit_psnr", "edit_ssim"}
 
 
-def test_clip_metrics_equal_those_of_the_embeddings(clip_folder: Path) -> None:
+def test_clip_metrics_are_computed_from_the_embeddings(clip_folder: Path) -> None:
     clip = load_clip(str(clip_folder))
     captured, edited = random_views()
     results = clip_metrics(clip, captured, edited, ("a bear", "a panda"))
@@ -75,15 +75,15 @@ def test_ground_truth_psnr_inside_and_outside_the_mask(tmp_path: Path) -> None:
     masks[0, :10], masks[1] = True, True
     expected[0, :10] = ((expected[0, :10] + 0.5) % 1.0 * 255).round() / 255
     write_ground_truth(tmp_path, expected, masks)
-    truth = GroundTruth.find(tmp_path, "Turn it into a PANDA!")
-    assert truth is not None and truth.captions == ("a bear", "a panda")
+    ground_truth = GroundTruth.find(tmp_path, "Turn it into a PANDA!")
+    assert ground_truth is not None and ground_truth.captions == ("a bear", "a panda")
     assert (
-        GroundTruth.find(tmp_path, "turn it into a hat") is None and GroundTruth.find(tmp_path / "nowhere", "x") is None
+        GroundTruth.find(tmp_path, "turn it into a hat") is None and GroundTruth.find(tmp_path / "missing", "x") is None
     )
-    results = ground_truth_metrics(truth, ["0.png", "1.png", "2.png"], edited)
+    results = ground_truth_metrics(ground_truth, ["0.png", "1.png", "2.png"], edited)
     inside, outside = results["truth_psnr_inside"], results["truth_psnr_outside"]
     assert inside[0] == pytest.approx(metrics.psnr(edited[0, :10], expected[0, :10]), abs=1e-3) and inside[0] < 10
-    assert outside[0] > 50, "equal but for 8 bits"
+    assert outside[0] > 50, "equal up to 8-bit rounding"
     assert math.isnan(outside[1]) and math.isnan(inside[2])
 
 

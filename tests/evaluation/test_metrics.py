@@ -1,4 +1,4 @@
-"""Measures against their definitions, written out."""
+"""Metrics, compared with slow references."""
 
 import math
 import random
@@ -22,7 +22,7 @@ from wys_nerfstudio.evaluation.metrics import (
 )
 
 
-def maps_and_truths(values: st.SearchStrategy[float]) -> st.SearchStrategy[tuple[torch.Tensor, torch.Tensor]]:
+def maps_and_targets(values: st.SearchStrategy[float]) -> st.SearchStrategy[tuple[torch.Tensor, torch.Tensor]]:
     pairs = st.lists(st.tuples(values, st.booleans()), min_size=1, max_size=24)
     return pairs.map(lambda p: (torch.tensor([[v for v, _ in p]]), torch.tensor([[t for _, t in p]])))
 
@@ -30,20 +30,20 @@ def maps_and_truths(values: st.SearchStrategy[float]) -> st.SearchStrategy[tuple
 ties = st.integers(0, 8).map(lambda n: n / 8)
 
 
-def slow_average_precision(relevance: list[float], truth: list[bool]) -> float:
-    """Sum of precision times the gain in recall, over the thresholds from high to low; ties enter together."""
+def slow_average_precision(relevance: list[float], target: list[bool]) -> float:
+    """Sum of precision times the increase of recall over descending thresholds; ties are added together."""
     total, recall = 0.0, 0.0
     for tau in sorted(set(relevance), reverse=True):
-        chosen = [t for r, t in zip(relevance, truth) if r >= tau]
-        total += (sum(chosen) / sum(truth) - recall) * sum(chosen) / len(chosen)
-        recall = sum(chosen) / sum(truth)
+        chosen = [t for r, t in zip(relevance, target) if r >= tau]
+        total += (sum(chosen) / sum(target) - recall) * sum(chosen) / len(chosen)
+        recall = sum(chosen) / sum(target)
     return total
 
 
-def slow_roc_auc(relevance: list[float], truth: list[bool]) -> float:
-    """Share of pairs (changed, unchanged) in which the changed pixel has more; ties count half."""
-    changed = [r for r, t in zip(relevance, truth) if t]
-    unchanged = [r for r, t in zip(relevance, truth) if not t]
+def slow_roc_auc(relevance: list[float], target: list[bool]) -> float:
+    """Share of pairs (changed, unchanged) in which the changed pixel scores higher; ties count one half."""
+    changed = [r for r, t in zip(relevance, target) if t]
+    unchanged = [r for r, t in zip(relevance, target) if not t]
     return sum((a > b) + 0.5 * (a == b) for a in changed for b in unchanged) / (len(changed) * len(unchanged))
 
 
@@ -54,16 +54,16 @@ def test_psnr_equals_its_formula():
     assert psnr(a, b) == pytest.approx(-10 * math.log10(sum(squares) / len(squares)), abs=1e-9)
 
 
-def test_psnr_of_a_tenth_of_the_range_is_20_decibels():
+def test_psnr_of_a_difference_of_one_tenth_is_20_db():
     assert psnr(torch.full((2, 3, 3, 3), 0.5), torch.full((2, 3, 3, 3), 0.4)) == pytest.approx(20, abs=1e-5)
 
 
-def test_psnr_of_equal_pictures_is_infinite():
+def test_psnr_of_equal_images_is_infinite():
     image = torch.rand(4, 4, 3)
     assert psnr(image, image) == math.inf
 
 
-def test_psnr_counts_the_masks_pixels_only():
+def test_psnr_is_restricted_to_the_mask():
     torch.manual_seed(0)
     a, b, mask = torch.rand(2, 6, 5, 3), torch.rand(2, 6, 5, 3), torch.rand(2, 6, 5) > 0.5
     squares = [
@@ -79,51 +79,51 @@ def test_psnr_of_an_empty_mask_is_nan():
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30))
-def test_intersection_over_union_equals_its_count(pairs):
+def test_intersection_over_union_equals_its_reference(pairs):
     a, b = (torch.tensor([[p[i] for p in pairs]]) for i in range(2))
     either = sum(x or y for x, y in pairs)
-    wanted = sum(x and y for x, y in pairs) / either if either else 1.0
-    assert intersection_over_union(a, b) == pytest.approx(wanted, abs=1e-6)
+    expected = sum(x and y for x, y in pairs) / either if either else 1.0
+    assert intersection_over_union(a, b) == pytest.approx(expected, abs=1e-6)
 
 
-@given(maps_and_truths(ties))
-def test_average_precision_equals_its_twin(pair):
-    relevance, truth = pair
-    result = average_precision(relevance, truth)
-    if not truth.any():
+@given(maps_and_targets(ties))
+def test_average_precision_equals_its_reference(pair):
+    relevance, target = pair
+    result = average_precision(relevance, target)
+    if not target.any():
         assert math.isnan(result)
     else:
-        assert result == pytest.approx(slow_average_precision(relevance[0].tolist(), truth[0].tolist()), abs=1e-5)
+        assert result == pytest.approx(slow_average_precision(relevance[0].tolist(), target[0].tolist()), abs=1e-5)
 
 
-@given(maps_and_truths(ties))
-def test_roc_auc_equals_its_twin(pair):
-    relevance, truth = pair
-    result = roc_auc(relevance, truth)
-    if truth.all() or not truth.any():
+@given(maps_and_targets(ties))
+def test_roc_auc_equals_its_reference(pair):
+    relevance, target = pair
+    result = roc_auc(relevance, target)
+    if target.all() or not target.any():
         assert math.isnan(result)
     else:
-        assert result == pytest.approx(slow_roc_auc(relevance[0].tolist(), truth[0].tolist()), abs=1e-5)
+        assert result == pytest.approx(slow_roc_auc(relevance[0].tolist(), target[0].tolist()), abs=1e-5)
 
 
-def test_a_perfect_map_scores_one_and_a_constant_map_scores_chance():
-    truth = torch.zeros(2, 8, 8, dtype=torch.bool)
-    truth[:, 2:6, 3:5] = True
-    assert average_precision(truth.float(), truth) == pytest.approx(1)
-    assert roc_auc(truth.float(), truth) == pytest.approx(1)
+def test_perfect_maps_score_one_and_constant_maps_chance():
+    target = torch.zeros(2, 8, 8, dtype=torch.bool)
+    target[:, 2:6, 3:5] = True
+    assert average_precision(target.float(), target) == pytest.approx(1)
+    assert roc_auc(target.float(), target) == pytest.approx(1)
     constant = torch.full((2, 8, 8), 0.3)
-    assert average_precision(constant, truth) == pytest.approx(float(truth.float().mean()))
-    assert roc_auc(constant, truth) == pytest.approx(0.5)
+    assert average_precision(constant, target) == pytest.approx(float(target.float().mean()))
+    assert roc_auc(constant, target) == pytest.approx(0.5)
 
 
-def test_the_ranking_is_all_that_counts():
+def test_ranking_metrics_are_invariant_to_monotonic_maps():
     values = [random.Random(0).random() for _ in range(40)]
-    relevance, truth = torch.tensor([values]), torch.rand(1, 40, generator=torch.Generator().manual_seed(1)) > 0.6
-    assert average_precision(relevance**3, truth) == pytest.approx(average_precision(relevance, truth), abs=1e-6)
-    assert roc_auc(relevance**3, truth) == pytest.approx(roc_auc(relevance, truth), abs=1e-6)
+    relevance, target = torch.tensor([values]), torch.rand(1, 40, generator=torch.Generator().manual_seed(1)) > 0.6
+    assert average_precision(relevance**3, target) == pytest.approx(average_precision(relevance, target), abs=1e-6)
+    assert roc_auc(relevance**3, target) == pytest.approx(roc_auc(relevance, target), abs=1e-6)
 
 
-def test_psnr_of_large_differences_does_not_wrap_as_in_8_bits():
+def test_psnr_does_not_overflow_on_large_differences():
     bright, dark = torch.full((4, 4, 3), 251 / 255), torch.full((4, 4, 3), 10 / 255)
     assert psnr(bright, dark) == pytest.approx(-20 * math.log10(241 / 255), abs=1e-5)
     wrapped = (251 - 10) ** 2 % 256
@@ -131,19 +131,19 @@ def test_psnr_of_large_differences_does_not_wrap_as_in_8_bits():
 
 
 def slow_ssim(x: list[list[float]], y: list[list[float]]) -> float:
-    """Mean over all places of an 11 x 11 Gaussian window (sigma 1.5); pictures are mirrored at their borders."""
+    """Mean over all positions of an 11 x 11 Gaussian window (sigma 1.5); images are reflected at their borders."""
     kernel = [math.exp(-((i - 5) ** 2) / (2 * 1.5**2)) for i in range(11)]
     weight = [[a * b / sum(kernel) ** 2 for a in kernel] for b in kernel]
     n = len(x)
 
-    def mirrored(i: int) -> int:
+    def reflect(i: int) -> int:
         return -i if i < 0 else 2 * (n - 1) - i if i >= n else i
 
     total = 0.0
     for row in range(n):
         for column in range(n):
             window = [
-                (weight[i][j], x[mirrored(row + i - 5)][mirrored(column + j - 5)], y[mirrored(row + i - 5)][mirrored(column + j - 5)])
+                (weight[i][j], x[reflect(row + i - 5)][reflect(column + j - 5)], y[reflect(row + i - 5)][reflect(column + j - 5)])
                 for i in range(11) for j in range(11)
             ]  # fmt: skip
             mx, my = sum(w * a for w, a, _ in window), sum(w * b for w, _, b in window)
@@ -154,11 +154,11 @@ def slow_ssim(x: list[list[float]], y: list[list[float]]) -> float:
     return total / n**2
 
 
-def test_ssim_equals_its_formula():
+def test_ssim_equals_its_reference():
     torch.manual_seed(3)
     x = torch.rand(16, 16)
     y = (x + 0.3 * torch.rand(16, 16)).clamp(0, 1)
-    first, second = (picture[..., None].expand(-1, -1, 3) for picture in (x, y))
+    first, second = (image[..., None].expand(-1, -1, 3) for image in (x, y))
     assert ssim(first, second) == pytest.approx(slow_ssim(x.tolist(), y.tolist()), abs=2e-3)
     assert ssim(first, first) == pytest.approx(1.0)
 
@@ -168,12 +168,12 @@ def slow_cosine(a: list[float], b: list[float]) -> float:
     return sum(v * w for v, w in zip(a, b)) / lengths if lengths else 0.0
 
 
-def minus(a: list[float], b: list[float]) -> list[float]:
+def subtract(a: list[float], b: list[float]) -> list[float]:
     return [v - w for v, w in zip(a, b)]
 
 
 @given(st.integers(0, 1000))
-def test_similarities_equal_their_formulas(seed: int):
+def test_similarities_equal_their_references(seed: int):
     draw = torch.Generator().manual_seed(seed)
     before, after = torch.randn(2, 4, 5, generator=draw)
     text_before, text_after = torch.randn(2, 5, generator=draw)
@@ -182,11 +182,11 @@ def test_similarities_equal_their_formulas(seed: int):
         "image": ([slow_cosine(x, y) for x, y in zip(a, b)], image_similarity(before, after)),
         "text": ([slow_cosine(x, ta) for x in a], text_image_similarity(after, text_after)),
         "direction": (
-            [slow_cosine(minus(x, y), minus(ta, tb)) for x, y in zip(a, b)],
+            [slow_cosine(subtract(x, y), subtract(ta, tb)) for x, y in zip(a, b)],
             direction_similarity(before, after, text_before, text_after),
         ),
         "consistency": (
-            [slow_cosine(minus(a[k], b[k]), minus(a[k + 1], b[k + 1])) for k in range(3)],
+            [slow_cosine(subtract(a[k], b[k]), subtract(a[k + 1], b[k + 1])) for k in range(3)],
             direction_consistency(before, after),
         ),
         "frames": ([slow_cosine(a[k], a[k + 1]) for k in range(3)], frame_consistency(after)),
@@ -196,12 +196,14 @@ def test_similarities_equal_their_formulas(seed: int):
         assert bool((fast.abs() <= 1 + 1e-6).all())
 
 
-def test_known_similarities():
+def test_similarities_of_known_vectors():
     same = torch.tensor([[0.6, 0.8], [1.0, 0.0]])
     captions = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
     assert image_similarity(same, same).tolist() == pytest.approx([1.0, 1.0])
-    assert direction_similarity(same, same, *captions).tolist() == [0.0, 0.0], "what did not change has no direction"
-    moved = same + torch.tensor([0.5, -0.5])
-    assert direction_similarity(same, moved, *captions).tolist() == pytest.approx([1.0, 1.0])
-    assert direction_similarity(moved, same, *captions).tolist() == pytest.approx([-1.0, -1.0])
-    assert direction_consistency(same, moved).tolist() == pytest.approx([1.0])
+    assert direction_similarity(same, same, *captions).tolist() == [0.0, 0.0], (
+        "the change of an unchanged view is a zero vector"
+    )
+    shifted = same + torch.tensor([0.5, -0.5])
+    assert direction_similarity(same, shifted, *captions).tolist() == pytest.approx([1.0, 1.0])
+    assert direction_similarity(shifted, same, *captions).tolist() == pytest.approx([-1.0, -1.0])
+    assert direction_consistency(same, shifted).tolist() == pytest.approx([1.0])

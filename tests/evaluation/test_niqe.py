@@ -1,4 +1,4 @@
-"""NIQE against a block-by-block twin in numpy, and what it says of pictures that are more or less natural."""
+"""NIQE, compared with a block-by-block reference in numpy and on degraded images."""
 
 import math
 from pathlib import Path
@@ -18,8 +18,8 @@ from wys_nerfstudio.evaluation.niqe import NiqeParams, check_niqe, features, niq
 from wys_nerfstudio.utils.errors import WysError
 
 
-def natural_picture(seed: int, height: int = 288, width: int = 384) -> torch.Tensor:
-    """Noise whose spectrum falls as that of photographs does, as 1 / f."""
+def natural_image(seed: int, height: int = 288, width: int = 384) -> torch.Tensor:
+    """Return noise with a 1 / f spectrum, as photographs have."""
     draw = torch.Generator().manual_seed(seed)
     frequency = torch.fft.fftfreq(height)[:, None] ** 2 + torch.fft.rfftfreq(width)[None] ** 2
     frequency[0, 0] = math.inf
@@ -28,31 +28,31 @@ def natural_picture(seed: int, height: int = 288, width: int = 384) -> torch.Ten
     return (0.5 + 0.15 * gray / gray.std()).clamp(0, 1)[..., None].expand(-1, -1, 3)
 
 
-def fitted(pictures: list[torch.Tensor]) -> NiqeParams:
-    found = torch.cat([features(picture) for picture in pictures])
-    return NiqeParams(found.mean(dim=0), found.t().cov())
+def fit_params(images: list[torch.Tensor]) -> NiqeParams:
+    values = torch.cat([features(image) for image in images])
+    return NiqeParams(values.mean(dim=0), values.t().cov())
 
 
 @pytest.fixture(scope="module")
 def natural() -> NiqeParams:
-    return fitted([natural_picture(seed) for seed in range(6)])
+    return fit_params([natural_image(seed) for seed in range(6)])
 
 
 def slow_gaussian(values: np.ndarray) -> tuple[float, float, float]:
     left, right = (np.sqrt(np.mean(side**2)) for side in (values[values < 0], values[values > 0]))
     r = np.mean(np.abs(values)) ** 2 / np.mean(values**2)
-    wanted = r * ((left / right) ** 3 + 1) * (left / right + 1) / ((left / right) ** 2 + 1) ** 2
-    best = min(
-        (abs(gamma(2 / a) ** 2 / (gamma(1 / a) * gamma(3 / a)) - wanted), a) for a in np.arange(200, 10001) / 1000
+    expected = r * ((left / right) ** 3 + 1) * (left / right + 1) / ((left / right) ** 2 + 1) ** 2
+    alpha = min(
+        (abs(gamma(2 / a) ** 2 / (gamma(1 / a) * gamma(3 / a)) - expected), a) for a in np.arange(200, 10001) / 1000
     )[1]
-    scale = math.sqrt(gamma(1 / best) / gamma(3 / best))
-    return best, left * scale, right * scale
+    scale = math.sqrt(gamma(1 / alpha) / gamma(3 / alpha))
+    return alpha, left * scale, right * scale
 
 
 def slow_features(block: np.ndarray) -> list[float]:
-    """The 18 features of a normalized block, one after the other."""
+    """Compute the 18 features of a normalized block with loops."""
     alpha, left, right = slow_gaussian(block)
-    found = [alpha, (left + right) / 2]
+    values = [alpha, (left + right) / 2]
     height, width = block.shape
     for down, across in ((0, 1), (1, 0), (1, 1), (1, -1)):
         products = np.array(
@@ -62,46 +62,48 @@ def slow_features(block: np.ndarray) -> list[float]:
             ]
         )
         alpha, left, right = slow_gaussian(products)
-        found += [alpha, (right - left) * gamma(2 / alpha) / gamma(1 / alpha), left, right]
-    return found
+        values += [alpha, (right - left) * gamma(2 / alpha) / gamma(1 / alpha), left, right]
+    return values
 
 
-def test_features_are_those_of_the_paper_block_by_block():
-    picture = natural_picture(3, 97, 200)
-    gray = np.round(np.round(picture.double().numpy() * 255) @ [0.2989, 0.5870, 0.1140])[:96, :192]
+def test_features_equal_their_slow_reference():
+    image = natural_image(3, 97, 200)
+    gray = np.round(np.round(image.double().numpy() * 255) @ [0.2989, 0.5870, 0.1140])[:96, :192]
     window = np.array([[math.exp(-(x * x + y * y) / (2 * (7 / 6) ** 2)) for x in range(-3, 4)] for y in range(-3, 4)])
     window /= window.sum()
     mean = correlate(gray, window, mode="nearest")
     deviation = np.sqrt(np.abs(correlate(gray**2, window, mode="nearest") - mean**2))
     normalized = (gray - mean) / (deviation + 1)
-    wanted = [slow_features(normalized[:, :96]), slow_features(normalized[:, 96:])]
-    np.testing.assert_allclose(features(picture)[:, :18].numpy(), wanted, atol=2e-3)
+    expected = [slow_features(normalized[:, :96]), slow_features(normalized[:, 96:])]
+    np.testing.assert_allclose(features(image)[:, :18].numpy(), expected, atol=2e-3)
 
 
-def test_the_distance_is_zero_from_its_own_features_and_that_of_equation_10_from_others(natural: NiqeParams):
-    picture = natural_picture(11)
-    assert niqe(picture, fitted([picture])) == pytest.approx(0, abs=1e-6)
-    found = features(picture).numpy()
-    away = natural.mean.numpy() - found.mean(axis=0)
-    middle = (natural.covariance.numpy() + np.cov(found, rowvar=False)) / 2
-    assert niqe(picture, natural) == pytest.approx(math.sqrt(away @ np.linalg.inv(middle) @ away), rel=1e-4)
+def test_the_distance_equals_equation_10(natural: NiqeParams):
+    image = natural_image(11)
+    assert niqe(image, fit_params([image])) == pytest.approx(0, abs=1e-6)
+    values = features(image).numpy()
+    difference = natural.mean.numpy() - values.mean(axis=0)
+    covariance = (natural.covariance.numpy() + np.cov(values, rowvar=False)) / 2
+    assert niqe(image, natural) == pytest.approx(
+        math.sqrt(difference @ np.linalg.inv(covariance) @ difference), rel=1e-4
+    )
 
 
 @hypothesis_settings(max_examples=5)
 @given(seed=st.integers(100, 10**6))
-def test_blurred_and_noisy_pictures_are_less_natural(natural: NiqeParams, seed: int):
-    picture = natural_picture(seed)
-    here = niqe(picture, natural)
-    channels = picture.permute(2, 0, 1)[None]
+def test_blur_and_noise_increase_niqe(natural: NiqeParams, seed: int):
+    image = natural_image(seed)
+    original = niqe(image, natural)
+    channels = image.permute(2, 0, 1)[None]
     blurred = torch.nn.functional.avg_pool2d(channels, 5, stride=1, padding=2)[0].permute(1, 2, 0)
-    noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(seed))
-    assert niqe(blurred, natural) > here and niqe((picture + 0.2 * noise).clamp(0, 1), natural) > here
+    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(seed))
+    assert niqe(blurred, natural) > original and niqe((image + 0.2 * noise).clamp(0, 1), natural) > original
 
 
-def test_blocks_without_contrast_are_left_out(natural: NiqeParams):
-    picture = natural_picture(5).clone()
-    picture[:96, :96] = 0.5
-    assert math.isfinite(niqe(picture, natural))
+def test_blocks_without_contrast_are_ignored(natural: NiqeParams):
+    image = natural_image(5).clone()
+    image[:96, :96] = 0.5
+    assert math.isfinite(niqe(image, natural))
 
 
 def write_parameters(path: Path, natural: NiqeParams) -> Path:
@@ -109,13 +111,13 @@ def write_parameters(path: Path, natural: NiqeParams) -> Path:
     return path
 
 
-def test_parameters_are_read_from_the_authors_kind_of_file(natural: NiqeParams, tmp_path: Path):
+def test_parameters_are_read_from_a_mat_file(natural: NiqeParams, tmp_path: Path):
     read = NiqeParams.read(write_parameters(tmp_path / "modelparameters.mat", natural))
     assert torch.equal(read.mean, natural.mean) and torch.equal(read.covariance, natural.covariance)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no matrices", "other names", "other sizes"])
-def test_a_file_that_is_none_is_refused(content, tmp_path: Path):
+def test_invalid_parameter_files_are_refused(content, tmp_path: Path):
     path = tmp_path / "x.mat"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -123,30 +125,30 @@ def test_a_file_that_is_none_is_refused(content, tmp_path: Path):
         name = "mean" if content == "other names" else "mu_prisparam"
         savemat(path, {name: np.zeros((1, 3)), "cov_prisparam": np.zeros((3, 3))})
     with pytest.raises(
-        WysError, match="NIQE's parameters cannot be read from .*modelparameters.mat of the authors' release"
+        WysError, match="The NIQE parameters cannot be read from .*modelparameters.mat of the authors' release"
     ):
         NiqeParams.read(path)
 
 
-def test_pictures_without_contrast_are_no_number(natural: NiqeParams):
+def test_images_without_contrast_give_nan(natural: NiqeParams):
     assert math.isnan(niqe(torch.full((96, 192, 3), 0.5), natural))
 
 
-def test_views_too_small_are_refused(natural: NiqeParams, tmp_path: Path):
+def test_small_views_are_refused(natural: NiqeParams, tmp_path: Path):
     parameters = write_parameters(tmp_path / "modelparameters.mat", natural)
     check_niqe(parameters, 96, 192)
     check_niqe(parameters, 200, 100)
-    with pytest.raises(WysError, match="blocks of 96x96 pixels and needs two of them, and the views are 190x100"):
+    with pytest.raises(WysError, match="at least two blocks of 96x96 pixels, but the views have 190x100 pixels"):
         check_niqe(parameters, 100, 190)
 
 
-def test_views_too_small_are_refused_before_the_first_step(natural, editor_folder, tmp_path):
+def test_small_views_are_refused_before_the_first_step(natural, editor_folder, tmp_path):
     from test_pipeline import build_trainer, small_config
 
     scene = write_ring_scene(tmp_path / "scene")
     parameters = write_parameters(tmp_path / "modelparameters.mat", natural)
     config = small_config(scene, editor_folder, tmp_path / "out", niqe_params=parameters)
-    with pytest.raises(SystemExit, match="leave out --pipeline.niqe-params"):
+    with pytest.raises(SystemExit, match="omit --pipeline.niqe-params"):
         build_trainer(config)
 
 
@@ -159,8 +161,8 @@ def test_niqe_is_computed_for_every_view(natural, editor_folder, tmp_path, monke
     pipeline = build_trainer(config).pipeline
     pipeline.eval()
     monkeypatch.setattr(
-        pipeline.scene_model, "render_view", lambda _, view: {"rgb": natural_picture(view, height=96, width=192)}
+        pipeline.scene_model, "render_view", lambda _, view: {"rgb": natural_image(view, height=96, width=192)}
     )
     computed = pipeline.evaluate_edit()["edit_niqe"]
-    expected = [niqe(natural_picture(view, 96, 192), natural) for view in range(pipeline.datamanager.num_views)]
+    expected = [niqe(natural_image(view, 96, 192), natural) for view in range(pipeline.datamanager.num_views)]
     assert computed == pytest.approx(expected) and len(set(expected)) == 3

@@ -1,4 +1,4 @@
-"""Masks of a folder; what is wrong with a capture is said to the user of the command line in test_bad_input."""
+"""Masks of the views; test_bad_input tests the validation of captures."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ NAMES = [f"view_{number}" for number in range(5)]
 VIEWS = [Path("images") / f"{name}.png" for name in NAMES]
 
 
-def test_masks_are_read_by_their_views_names_at_the_views_size(tmp_path):
+def test_masks_are_matched_by_name_and_resized_to_the_views(tmp_path):
     for view, name in enumerate(NAMES):
         pixels = np.zeros((2 * HEIGHT, 2 * WIDTH), dtype=np.uint8)
         pixels[: 2 * view + 2, :20] = 255
@@ -24,12 +24,12 @@ def test_masks_are_read_by_their_views_names_at_the_views_size(tmp_path):
     assert masks.shape == (len(NAMES), HEIGHT, WIDTH)
     assert masks.dtype == torch.bool
     for view, mask in enumerate(masks):
-        wanted = torch.zeros(HEIGHT, WIDTH, dtype=torch.bool)
-        wanted[: view + 1, :10] = True
-        assert torch.equal(mask, wanted)
+        expected = torch.zeros(HEIGHT, WIDTH, dtype=torch.bool)
+        expected[: view + 1, :10] = True
+        assert torch.equal(mask, expected)
 
 
-def test_bright_is_inside_a_mask(tmp_path):
+def test_pixels_brighter_than_half_are_inside_a_mask(tmp_path):
     for name in NAMES:
         pixels = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
         pixels[:, 0], pixels[:, 1] = 127, 128
@@ -37,8 +37,8 @@ def test_bright_is_inside_a_mask(tmp_path):
     assert read_masks(tmp_path, VIEWS, HEIGHT, WIDTH)[0, 0, :3].tolist() == [False, True, False]
 
 
-def test_a_missing_mask_is_refused_by_its_views_name(tmp_path):
-    sentence = "There is no mask for the view {}.png in .*--pipeline.masks-dir needs one image per view.*{}.png"
+def test_a_missing_mask_is_reported_with_the_views_name(tmp_path):
+    sentence = "There is no mask for the view {}.png in .*--pipeline.masks-dir requires one image per view.*{}.png"
     with pytest.raises(WysError, match=sentence.format(*NAMES[:1] * 2)):
         read_masks(tmp_path / "no folder", VIEWS, HEIGHT, WIDTH)
     for name in NAMES[:3]:

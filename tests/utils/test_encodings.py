@@ -1,4 +1,4 @@
-"""The faster hash encoding and scene contraction against nerfstudio's own: values, gradients, where they are put in place."""
+"""The faster hash encoding and scene contraction, compared with nerfstudio's; which modules are replaced."""
 
 import copy
 
@@ -15,7 +15,7 @@ from wys_nerfstudio.utils.encodings import FastHashEncoding, FastSceneContractio
 def build(
     levels: int, base: int, finest: int, log2: int, features: int, seed: int
 ) -> tuple[HashEncoding, HashEncoding]:
-    """nerfstudio's encoding, and the faster one with the same table."""
+    """Return nerfstudio's encoding and the faster one with the same table."""
     torch.manual_seed(seed)
     slow = HashEncoding(levels, base, finest, log2, features, hash_init_scale=1.0, implementation="torch")
     fast = copy.deepcopy(slow)
@@ -31,33 +31,33 @@ shapes = st.sampled_from([(0,), (1,), (7,), (2, 3), (4, 1, 2)])
     st.integers(2, 6), st.integers(2, 20), st.integers(21, 4096), st.integers(3, 19), st.sampled_from([1, 2, 4]), shapes,
     st.integers(0, 2**20),
 )  # fmt: skip
-def test_values_and_gradients_are_nerfstudios(levels, base, finest, log2, features, shape, seed) -> None:
+def test_values_and_gradients_equal_nerfstudios(levels, base, finest, log2, features, shape, seed) -> None:
     slow, fast = build(levels, base, finest, log2, features, seed)
     positions = torch.rand(*shape, 3)
     scaled = positions[..., None, :] * slow.scalings.view(-1, 1)
-    assume(bool((scaled != scaled.floor()).all()))  # on a cell's wall the gradient by the position has two values
-    toward = torch.rand(*shape, levels * features)
+    assume(bool((scaled != scaled.floor()).all()))  # the gradient is discontinuous on cell boundaries
+    cotangent = torch.rand(*shape, levels * features)
     results = []
     for encoding in (slow, fast):
         x = positions.clone().requires_grad_()
         encoded = encoding(x)
-        (encoded * toward).sum().backward()
+        (encoded * cotangent).sum().backward()
         results.append((encoded.detach(), encoding.hash_table.grad, x.grad))
-    for theirs, ours in zip(*results):
-        assert theirs.shape == ours.shape
-        # The gradient by a position grows with the level's resolution.
+    for expected, actual in zip(*results):
+        assert expected.shape == actual.shape
+        # The gradient with respect to positions grows with the resolution of the level.
         assert torch.allclose(
-            ours, theirs, rtol=1e-4, atol=1e-5 * max(1.0, float(theirs.abs().max()) if theirs.numel() else 0)
+            actual, expected, rtol=1e-4, atol=1e-5 * max(1.0, float(expected.abs().max()) if expected.numel() else 0)
         )
 
 
-def test_on_the_corners_of_cells_values_are_nerfstudios_too() -> None:
+def test_values_at_the_corners_of_cells_equal_nerfstudios() -> None:
     slow, fast = build(3, 4, 16, 12, 2, 0)
     corners = torch.tensor([[0.0, 0.0, 0.0], [0.25, 0.5, 0.75], [1.0, 1.0, 1.0], [0.0, 1.0, 0.5]])
     assert torch.allclose(fast(corners), slow(corners), atol=1e-6)
 
 
-def test_positions_without_a_gradient_get_none_and_the_table_its_own() -> None:
+def test_only_the_table_gets_a_gradient_for_plain_positions() -> None:
     slow, fast = build(2, 4, 16, 8, 2, 0)
     positions = torch.rand(5, 3)
     for encoding in (slow, fast):
@@ -66,7 +66,7 @@ def test_positions_without_a_gradient_get_none_and_the_table_its_own() -> None:
     assert torch.allclose(fast.hash_table.grad, slow.hash_table.grad, atol=1e-6) and fast.hash_table.grad.any()
 
 
-def test_half_precision_around_it_changes_nothing() -> None:
+def test_autocast_does_not_change_the_encoding() -> None:
     _, fast = build(2, 4, 16, 8, 2, 0)
     positions = torch.rand(5, 3)
     with torch.autocast("cpu", torch.bfloat16):
@@ -75,15 +75,15 @@ def test_half_precision_around_it_changes_nothing() -> None:
     assert inside.dtype == torch.float32 and torch.equal(inside, fast(positions))
 
 
-def test_weights_keep_their_names_and_other_modules_stay() -> None:
+def test_parameter_names_and_other_modules_are_unchanged() -> None:
     slow, fast = build(2, 4, 16, 8, 2, 0)
     assert slow.state_dict().keys() == fast.state_dict().keys()
-    both = torch.nn.ModuleList([torch.nn.Linear(2, 2), slow])
-    use_fast_encodings(both)
-    assert type(both[0]) is torch.nn.Linear and type(both[1]) is FastHashEncoding
+    modules = torch.nn.ModuleList([torch.nn.Linear(2, 2), slow])
+    use_fast_encodings(modules)
+    assert type(modules[0]) is torch.nn.Linear and type(modules[1]) is FastHashEncoding
 
 
-def test_encodings_of_tiny_cuda_nn_stay() -> None:
+def test_tiny_cuda_nn_encodings_are_not_replaced() -> None:
     slow, _ = build(2, 4, 16, 8, 2, 0)
     slow.tcnn_encoding = torch.nn.Identity()
     use_fast_encodings(slow)
@@ -91,34 +91,34 @@ def test_encodings_of_tiny_cuda_nn_stay() -> None:
 
 
 @given(shapes, st.floats(0.1, 100), st.integers(0, 2**20))
-def test_contracted_positions_and_gradients_are_nerfstudios(shape, scale, seed) -> None:
+def test_contraction_and_gradients_equal_nerfstudios(shape, scale, seed) -> None:
     torch.manual_seed(seed)
     positions = torch.cat(
         [torch.randn(*shape, 3).flatten(0, -2), torch.tensor([[0.0, 0, 0], [1, -0.5, 0], [0, 0, -7]])]
     )
-    toward, results = torch.randn(positions.shape), []
+    cotangent, results = torch.randn(positions.shape), []
     slow, fast = SceneContraction(order=float("inf")), SceneContraction(order=float("inf"))
     use_fast_encodings(fast)
     assert type(fast) is FastSceneContraction
     for contraction in (slow, fast):
         x = (scale * positions).requires_grad_()
         contracted = contraction(x)
-        (contracted * toward).sum().backward()
+        (contracted * cotangent).sum().backward()
         results.append((contracted.detach(), x.grad))
-    (theirs, their_gradient), (ours, our_gradient) = results
-    assert torch.equal(ours, theirs) and ours.abs().max() < 2
-    away = positions.abs().amax(dim=-1) > 0  # where all coordinates are 0, each is the largest
-    assert torch.allclose(our_gradient[away], their_gradient[away], rtol=1e-4, atol=1e-6)
+    (expected, expected_gradient), (actual, actual_gradient) = results
+    assert torch.equal(actual, expected) and actual.abs().max() < 2
+    nonzero = positions.abs().amax(dim=-1) > 0  # at 0 every coordinate is a maximum
+    assert torch.allclose(actual_gradient[nonzero], expected_gradient[nonzero], rtol=1e-4, atol=1e-6)
 
 
-def test_contractions_of_another_order_stay() -> None:
+def test_contractions_of_other_orders_are_not_replaced() -> None:
     contraction = SceneContraction(order=2)
     use_fast_encodings(contraction)
     assert type(contraction) is SceneContraction
 
 
 @pytest.mark.parametrize("size", [1 << 3, 1 << 19])
-def test_every_entry_is_of_its_own_level(size: int) -> None:
+def test_entries_belong_to_their_own_level(size: int) -> None:
     _, fast = build(4, 4, 4096, size.bit_length() - 1, 2, 0)
     entries = fast._entries((torch.rand(3, 4, 50) * 4096).int())
     assert entries.shape == (8, 4, 50)

@@ -1,4 +1,4 @@
-"""Picture files: what is kept, what is refused, and where results go."""
+"""Image files: lossless reading and writing, refusals, output paths."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from wys_nerfstudio.utils.errors import WysError
-from wys_nerfstudio.utils.image_io import find_images, place_outputs, read_image, read_mask, write_image
+from wys_nerfstudio.utils.image_io import find_images, plan_outputs, read_image, read_mask, write_image
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -20,41 +20,41 @@ def save(path: Path, pixels: np.ndarray, **options) -> Path:
     return path
 
 
-def pixels_of(path: Path) -> np.ndarray:
+def read_pixels(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.array(image)
 
 
 def refusal(path: Path) -> str:
-    with pytest.raises(WysError) as refused:
+    with pytest.raises(WysError) as error:
         read_image(path)
-    assert str(path) in str(refused.value)
-    return str(refused.value)
+    assert str(path) in str(error.value)
+    return str(error.value)
 
 
 @pytest.mark.parametrize("channels", [3, 4])
-def test_what_is_read_is_written_bit_for_bit(tmp_path, channels):
+def test_reading_and_writing_is_lossless(tmp_path, channels):
     pixels = noise(17, 31, channels)
-    picture = read_image(save(tmp_path / "a.png", pixels, icc_profile=b"a profile"))
-    write_image(tmp_path / "b.png", picture.rgb, like=picture)
-    assert np.array_equal(pixels_of(tmp_path / "b.png"), pixels)
+    image = read_image(save(tmp_path / "a.png", pixels, icc_profile=b"a profile"))
+    write_image(tmp_path / "b.png", image.rgb, like=image)
+    assert np.array_equal(read_pixels(tmp_path / "b.png"), pixels)
     with Image.open(tmp_path / "b.png") as written:
         assert written.info["icc_profile"] == b"a profile"
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".webp"])
-def test_lossy_pictures_are_read_as_they_are_shown(tmp_path, suffix):
+def test_lossy_files_are_read_as_pillow_decodes_them(tmp_path, suffix):
     path = save(tmp_path / f"a{suffix}", noise(16, 24, 3))
-    assert np.array_equal((read_image(path).rgb * 255).round().numpy(), pixels_of(path))
+    assert np.array_equal((read_image(path).rgb * 255).round().numpy(), read_pixels(path))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_turns_the_picture_upright(tmp_path, orientation):
+def test_exif_orientation_is_applied(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = save(tmp_path / "a.jpg", noise(16, 24, 3), exif=exif)
-    stored = pixels_of(path)
-    turns = {
+    stored = read_pixels(path)
+    transforms = {
         1: lambda p: p,
         2: lambda p: p[:, ::-1],
         3: lambda p: p[::-1, ::-1],
@@ -64,27 +64,27 @@ def test_exif_orientation_turns_the_picture_upright(tmp_path, orientation):
         7: lambda p: np.rot90(p, 2).swapaxes(0, 1),
         8: np.rot90,
     }
-    picture = read_image(path)
-    assert np.array_equal((picture.rgb * 255).round().numpy(), turns[orientation](stored))
-    assert picture.size == ((24, 16) if orientation > 4 else (16, 24))
+    image = read_image(path)
+    assert np.array_equal((image.rgb * 255).round().numpy(), transforms[orientation](stored))
+    assert image.size == ((24, 16) if orientation > 4 else (16, 24))
 
 
-def test_gray_and_palette_pictures_become_color_without_loss(tmp_path):
+def test_gray_and_palette_images_are_converted_without_loss(tmp_path):
     gray = noise(16, 20)
-    picture = read_image(save(tmp_path / "gray.png", gray))
-    assert np.array_equal((picture.rgb * 255).round().numpy(), gray[..., None].repeat(3, axis=2))
+    image = read_image(save(tmp_path / "gray.png", gray))
+    assert np.array_equal((image.rgb * 255).round().numpy(), gray[..., None].repeat(3, axis=2))
     palette = Image.fromarray(noise(16, 20, 3)).quantize(16)
     palette.save(tmp_path / "palette.png")
-    picture = read_image(tmp_path / "palette.png")
-    assert np.array_equal((picture.rgb * 255).round().numpy(), np.array(palette.convert("RGB")))
-    assert picture.alpha is None
+    image = read_image(tmp_path / "palette.png")
+    assert np.array_equal((image.rgb * 255).round().numpy(), np.array(palette.convert("RGB")))
+    assert image.alpha is None
     palette.save(tmp_path / "clear.png", transparency=3)
     alpha = read_image(tmp_path / "clear.png").alpha
     assert alpha is not None and np.array_equal(alpha == 0, np.array(palette) == 3)
 
 
-def png_of_16_bit_color(path: Path) -> Path:
-    """Pillow cannot write one, so chunk by chunk."""
+def write_16_bit_png(path: Path) -> Path:
+    """Write a 16-bit RGB PNG chunk by chunk; Pillow cannot."""
     import struct
     import zlib
 
@@ -98,64 +98,64 @@ def png_of_16_bit_color(path: Path) -> Path:
     return path
 
 
-def test_16_bits_are_refused_in_color_and_in_gray(tmp_path):
-    assert "16 bits per channel" in refusal(png_of_16_bit_color(tmp_path / "color.png"))
+def test_16_bit_images_are_refused(tmp_path):
+    assert "16 bits per channel" in refusal(write_16_bit_png(tmp_path / "color.png"))
     assert "16 bits per channel" in refusal(save(tmp_path / "gray.png", noise(16, 16).astype(np.uint16)))
 
 
-def test_what_is_no_still_rgb_picture_of_some_size_is_refused(tmp_path):
-    assert "There is no picture" in refusal(tmp_path / "nowhere.png")
-    (tmp_path / "text.png").write_text("not a picture")
+def test_unsupported_images_are_refused(tmp_path):
+    assert "There is no image" in refusal(tmp_path / "missing.png")
+    (tmp_path / "text.png").write_text("not an image")
     assert "cannot be read" in refusal(tmp_path / "text.png")
-    whole = save(tmp_path / "whole.png", noise(64, 64, 3)).read_bytes()
+    content = save(tmp_path / "complete.png", noise(64, 64, 3)).read_bytes()
     for share in (0.001, 0.5):
-        (tmp_path / "half.png").write_bytes(whole[: int(len(whole) * share)])
+        (tmp_path / "half.png").write_bytes(content[: int(len(content) * share)])
         assert "cannot be read" in refusal(tmp_path / "half.png")
-    Image.new("CMYK", (20, 20)).save(tmp_path / "press.jpg")
-    assert "CMYK" in refusal(tmp_path / "press.jpg")
+    Image.new("CMYK", (20, 20)).save(tmp_path / "cmyk.jpg")
+    assert "CMYK" in refusal(tmp_path / "cmyk.jpg")
     frames = [Image.fromarray(noise(16, 16, 3, seed=i)) for i in range(2)]
-    frames[0].save(tmp_path / "moves.png", save_all=True, append_images=frames[1:])
-    assert "animation" in refusal(tmp_path / "moves.png")
+    frames[0].save(tmp_path / "animated.png", save_all=True, append_images=frames[1:])
+    assert "animation" in refusal(tmp_path / "animated.png")
     assert "15x40 pixels" in refusal(save(tmp_path / "small.png", noise(40, 15, 3)))
 
 
-def test_masks_are_bright_inside(tmp_path):
+def test_masks_are_true_where_bright(tmp_path):
     gray = noise(16, 20)
     assert torch.equal(read_mask(save(tmp_path / "m.png", gray)), torch.from_numpy(gray) > 127)
-    with pytest.raises(WysError, match="dark everywhere"):
+    with pytest.raises(WysError, match="all black"):
         read_mask(save(tmp_path / "dark.png", np.zeros((16, 16), np.uint8)))
     with pytest.raises(WysError, match="There is no mask"):
-        read_mask(tmp_path / "nowhere.png")
+        read_mask(tmp_path / "missing.png")
 
 
-def test_folders_stand_for_the_pictures_in_them(tmp_path):
+def test_folders_are_replaced_by_their_images(tmp_path):
     for name in ("b.png", "a.JPG", "notes.txt"):
         (tmp_path / name).touch()
     (tmp_path / "c.png").mkdir()
     assert find_images([tmp_path]) == [tmp_path / "a.JPG", tmp_path / "b.png"]
     assert find_images([tmp_path / "b.png", tmp_path / "a.JPG"]) == [tmp_path / "b.png", tmp_path / "a.JPG"]
-    for missing in (tmp_path / "c.png", tmp_path / "nowhere.png"):
-        with pytest.raises(WysError, match="There is no picture"):
+    for missing in (tmp_path / "c.png", tmp_path / "missing.png"):
+        with pytest.raises(WysError, match="There is no image"):
             find_images([missing])
 
 
-def test_one_picture_goes_into_a_file_or_folder_and_several_into_a_folder(tmp_path):
+def test_outputs_are_a_file_or_files_in_a_folder(tmp_path):
     a, b = tmp_path / "a.jpg", tmp_path / "b.png"
     a.touch()
     b.touch()
     out = tmp_path / "out"
-    assert place_outputs([a], [a], tmp_path / "x.png") == [tmp_path / "x.png"]
-    assert place_outputs([a, b], [a, b], out) == [out / "a.png", out / "b.png"]
-    assert place_outputs([tmp_path], [a, b], out) == [out / "a.png", out / "b.png"]
+    assert plan_outputs([a], [a], tmp_path / "x.png") == [tmp_path / "x.png"]
+    assert plan_outputs([a, b], [a, b], out) == [out / "a.png", out / "b.png"]
+    assert plan_outputs([tmp_path], [a, b], out) == [out / "a.png", out / "b.png"]
     out.mkdir()
-    assert place_outputs([a], [a], out) == [out / "a.png"]
+    assert plan_outputs([a], [a], out) == [out / "a.png"]
 
 
 @pytest.mark.parametrize(
-    ("inputs", "output", "words"),
+    ("inputs", "output", "message"),
     [
-        (["a.jpg"], "x.jpg", "PNG file"),
-        (["a.jpg"], "x", "PNG file"),
+        (["a.jpg"], "x.jpg", "lossless PNG"),
+        (["a.jpg"], "x", "lossless PNG"),
         (["a.jpg", "b.png"], "x.png", "give -o a folder"),
         (["b.png"], "b.png", "would overwrite"),
         (["a.jpg", "b.png"], "", "would overwrite"),
@@ -164,9 +164,9 @@ def test_one_picture_goes_into_a_file_or_folder_and_several_into_a_folder(tmp_pa
         (["x_mask.png"], "x.png", "would overwrite"),
     ],
 )
-def test_outputs_never_meet_inputs_or_each_other(tmp_path, inputs, output, words):
+def test_outputs_that_overwrite_files_are_refused(tmp_path, inputs, output, message):
     files = [tmp_path / name for name in inputs]
     for file in files:
         file.touch()
-    with pytest.raises(WysError, match=words):
-        place_outputs(files, files, tmp_path / output)
+    with pytest.raises(WysError, match=message):
+        plan_outputs(files, files, tmp_path / output)

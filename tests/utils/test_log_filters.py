@@ -1,4 +1,4 @@
-"""What other libraries would print is kept from the user's terminal where nobody can act on it, and only there."""
+"""Filters of third-party warnings and progress bars."""
 
 import warnings
 from pathlib import Path
@@ -11,22 +11,22 @@ from wys_nerfstudio.evaluation.clip import load_clip
 from wys_nerfstudio.utils.log_filters import ignore_warnings, no_progress_bar_for_local_files
 
 
-def test_loading_what_comes_with_the_package_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+def test_loading_embedded_models_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     load_editor(EMBEDDED)
     load_clip(EMBEDDED)
-    said = capfd.readouterr()
-    assert (said.out, said.err) == ("", "")
+    output = capfd.readouterr()
+    assert (output.out, output.err) == ("", "")
     assert logging.is_progress_bar_enabled()
 
 
-def test_downloads_keep_their_bars(tmp_path: Path) -> None:
+def test_downloads_keep_their_progress_bars(tmp_path: Path) -> None:
     with no_progress_bar_for_local_files("timbrooks/instruct-pix2pix"):
         assert logging.is_progress_bar_enabled()
     with no_progress_bar_for_local_files(str(tmp_path)):
         assert not logging.is_progress_bar_enabled()
 
 
-def test_bars_come_back_after_an_error_and_stay_off_where_they_were_off(tmp_path: Path) -> None:
+def test_the_progress_bar_setting_is_restored(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="on purpose"), no_progress_bar_for_local_files(str(tmp_path)):
         raise RuntimeError("on purpose")
     assert logging.is_progress_bar_enabled()
@@ -39,12 +39,12 @@ def test_bars_come_back_after_an_error_and_stay_off_where_they_were_off(tmp_path
         logging.enable_progress_bar()
 
 
-def test_warnings_of_others_are_ignored_and_our_own_are_not() -> None:
-    with warnings.catch_warnings(record=True) as said:
+def test_third_party_warnings_are_ignored_and_own_ones_shown() -> None:
+    with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         ignore_warnings()
         for module in ("nerfstudio.cameras.cameras", "torch.utils.data.dataloader", "wys_nerfstudio.cli.main"):
             warnings.warn_explicit(module, UserWarning, "file.py", 1, module=module)
         for module in ("torchmetrics.utilities.prints", "torch.jit._script"):
             warnings.warn_explicit(module, FutureWarning, "file.py", 1, module=module)
-    assert [str(warning.message) for warning in said] == ["wys_nerfstudio.cli.main"]
+    assert [str(warning.message) for warning in shown] == ["wys_nerfstudio.cli.main"]

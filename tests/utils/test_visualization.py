@@ -1,4 +1,4 @@
-"""PNG files, heat maps and the contact sheet."""
+"""PNG files, color maps and contact sheets."""
 
 import numpy as np
 import pytest
@@ -29,35 +29,35 @@ def test_to_uint8_rounds_and_clamps():
     ]
 
 
-def test_what_write_png_writes_read_png_reads(tmp_path):
+def test_png_files_round_trip(tmp_path):
     image = torch.randint(0, 256, (7, 5, 3)).float() / 255
     write_png(tmp_path / "new" / "folder" / "view.png", image)
     assert torch.equal(read_png(tmp_path / "new" / "folder" / "view.png"), image)
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 6, 1)])
-def test_gray_pictures_are_written_with_one_channel(tmp_path, shape):
+def test_gray_images_are_written_with_one_channel(tmp_path, shape):
     write_png(tmp_path / "mask.png", torch.linspace(0, 1, 24).reshape(shape))
     with Image.open(tmp_path / "mask.png") as image:
         assert (image.mode, image.size) == ("L", (6, 4))
         assert np.array(image).ravel().tolist() == [round(255 * i / 23) for i in range(24)]
 
 
-def test_writing_replaces_the_old_picture_and_leaves_nothing_else_behind(tmp_path):
+def test_writing_replaces_the_file_without_leftovers(tmp_path):
     write_png(tmp_path / "a.b.png", torch.zeros(2, 2, 3))
     write_png(tmp_path / "a.b.png", torch.ones(2, 2, 3))
     assert [path.name for path in tmp_path.iterdir()] == ["a.b.png"]
     assert bool((read_png(tmp_path / "a.b.png") == 1).all())
 
 
-def test_a_picture_that_cannot_be_written_leaves_the_old_one_whole(tmp_path):
+def test_a_failed_write_leaves_the_old_file_intact(tmp_path):
     write_png(tmp_path / "view.png", torch.ones(2, 2, 3))
     with pytest.raises((TypeError, ValueError)):
         write_png(tmp_path / "view.png", torch.zeros(2, 2, 3, 5))
     assert bool((read_png(tmp_path / "view.png") == 1).all())
 
 
-def test_heat_is_the_inferno_colormap_on_a_fixed_scale():
+def test_apply_colormap_is_inferno_on_a_fixed_scale():
     relevance = torch.tensor([[0.0, 0.25, 1.0], [0.5, -3.0, 2.0]])
     result = apply_colormap(relevance)
     for y in range(2):
@@ -66,20 +66,20 @@ def test_heat_is_the_inferno_colormap_on_a_fixed_scale():
             assert result[y, x].tolist() == pytest.approx(color, abs=1e-6)
 
 
-def test_heat_gets_brighter_with_relevance():
+def test_colors_get_brighter_with_relevance():
     assert (apply_colormap(torch.linspace(0, 1, 20)[None]).sum(dim=-1)[0].diff() > 0).all()
 
 
-def test_a_contact_sheet_shows_every_picture_enlarged_by_whole_factors():
+def test_a_contact_sheet_enlarges_images_by_whole_factors():
     torch.manual_seed(0)
-    pictures = torch.randint(0, 256, (2, 3, 8, 10, 3)).float() / 255
-    rows = [(f"view {i}", list(pictures[i])) for i in range(2)]
+    images = torch.randint(0, 256, (2, 3, 8, 10, 3)).float() / 255
+    rows = [(f"view {i}", list(images[i])) for i in range(2)]
     sheet = np.array(contact_sheet(["a", "b", "c"], rows, min_height=20))
     for i in range(2):
         for j in range(3):
             top, left = 18 + i * (24 + 18 + 4), 4 + j * (30 + 4)
             cell = sheet[top : top + 24, left : left + 30]
-            assert cell[1::3, 1::3].tolist() == to_uint8(pictures[i, j]).tolist()
+            assert cell[1::3, 1::3].tolist() == to_uint8(images[i, j]).tolist()
             assert cell.tolist() == cell[1::3, 1::3].repeat(3, 0).repeat(3, 1).tolist()
 
 
@@ -96,7 +96,7 @@ def test_a_contact_sheet_has_titles_and_names():
 
 
 @given(st.integers(0, 40), st.integers(0, 40))
-def test_spread_takes_distinct_evenly_spaced_indices(count, total):
+def test_evenly_spaced_indices_are_distinct(count, total):
     chosen = evenly_spaced(count, total)
     assert len(chosen) == min(count, total)
     assert all(0 <= i < total for i in chosen)

@@ -9,18 +9,18 @@ import tyro
 
 @dataclass
 class Ablate:
-    """Repeats the paper's ablations on the demo scene against its ground truth: edits confined by the relevance field, by 2D
-    relevance maps, by true masks and by nothing, from one reconstruction. What is there already is not run again."""
+    """Run the paper's ablations on the demo scene and compare them with its ground truth. Edits of one reconstruction are
+    confined by the relevance field, by 2D relevance maps, by ground-truth masks, or not at all. Finished runs are reused."""
 
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("wys-ablations")
-    """Folder for scene, runs, ablations.json and contact_sheet.png."""
+    """Folder of the scene, the runs, ablations.json and contact_sheet.png."""
     instruction: str = "turn the bear into a panda"
     """What to change."""
     seeds: int = 3
-    """Runs of each variant."""
+    """Number of seeds per variant."""
 
     def main(self) -> None:
-        """Runs the ablations."""
+        """Run the ablations."""
         from wys_nerfstudio.demo.ablations import run_ablations
 
         run_ablations(self.output, self.instruction, self.seeds)

@@ -1,7 +1,7 @@
-"""`wys compare`: finished runs on the same views beside each other, as a table, a contact sheet and a chart, and of each run
-its relevance field from several sides (the paper's Fig. 15).
+"""`wys compare`: the metrics of `ns-eval` and renders of finished runs on the same views, side by side.
 
-The figures are those of `ns-eval`. As there, a run's config.yml is opened by nerfstudio and must be one that you trust.
+Relevance fields are rendered from several sides (the paper's Fig. 15). As in `ns-eval`, nerfstudio loads each run's config.yml,
+which can execute code: only compare runs from a trusted source.
 """
 
 from collections.abc import Sequence
@@ -18,50 +18,53 @@ from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.visualization import contact_sheet, evenly_spaced
 
 SHOWN_VIEWS = 6
+"""Number of views in contact sheets."""
 RENDERS = {"rgb": "render", "relevance": "relevance field", "relevance_overlay": "overlay"}
-"""Outputs of the model that are shown, and their titles."""
+"""Model outputs in contact sheets, and their titles."""
 
 
 @dataclass
 class Compare:
-    """Puts finished wys runs on the same views beside each other: a table of ns-eval's figures, a contact sheet, a chart,
-    and of every run a sheet of its relevance field. A single run is shown alone."""
+    """Compare finished wys runs on the same views: a table of ns-eval's metrics, a contact sheet, a chart, and a sheet of
+    each run's relevance field. Also accepts a single run."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders or config.yml files of the runs."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("wys-compare")
-    """Folder for comparison.json, contact_sheet.png, chart.png and relevance_A.png, relevance_B.png, ..."""
+    """Folder of comparison.json, contact_sheet.png, chart.png and relevance_A.png, relevance_B.png, ..."""
 
     def main(self) -> None:
-        """Compares the runs."""
+        """Compare the runs."""
         compare_runs(self.runs, self.output)
 
 
 def find_config(run: Path) -> Path:
-    """The config.yml of a run, given as the folder or the file itself.
+    """Return the config.yml of a run.
+
+    Args:
+        run: Folder of the run, or the file itself.
 
     Raises:
-        WysError: If there is none.
+        WysError: If there is no such file.
     """
     config = run / "config.yml" if run.is_dir() else run
     if config.name != "config.yml" or not config.is_file():
         raise WysError(
-            f'There is no config.yml in "{run}": wys compare takes folders of finished wys runs, such as '
+            f'There is no config.yml in "{run}": wys compare takes folders of finished wys runs, for example '
             "outputs/scene/wys/2025-01-01_120000."
         )
     return config
 
 
 def compare_runs(runs: Sequence[Path], output: Path) -> None:
-    """Prints a table of the runs' figures and leaves `comparison.json`, `contact_sheet.png`, `chart.png` and a
-    `relevance_A.png` per run.
+    """Print the runs' metrics and write `comparison.json`, `contact_sheet.png`, `chart.png` and `relevance_A.png` per run.
 
     Args:
         runs: Folders or config.yml files of finished wys runs on the same views.
-        output: Folder for the files.
+        output: Output folder.
 
     Raises:
-        WysError: If there is no run, one is none of this method, or their views differ.
+        WysError: If no run is given, a run is of another method, or the runs' views differ.
     """
     from nerfstudio.utils.eval_utils import eval_setup
     from nerfstudio.utils.rich_utils import CONSOLE
@@ -69,69 +72,71 @@ def compare_runs(runs: Sequence[Path], output: Path) -> None:
     from wys_nerfstudio.pipeline import WysPipeline
 
     if not runs:
-        raise WysError("wys compare takes one run or several: wys compare RUN_A RUN_B.")
+        raise WysError("wys compare takes one or more runs: wys compare RUN_A RUN_B.")
     configs = [find_config(run) for run in runs]
     titles = [f"{chr(ord('A') + i)}: {config.parent.name}" for i, config in enumerate(configs)]
     names: list[str] = []
-    figures: list[dict[str, float]] = []
+    metrics: list[dict[str, float]] = []
     captured: list[Tensor] = []
     renders: list[list[dict[str, Tensor]]] = []
     for config in configs:
         pipeline: Any = eval_setup(config, test_mode="test")[1]
         if not isinstance(pipeline, WysPipeline):
-            raise WysError(f'"{config.parent}" is no wys run: wys compare takes runs of ns-train wys or wys-tiny.')
+            raise WysError(
+                f'"{config.parent}" is not a wys run: wys compare takes runs of ns-train wys, wys-small or wys-tiny.'
+            )
         data = pipeline.datamanager
         if not names:
             names = data.view_names
             captured = [data.captured_views([view])[0] for view in evenly_spaced(SHOWN_VIEWS, len(names))]
         elif data.view_names != names:
             raise WysError(
-                f'"{config.parent}" has other views than "{configs[0].parent}": compare runs on the same data.'
+                f'"{config.parent}" and "{configs[0].parent}" have different views: compare runs on the same data.'
             )
-        figures.append(pipeline.get_average_eval_image_metrics()["edit"]["mean"])
+        metrics.append(pipeline.get_average_eval_image_metrics()["edit"]["mean"])
         cameras = data.train_dataset.cameras
         shown = [pipeline.scene_model.render_view(cameras, view) for view in evenly_spaced(SHOWN_VIEWS, len(names))]
         renders.append([{name: view[name].clamp(0, 1).cpu() for name in RENDERS} for view in shown])
 
     output.mkdir(parents=True, exist_ok=True)
-    runs_as_said = {title: str(config.parent) for title, config in zip(titles, configs)}
-    write_json(output / "comparison.json", {"runs": runs_as_said, "figures": dict(zip(titles, figures))})
+    folders = {title: str(config.parent) for title, config in zip(titles, configs)}
+    write_json(output / "comparison.json", {"runs": folders, "metrics": dict(zip(titles, metrics))})
     shown_names = [names[view] for view in evenly_spaced(SHOWN_VIEWS, len(names))]
     rows = [(name, [captured[i], *(views[i]["rgb"] for views in renders)]) for i, name in enumerate(shown_names)]
     contact_sheet(["captured", *titles], rows).save(output / "contact_sheet.png")
     for title, views in zip(titles, renders):
         rows = [(name, [captured[i], *views[i].values()]) for i, name in enumerate(shown_names)]
         contact_sheet(["captured", *RENDERS.values()], rows).save(output / f"relevance_{title[0]}.png")
-    _chart(titles, figures, output / "chart.png")
-    CONSOLE.print(table(titles, figures))
+    _draw_chart(titles, metrics, output / "chart.png")
+    CONSOLE.print(metrics_table(titles, metrics))
     CONSOLE.print(f"See contact_sheet.png, chart.png and relevance_*.png in {output}.", markup=False)
 
 
-def measures(figures: Sequence[dict[str, float]]) -> list[str]:
-    """Every measure that any run has, in the order in which they come."""
-    return list(dict.fromkeys(name for of_run in figures for name in of_run))
+def metric_names(metrics: Sequence[dict[str, float]]) -> list[str]:
+    """Return the names of all metrics of any run, in order of appearance."""
+    return list(dict.fromkeys(name for run in metrics for name in run))
 
 
-def table(titles: Sequence[str], figures: Sequence[dict[str, float]]) -> Table:
-    """One row per measure, one column per run; a dash where a run has no such figure."""
-    result = Table(title="Edits compared, means over the training views", title_justify="left")
-    result.add_column("measure")
+def metrics_table(titles: Sequence[str], metrics: Sequence[dict[str, float]]) -> Table:
+    """Return a table with a row per metric and a column per run; a dash marks a missing value."""
+    table = Table(title="Comparison of edits, means over the training views", title_justify="left")
+    table.add_column("metric")
     for title in titles:
-        result.add_column(title, justify="right")
-    for name in measures(figures):
-        values = [f"{of_run[name]:.{1 if 'psnr' in name else 3}f}" if name in of_run else "-" for of_run in figures]
-        result.add_row(name, *values)
-    return result
+        table.add_column(title, justify="right")
+    for name in metric_names(metrics):
+        values = [f"{run[name]:.{1 if 'psnr' in name else 3}f}" if name in run else "-" for run in metrics]
+        table.add_row(name, *values)
+    return table
 
 
-def _chart(titles: Sequence[str], figures: Sequence[dict[str, float]], file: Path) -> None:
+def _draw_chart(titles: Sequence[str], metrics: Sequence[dict[str, float]], file: Path) -> None:
     from matplotlib.figure import Figure
 
-    names = measures(figures)
+    names = metric_names(metrics)
     figure = Figure(figsize=(2.2 * len(names), 3), layout="constrained")
     for i, name in enumerate(names):
         axes = figure.add_subplot(1, len(names), i + 1)
-        axes.bar(range(len(titles)), [of_run.get(name, 0.0) for of_run in figures])
+        axes.bar(range(len(titles)), [run.get(name, 0.0) for run in metrics])
         axes.set_xticks(range(len(titles)), [title[0] for title in titles])
         axes.set_title(name, fontsize=7)
         axes.tick_params(labelsize=7)

@@ -1,4 +1,4 @@
-"""`wys demo`: the whole method on the demo scene."""
+"""`wys demo`: the complete method on the demo scene."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,18 +6,18 @@ from pathlib import Path
 
 @dataclass
 class Demo:
-    """Makes the demo scene, edits it with wys-tiny and the embedded editor, and shows what came of it. Needs no network
-    and no GPU."""
+    """Render the demo scene, edit it with wys-tiny and the embedded editor, and show the result. Requires no network and
+    no GPU."""
 
     output: Path = Path("wys-demo")
-    """Folder for scene, run, pictures and figures."""
+    """Folder of the scene, the run, the images and the metrics."""
     instruction: str = "turn the bear into a panda"
-    """What to change; the embedded editor knows a bear, a ball and a block."""
+    """What to change; the embedded editor is trained on scenes of a bear, a ball and a block."""
     recipe: Path | None = None
     """YAML file of further ns-train options."""
 
     def main(self) -> None:
-        """Runs the demo."""
+        """Run the demo."""
         from wys_nerfstudio.demo.run import run_demo
 
         run_demo(self.output, self.instruction, self.recipe)

@@ -1,4 +1,4 @@
-"""`wys demo-pictures`: write toy pictures and a list of edits for `wys sweep`."""
+"""`wys demo-pictures`: images of the toy world and a list of edits for `wys sweep`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,18 +8,18 @@ import tyro
 
 @dataclass
 class DemoPictures:
-    """Writes pictures of the toy world that its editor has never seen, and list.csv with an edit for each, for wys sweep."""
+    """Write held-out images of the toy world, and list.csv with one edit of each for wys sweep."""
 
     output: tyro.conf.Positional[Path]
-    """Folder to write."""
+    """Output folder."""
     count: int = 12
-    """Number of pictures."""
+    """Number of images."""
 
     def main(self) -> None:
-        """Writes the pictures."""
-        from wys_nerfstudio.demo.pictures import write_demo_pictures
+        """Write the images."""
+        from wys_nerfstudio.demo.images import write_demo_images
 
         print(
-            f"Wrote {self.count} pictures. Edit them: wys sweep {write_demo_pictures(self.output, self.count)} -o OUT "
+            f"Wrote {self.count} images. To edit them: wys sweep {write_demo_images(self.output, self.count)} -o OUT "
             "--editor embedded --clip embedded"
         )

@@ -1,4 +1,4 @@
-"""`wys demo-scene`: write a toy scene with its ground truth."""
+"""`wys demo-scene`: a scene of the toy world with ground truth."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +10,12 @@ from wys_nerfstudio.utils.errors import WysError
 
 @dataclass
 class DemoScene:
-    """Writes a scene of the toy world in nerfstudio's format, with the ground truth of every edit beside it."""
+    """Write a scene of the toy world in nerfstudio's format, with the ground truth of every edit."""
 
     output: tyro.conf.Positional[Path]
-    """Folder to write."""
+    """Output folder."""
     seed: int = 0
-    """Which scene; 0 is the demo's."""
+    """Seed of the scene; 0 is the scene of wys demo."""
     width: int = 80
     """Width of the views in pixels."""
     height: int = 64
@@ -24,7 +24,7 @@ class DemoScene:
     """Number of views."""
 
     def main(self) -> None:
-        """Writes the scene."""
+        """Write the scene."""
         from wys_nerfstudio.demo.scene import write_demo_scene
 
         try:
@@ -32,5 +32,6 @@ class DemoScene:
         except ValueError as error:
             raise WysError(str(error)) from error
         print(
-            f'Wrote {self.views} views to {self.output}. Edit them: ns-train wys-tiny --data {self.output} --instruction "..."'
+            f"Wrote {self.views} views to {self.output}. To edit them: ns-train wys-tiny --data {self.output} "
+            '--instruction "..."'
         )

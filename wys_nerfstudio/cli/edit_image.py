@@ -18,7 +18,7 @@ from wys_nerfstudio.utils.image_io import (
     ImageFile,
     extra_file,
     find_images,
-    place_outputs,
+    plan_outputs,
     provenance,
     read_image,
     read_mask,
@@ -31,36 +31,36 @@ _SHEET_LONG_SIDE = 512
 
 @dataclass
 class EditImage:
-    """Edits pictures by an instruction, only where the instruction is about. Beside each edited picture OUT.png come
-    OUT_relevance.png, OUT_mask.png and OUT_side_by_side.png; pixels outside the mask are the input's, bit for bit."""
+    """Edit the region of images that an instruction refers to. Besides the edited image OUT.png, writes OUT_relevance.png,
+    OUT_mask.png and OUT_side_by_side.png. Pixels outside the mask keep their exact values."""
 
-    # One list, because a list of files before the instruction would swallow it.
-    words: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar='IN... "INSTRUCTION"')]
-    """Pictures (PNG, JPEG, WebP) or folders of pictures, and at last what to change: "turn the bear into a panda"."""
+    # One positional list: a separate list of files would also consume the instruction.
+    arguments: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar='IN... "INSTRUCTION"')]
+    """Images (PNG, JPEG, WebP) or folders of images, followed by the instruction: "turn the bear into a panda"."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """A .png file for a single picture, a folder for several."""
+    """A .png file for a single image, a folder for several."""
     editor: str = "timbrooks/instruct-pix2pix"
     """InstructPix2Pix-type checkpoint: a hub id, a local folder in diffusers format, or "embedded" for the small editor of
-    toy pictures that comes with the package."""
+    toy images that is part of the package."""
     editor_allow_pickle: bool = False
-    """Take an editor's .bin files where it has no safetensors files; torch's weights-only loader reads them."""
+    """Load .bin files of an editor without safetensors files, with torch's weights-only loader."""
     mask: Path | None = None
-    """A picture of the input's size, bright where it may be edited, instead of the mask that the relevance map gives."""
+    """Mask image of the input's size, white in the region to edit; replaces the mask computed from the relevance map."""
     seed: int = 0
     """Seed of the noise; equal seeds give equal edits."""
     device: str | None = None
-    """Where the editor runs, such as cuda:1; by default the GPU if there is one, else the CPU."""
+    """Device of the editor, for example cuda:1; by default the GPU if there is one, else the CPU."""
     settings: Annotated[EditSettings, tyro.conf.arg(name="")] = field(default_factory=EditSettings)
-    """How to edit."""
+    """Settings of the edits."""
 
     def main(self) -> None:
         """Edit the images."""
-        if len(self.words) < 2:
+        if len(self.arguments) < 2:
             raise WysError(
                 'wys edit-image takes images and an instruction: wys edit-image IN.png "turn the bear into a panda" '
                 "-o OUT.png."
             )
-        *inputs, instruction = self.words
+        *inputs, instruction = self.arguments
         outputs = edit_files(
             [Path(path) for path in inputs],
             instruction,
@@ -76,7 +76,7 @@ class EditImage:
 
 
 def edit_files(
-    given: Sequence[Path],
+    paths: Sequence[Path],
     instruction: str,
     output: Path,
     settings: EditSettings,
@@ -90,7 +90,7 @@ def edit_files(
     """Edit image files with a progress bar; all arguments are validated before the editor is loaded.
 
     Args:
-        given: Image files and folders of them.
+        paths: Image files and folders of image files.
         instruction: What to change.
         output: A .png file for a single image, else a folder.
         settings: How to edit.
@@ -116,16 +116,16 @@ def edit_files(
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    pictures = find_images(given)
+    files = find_images(paths)
     mask = None if mask_file is None else read_mask(mask_file)
-    for path in pictures:
+    for path in files:
         height, width = read_image(path).size
         if mask is not None and mask.shape != (height, width):
             raise WysError(
                 f'The mask "{mask_file}" has {mask.shape[1]}x{mask.shape[0]} pixels, but "{path}" has {width}x{height}: give '
                 "a mask of the image's size."
             )
-    outputs = place_outputs(given, pictures, output)
+    outputs = plan_outputs(paths, files, output)
     make_folder(outputs[0].parent)
 
     used_settings = {**asdict(settings), "seed": seed, "mask": None if mask_file is None else mask_file.name}
@@ -134,24 +134,24 @@ def edit_files(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn()) as bar:
         steps = settings.relevance_num_samples + settings.diffusion_steps
-        task = bar.add_task("", total=len(pictures) * steps)
-        for i, (path, file) in enumerate(zip(pictures, outputs)):
-            bar.update(task, description=f"{path.name} ({i + 1} of {len(pictures)})")
-            picture = read_image(path)
+        task = bar.add_task("", total=len(files) * steps)
+        for i, (path, target) in enumerate(zip(files, outputs)):
+            bar.update(task, description=f"{path.name} ({i + 1} of {len(files)})")
+            image = read_image(path)
             edit = edit_image(
                 editor,
-                picture.rgb,
+                image.rgb,
                 instruction,
                 settings,
                 mask=mask,
                 seed=seed,
                 on_progress=lambda done, _: bar.update(task, completed=i * steps + done),
             )
-            _write(file, path.name, picture, edit, instruction, origin)
+            _write(target, path.name, image, edit, instruction, origin)
             bar.update(task, completed=(i + 1) * steps)
             if not edit.mask.any():
                 bar.print(
-                    f"{path.name}: no pixel reaches the mask threshold, so nothing was edited; lower --mask-threshold.",
+                    f"{path.name}: no pixel reaches the mask threshold, so nothing was edited. Lower --mask-threshold.",
                     markup=False,
                     highlight=False,
                 )
@@ -187,20 +187,20 @@ def make_folder(folder: Path) -> None:
 
 
 def _write(
-    file: Path, name: str, picture: ImageFile, edit: ImageEditOutput, instruction: str, origin: dict[str, str]
+    file: Path, name: str, image: ImageFile, edit: ImageEditOutput, instruction: str, origin: dict[str, str]
 ) -> None:
-    write_image(file, edit.edited, like=picture, origin=origin)
+    write_image(file, edit.edited, like=image, origin=origin)
     write_png(extra_file(file, "relevance"), edit.relevance)
     write_png(extra_file(file, "mask"), edit.mask.float())
-    save_png(extra_file(file, "side_by_side"), side_by_side(picture, edit, f"{name}: {instruction}"), texts=origin)
+    save_png(extra_file(file, "side_by_side"), side_by_side(image, edit, f"{name}: {instruction}"), texts=origin)
 
 
-def side_by_side(picture: ImageFile, edit: ImageEditOutput, name: str) -> Image.Image:
-    """Input, relevance map, mask and edited image side by side; large images are reduced."""
+def side_by_side(image: ImageFile, edit: ImageEditOutput, name: str) -> Image.Image:
+    """Arrange input, relevance map, mask and edited image side by side; large images are reduced."""
     cells = torch.stack(
-        [picture.rgb, apply_colormap(edit.relevance), edit.mask[..., None].expand(-1, -1, 3).float(), edit.edited]
+        [image.rgb, apply_colormap(edit.relevance), edit.mask[..., None].expand(-1, -1, 3).float(), edit.edited]
     )
-    height, width = picture.size
+    height, width = image.size
     scale = min(1.0, _SHEET_LONG_SIDE / max(height, width))
     cells = resize_images(cells, max(1, round(height * scale)), max(1, round(width * scale)))
     titles = ["captured", "relevance", "mask", "edited"]

@@ -1,4 +1,4 @@
-"""The `wys` command: what the method offers beside ns-train."""
+"""Local editing of images and 3D scenes: demo, image edits, sweeps, ablations and comparisons of runs."""
 
 from typing import Annotated, Union
 

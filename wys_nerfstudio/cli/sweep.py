@@ -1,7 +1,7 @@
-"""`wys sweep`: edits over a grid of mask thresholds and image guidance scales, measured by CLIP.
+"""`wys sweep`: edits over a grid of mask thresholds and image guidance scales, evaluated with CLIP.
 
-Reproduces Fig. 6, 12 and 13 of the paper, which compare masks with image guidance at equal strength of the edit. The edits
-are those of `edit_image`; the measures are InstructPix2Pix's, in `metrics`.
+Reproduces Fig. 6, 12 and 13 of the paper, which compare masks with image guidance at equal strength of the edit. Edits are made
+with `edit_image`; the metrics are those of InstructPix2Pix.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -28,17 +28,17 @@ class SweepSettings:
     """The grid and the settings of its edits. The defaults are those of the paper's Fig. 12."""
 
     mask_thresholds: tuple[float, ...] = (0.0, 0.3, 0.4, 0.5, 0.6)
-    """Values of tau, a curve each; 0 is plain InstructPix2Pix."""
+    """Values of tau, one curve each; 0 is plain InstructPix2Pix."""
     image_guidance_scales: tuple[float, ...] = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2)
-    """Values of S_I, the points of a curve."""
+    """Values of S_I, the points of each curve."""
     guidance_scale: float = EditSettings.guidance_scale
     """How strongly edits follow the instruction (S_T)."""
     diffusion_steps: int = EditSettings.diffusion_steps
     """Denoising steps of an edit."""
     relevance_num_samples: int = EditSettings.relevance_num_samples
-    """Noise draws averaged in a relevance map; more is less noisy."""
+    """Number of noise samples averaged in a relevance map; more samples reduce noise."""
     relevance_outlier_factor: float = EditSettings.relevance_outlier_factor
-    """Relevance is clamped at Q3 + this many interquartile ranges; more suits editors whose maps are clean and small."""
+    """Relevance is clamped at Q3 + this many interquartile ranges; higher values suit editors with clean maps."""
 
     def check(self) -> None:
         """Validate the grid and the settings of its edits.
@@ -56,7 +56,7 @@ class SweepSettings:
             self.edit(threshold, self.image_guidance_scales[0]).check()
 
     def edit(self, mask_threshold: float, image_guidance_scale: float) -> EditSettings:
-        """Settings of one edit of the grid."""
+        """Return the settings of one edit of the grid."""
         return EditSettings(
             guidance_scale=self.guidance_scale,
             image_guidance_scale=image_guidance_scale,
@@ -69,23 +69,23 @@ class SweepSettings:
 
 @dataclass
 class Sweep:
-    """Edits a list of pictures over a grid of mask thresholds and image guidance scales, asks CLIP what became of them, and
-    draws the trade-off (the paper's Fig. 6, 12 and 13). A sweep that was stopped goes on where it was."""
+    """Edit a list of images over a grid of mask thresholds and image guidance scales, evaluate the edits with CLIP, and
+    plot the trade-off (the paper's Fig. 6, 12 and 13). An interrupted sweep can be resumed by the same command."""
 
     edits: tyro.conf.Positional[Path]
-    """A .csv, .yaml or .json list with image (from the list's folder on), instruction, caption_before, caption_after."""
+    """A .csv, .yaml or .json list with image (relative to the list), instruction, caption_before and caption_after."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder for sweep.csv, curves.png, grids/ and edits/."""
+    """Folder of sweep.csv, curves.png, grids/ and edits/."""
     editor: str = "timbrooks/instruct-pix2pix"
     """InstructPix2Pix-type checkpoint: a hub id, a local folder in diffusers format, or "embedded"."""
     clip: str = "openai/clip-vit-large-patch14"
-    """CLIP that is asked: a hub id, a local folder, or "embedded" for the toy world's own."""
+    """CLIP model: a hub id, a local folder, or "embedded" for the model of the toy world."""
     seed: int = 0
     """Seed of the noise."""
     device: str | None = None
-    """Where editor and CLIP run, such as cuda:1; by default the GPU if there is one, else the CPU."""
+    """Device of editor and CLIP, for example cuda:1; by default the GPU if there is one, else the CPU."""
     settings: Annotated[SweepSettings, tyro.conf.arg(name="")] = field(default_factory=SweepSettings)
-    """The grid, and how to edit."""
+    """The grid, and the settings of the edits."""
 
     def main(self) -> None:
         """Run the sweep."""
@@ -111,7 +111,7 @@ def run_sweep(
     seed: int = 0,
     device: Optional[str] = None,
 ) -> list[SweepResult]:
-    """Make the missing edits of a sweep, with a progress bar.
+    """Compute the missing edits of a sweep, with a progress bar.
 
     Writes `edits/`, `sweep.csv`, `curves.png` and `grids/`. An edit is finished once its row is in the table; an interrupted
     sweep resumes from the table.
@@ -122,7 +122,7 @@ def run_sweep(
         settings: Grid, and settings of the edits.
         editor_name: As in `load_editor`.
         clip_name: As in `load_clip`.
-        seed: Seed of the noise, the same for every edit, so that neighbors in the grid differ in their settings only.
+        seed: Seed of the noise, the same for every edit, so that edits differ in their settings only.
         device: Device of editor and CLIP; by default the GPU if there is one, else the CPU.
 
     Returns:
@@ -175,12 +175,12 @@ def _edit(
     output: Path,
     seed: int,
 ) -> SweepResult:
-    picture = read_image(case.image)
-    edited = edit_image(editor, picture.rgb, case.instruction, settings, seed=seed).edited
+    image = read_image(case.image)
+    edited = edit_image(editor, image.rgb, case.instruction, settings, seed=seed).edited
     name = f"edits/{number:03d}_tau_{settings.mask_threshold:g}_si_{settings.image_guidance_scale:g}.png"
     origin = provenance(case.instruction, editor.name, {**asdict(settings), "seed": seed})
-    write_image(output / name, edited, like=picture, origin=origin)
-    before, after = clip.embed_images(torch.stack([picture.rgb, edited])).split(1)
+    write_image(output / name, edited, like=image, origin=origin)
+    before, after = clip.embed_images(torch.stack([image.rgb, edited])).split(1)
     text_before, text_after = clip.embed_texts([case.caption_before, case.caption_after])
     return SweepResult(
         case=number,

@@ -18,7 +18,7 @@ _CELL = 192
 
 
 def mean_points(rows: Sequence[SweepResult]) -> dict[float, list[tuple[float, float, float]]]:
-    """Points of the curves, averaged over all cases.
+    """Return the points of the curves, averaged over all cases.
 
     Returns:
         A list of (S_I, direction similarity, image similarity) per tau, in the order of the rows.
@@ -26,9 +26,9 @@ def mean_points(rows: Sequence[SweepResult]) -> dict[float, list[tuple[float, fl
     curves: dict[float, list[tuple[float, float, float]]] = {}
     for tau in dict.fromkeys(row.mask_threshold for row in rows):
         for scale in dict.fromkeys(row.image_guidance_scale for row in rows):
-            some = [row for row in rows if (row.mask_threshold, row.image_guidance_scale) == (tau, scale)]
-            direction = sum(row.direction_similarity for row in some) / len(some)
-            image = sum(row.image_similarity for row in some) / len(some)
+            point = [row for row in rows if (row.mask_threshold, row.image_guidance_scale) == (tau, scale)]
+            direction = sum(row.direction_similarity for row in point) / len(point)
+            image = sum(row.image_similarity for row in point) / len(point)
             curves.setdefault(tau, []).append((scale, direction, image))
     return curves
 

@@ -49,11 +49,11 @@ class SweepResult:
     image_guidance_scale: float
     """S_I."""
     direction_similarity: float
-    """Agreement of the change with the change of captions (x axis of Fig. 6 and 12)."""
+    """CLIP text-image direction similarity (x axis of Fig. 6 and 12)."""
     image_similarity: float
-    """Similarity to the input (y axis)."""
+    """CLIP similarity to the input (y axis)."""
     text_image_similarity: float
-    """Agreement with the caption of the edit."""
+    """CLIP similarity to the caption of the edit."""
     file: str
     """Path of the edited image, relative to the sweep's folder."""
 
@@ -72,9 +72,9 @@ def read_cases(file: Path) -> list[SweepCase]:
     Raises:
         WysError: If it cannot be read, is incomplete, or an image cannot be edited.
     """
-    how = f"wys sweep takes a .csv, .yaml or .json list with {', '.join(COLUMNS)}"
+    usage = f"wys sweep takes a .csv, .yaml or .json list with {', '.join(COLUMNS)}"
     if not file.is_file():
-        raise WysError(f'There is no list "{file}": {how}.')
+        raise WysError(f'There is no list "{file}": {usage}.')
     try:
         text = file.read_text("utf-8-sig")
         if file.suffix.lower() == ".csv":
@@ -82,17 +82,17 @@ def read_cases(file: Path) -> list[SweepCase]:
         elif file.suffix.lower() in (".yaml", ".yml", ".json"):
             entries = yaml.safe_load(text)  # JSON is YAML
         else:
-            raise WysError(f'"{file}" is not a list of edits: {how}.')
+            raise WysError(f'"{file}" is not a list of edits: {usage}.')
     except (OSError, ValueError, csv.Error, yaml.YAMLError) as error:
-        raise WysError(f'The list "{file}" cannot be read ({" ".join(str(error).split())}): {how}.') from error
+        raise WysError(f'The list "{file}" cannot be read ({" ".join(str(error).split())}): {usage}.') from error
     if not isinstance(entries, list) or not entries:
-        raise WysError(f'There are no edits in "{file}": {how}.')
+        raise WysError(f'There are no edits in "{file}": {usage}.')
     cases = []
     for number, entry in enumerate(entries, start=1):
         values = entry if isinstance(entry, dict) else {}
         for column in COLUMNS:
             if not isinstance(values.get(column), str) or not values[column].strip():
-                raise WysError(f'Edit {number} of "{file}" has no {column}: {how}.')
+                raise WysError(f'Edit {number} of "{file}" has no {column}: {usage}.')
         case = SweepCase(file.parent / values["image"], *(values[column] for column in COLUMNS[1:]))
         read_image(case.image)
         cases.append(case)
@@ -114,25 +114,25 @@ def open_sweep(folder: Path, cases: Sequence[SweepCase], settings: dict[str, Any
         WysError: If the folder holds another sweep.
     """
     digests = [hashlib.sha256(case.image.read_bytes()).hexdigest() for case in cases]
-    wanted = {
+    request = {
         "cases": [{**asdict(case), "image": case.image.name, "sha256": digest} for case, digest in zip(cases, digests)],
         "settings": settings,
     }
-    text = json.dumps(wanted, indent=1, ensure_ascii=False)
+    text = json.dumps(request, indent=1, ensure_ascii=False)
     file = folder / REQUEST
     if file.is_file():
         if file.read_text("utf8") != text:
             raise WysError(
-                f'"{folder}" holds a sweep with another list or other settings: give -o another folder, or delete it.'
+                f'"{folder}" contains a sweep with another list or other settings: give -o another folder, or delete it.'
             )
     else:
         write_text(file, text)
     if not (folder / TABLE).is_file():
         return []
     with (folder / TABLE).open(encoding="utf8", newline="") as table:
-        numbers = {field.name: field.type for field in fields(SweepResult)}
+        types = {field.name: field.type for field in fields(SweepResult)}
         lines = csv.DictReader(table)
-        return [SweepResult(**{name: numbers[name](value) for name, value in line.items()}) for line in lines]  # type: ignore
+        return [SweepResult(**{name: types[name](value) for name, value in line.items()}) for line in lines]  # type: ignore
 
 
 def write_table(folder: Path, rows: Sequence[SweepResult]) -> None:

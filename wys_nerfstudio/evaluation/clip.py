@@ -56,7 +56,8 @@ class ClipEncoder:
             count = len(self.tokenizer(text).input_ids)
             if count > limit:
                 raise WysError(
-                    f'The caption "{text}" has {count} tokens and the CLIP "{self.name}" takes {limit}: shorten it.'
+                    f'The caption "{text}" has {count} tokens, but the CLIP model "{self.name}" takes at most {limit}: '
+                    "shorten it."
                 )
         tokens = self.tokenizer(list(texts), padding="max_length", max_length=limit, return_tensors="pt")
         tokens = tokens.to(self.model.device)
@@ -99,7 +100,7 @@ def load_clip(name: str, device: "str | torch.device" = "cpu") -> ClipEncoder:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise WysError(
-            f'The CLIP "{name}" could not be loaded: {first_line}. Give a local folder with a CLIP in transformers format '
-            f'and safetensors, or "{EMBEDDED}" for the small one of toy pictures that comes with the package.'
+            f'The CLIP model "{name}" could not be loaded: {first_line}. Give a local folder in transformers format with '
+            f'safetensors weights, or "{EMBEDDED}" for the small model of toy images that is part of the package.'
         ) from error
     return ClipEncoder(name, model.to(device).eval().requires_grad_(False), tokenizer)

@@ -1,1 +1,1 @@
-"""Files, images, logging and other helpers that know nothing of scenes or editors."""
+"""Helpers for files, images, logging and encodings; independent of scenes and editors."""

@@ -54,7 +54,7 @@ def write_tensors(path: Path, data: Any, partial: Optional[Path] = None) -> None
 
 
 def _sync_folder(folder: Path) -> None:
-    """Flush a folder to disk, without which a rename is not permanent."""
+    """Flush a folder to disk; until then a rename may be lost."""
     if os.name != "posix":  # other systems cannot open folders
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""What is wrong with a captured scene in nerfstudio's format, said before its parser stumbles over it; masks of its views."""
+"""Validation of captures in nerfstudio's format before its parser reads them, and masks of their views."""
 
 import json
 import math
@@ -20,28 +20,28 @@ DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
 
 
 def check_capture(data: Path, downscale_factor: Optional[int] = None) -> None:
-    """Checks a `transforms.json` and that each of its views is a picture.
+    """Validate a `transforms.json` and the image files that it lists.
 
     Args:
-        data: The scene's folder, or its .json file.
-        downscale_factor: As for nerfstudio's parser: views are in `images_2` and so on.
+        data: Folder of the scene, or its .json file.
+        downscale_factor: As in nerfstudio's parser: views are read from `images_2` and so on.
 
     Raises:
-        WysError: For the first thing that is wrong.
+        WysError: For the first error.
     """
     file = data if data.suffix == ".json" else data / "transforms.json"
     if not file.is_file():
         raise WysError(
-            f'There is no "{file}": ns-process-data makes it; data in another format are named at the end of the command, '
-            "for instance colmap."
+            f'There is no "{file}": ns-process-data writes it. For data in another format, append its name to the command, for '
+            "example colmap."
         )
     meta = _read(file)
     frames = meta.get("frames")
     if not isinstance(frames, list) or not frames or not all(isinstance(frame, dict) for frame in frames):
-        raise WysError(f'"{file}" has no list of "frames" in it: make it again with ns-process-data.')
+        raise WysError(f'"{file}" has no list of "frames": create it again with ns-process-data.')
     model = meta.get("camera_model", "OPENCV")
     if not isinstance(model, str) or model not in CAMERA_MODEL_TO_TYPE:
-        raise WysError(f'"{file}" has the camera_model {model}; it can be {", ".join(CAMERA_MODEL_TO_TYPE)}.')
+        raise WysError(f'"{file}" has the unknown camera_model {model}. Supported: {", ".join(CAMERA_MODEL_TO_TYPE)}.')
     for number, frame in enumerate(frames):
         _check_frame(file, number, meta, frame)
     folder = file.parent
@@ -50,53 +50,55 @@ def check_capture(data: Path, downscale_factor: Optional[int] = None) -> None:
         check_image(path, f'"{file}"')
 
 
-def check_image(path: Path, named_by: str, whole: bool = False) -> None:
-    """Refuses a file that is no picture.
+def check_image(path: Path, source: str, decode: bool = False) -> None:
+    """Check that a file is an image.
 
     Args:
         path: The file.
-        named_by: What says that it should be one, for the error's sentence.
-        whole: Decode all of it instead of its head.
+        source: File or option that refers to it, for the error message.
+        decode: Decode the image instead of reading its header only.
 
     Raises:
-        WysError: If it is not there or cannot be read.
+        WysError: If the file is missing or cannot be read.
     """
     if not path.is_file():
-        raise WysError(f'There is no picture "{path}", which {named_by} names.')
-    if path.suffix == ".npy":  # nerfstudio reads these, too
+        raise WysError(f'There is no image "{path}", which is listed in {source}.')
+    if path.suffix == ".npy":  # supported by nerfstudio
         return
     try:
         with Image.open(path) as image:
-            if whole:
+            if decode:
                 image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         size = path.stat().st_size
-        raise WysError(f'"{path}" ({size} bytes) cannot be read as a picture: put a whole one in its place.') from error
+        raise WysError(
+            f'"{path}" ({size} bytes) cannot be read as an image: replace it with an undamaged file.'
+        ) from error
 
 
 def read_masks(folder: Path, views: Sequence[Path], height: int, width: int) -> Bool[Tensor, "n h w"]:
-    """One mask per view from a folder; a mask's file has its view's name. Bright is inside.
+    """Read one mask per view from a folder. Masks are named like the views and white inside.
 
     Args:
-        folder: Where the masks are.
-        views: The views' files.
-        height: Height of the views; masks of other sizes are resized.
-        width: Width of the views.
+        folder: Folder of the masks.
+        views: Files of the views.
+        height: Height of the views in pixels; masks of other sizes are resized.
+        width: Width of the views in pixels.
 
     Raises:
         WysError: If a view has no mask.
     """
     masks = []
-    offered = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
     for path in views:
-        found = [mask for mask in offered if mask.stem == path.stem]
-        if not found:
+        matches = [file for file in files if file.stem == path.stem]
+        if not matches:
             raise WysError(
-                f'There is no mask for the view {path.name} in "{folder}": --pipeline.masks-dir needs one image per view, '
-                f"named as the view, for instance {path.stem}.png."
+                f'There is no mask for the view {path.name} in "{folder}": --pipeline.masks-dir requires one image per view, '
+                f"named like the view, for example {path.stem}.png."
             )
-        check_image(found[0], "--pipeline.masks-dir", whole=True)
-        with Image.open(found[0]) as image:
+        check_image(matches[0], "--pipeline.masks-dir", decode=True)
+        with Image.open(matches[0]) as image:
             resized = image.convert("L").resize((width, height), Image.Resampling.NEAREST)
         masks.append(torch.from_numpy(np.array(resized)) > 127)
     return torch.stack(masks)
@@ -108,9 +110,9 @@ def _read(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise WysError(f'"{file}" cannot be read: {error.strerror}.') from error
     except (ValueError, RecursionError) as error:
-        raise WysError(f'"{file}" is no valid JSON: {str(error).splitlines()[0]}.') from error
+        raise WysError(f'"{file}" is not valid JSON: {str(error).splitlines()[0]}.') from error
     if not isinstance(meta, dict):
-        raise WysError(f'"{file}" is no capture: it has no "frames" in it.')
+        raise WysError(f'"{file}" is not a capture: it has no "frames".')
     return meta
 
 
@@ -124,17 +126,17 @@ def _check_frame(file: Path, number: int, meta: dict[str, Any], frame: dict[str,
     for key in INTRINSICS:
         value = meta.get(key, frame.get(key))
         if value is None:
-            raise WysError(f'In "{file}" neither the top nor the frame of {name} has "{key}".')
+            raise WysError(f'In "{file}" neither the top level nor the frame of {name} has "{key}".')
         if not _is_number(value) or (value <= 0 and key not in ("cx", "cy")):
-            raise WysError(f'In "{file}" the "{key}" of {name} is {json.dumps(value)[:40]}, which cannot be.')
+            raise WysError(f'In "{file}" the "{key}" of {name} has the invalid value {json.dumps(value)[:40]}.')
     for key in DISTORTION:
         value = meta.get(key, frame.get(key, 0))
         if not _is_number(value):
-            raise WysError(f'In "{file}" the "{key}" of {name} is {json.dumps(value)[:40]}, which cannot be.')
+            raise WysError(f'In "{file}" the "{key}" of {name} has the invalid value {json.dumps(value)[:40]}.')
 
 
 def _is_number(value: Any) -> bool:
-    # Beyond these numbers there is no float32 left.
+    # Larger numbers would overflow in float32 arithmetic.
     return (
         isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30 and math.isfinite(value)
     )

@@ -1,5 +1,5 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""The exception whose message is shown to the user without a traceback."""
 
 
 class WysError(Exception):
-    """Something the user can mend. The message is one sentence or two: what is wrong, where, what to type instead."""
+    """An error that the user can correct. The message says what is wrong, where, and what to type instead."""

@@ -1,4 +1,4 @@
-"""What other libraries say that users can do nothing about; each kind of it is silenced here, with its reason."""
+"""Filters for warnings and progress bars of third-party libraries."""
 
 import warnings
 from collections.abc import Iterator
@@ -7,31 +7,30 @@ from pathlib import Path
 
 
 def ignore_warnings() -> None:
-    """Silences warnings from here on, in this package's own commands and in nerfstudio's when they run its methods."""
-    # Deprecations inside nerfstudio and in its calls of torch.
+    """Ignore third-party warnings that users cannot act on, for the rest of the process."""
+    # Deprecations inside nerfstudio and in its calls to torch.
     warnings.filterwarnings("ignore", module="nerfstudio")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit")
-    # torchmetrics says this of its own imports.
+    # torchmetrics warns about its own imports.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torchmetrics")
-    # nerfstudio's loaders of views want four workers, whatever the machine; views are small and cached.
+    # nerfstudio's data loaders request four workers on every machine; views are small and cached.
     warnings.filterwarnings("ignore", module=r"torch\.utils\.data")
 
 
 @contextmanager
 def no_progress_bar_for_local_files(source: str) -> Iterator[None]:
-    """Keeps transformers from drawing a progress bar for weights that are on disk and there at once; of what has to be
-    downloaded its bars are wanted.
+    """Disable transformers' progress bar for local weights, which load at once; downloads keep theirs.
 
     Args:
-        source: Local folder or hub id of what is loaded.
+        source: Local folder or hub id of the weights.
     """
     from transformers.utils import logging
 
-    silence = Path(source).is_dir() and logging.is_progress_bar_enabled()
-    if silence:
+    disable = Path(source).is_dir() and logging.is_progress_bar_enabled()
+    if disable:
         logging.disable_progress_bar()
     try:
         yield
     finally:
-        if silence:
+        if disable:
             logging.enable_progress_bar()
