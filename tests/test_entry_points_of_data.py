@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import as_blender_scene, as_colmap_scene, write_ring_scene
+from pages import PAGES, commands
 from PIL import Image
 from test_entry_points import QUIET, SHORT, SMALL_MODEL, command, records, the_run, train, weights
-from test_readme import TEXT, commands
 
 from wys_nerfstudio.training.checkpoint import read_checkpoint
 
@@ -167,9 +167,9 @@ def write_photographs(folder: Path, count: int, width: int, height: int) -> None
 
 
 @pytest.mark.skipif(shutil.which("colmap") is None, reason="ns-process-data needs the colmap program for photographs")
-def test_photographs_become_a_scene_by_the_readmes_command_and_are_edited(editor_folder: Path, tmp_path: Path) -> None:
+def test_photographs_are_processed_and_edited(editor_folder: Path, tmp_path: Path) -> None:
     write_photographs(tmp_path / "photos", 8, 320, 240)
-    (readme,) = {line for line in commands(TEXT) if line.startswith("ns-process-data images")}
+    (readme,) = {line for line in commands(PAGES["README.md"]) if line.startswith("ns-process-data images")}
     # A distribution's COLMAP has no CUDA, and nerfstudio's default of matching is a download.
     command("process_data", *shlex.split(readme)[1:], "--no-gpu", "--matching-method", "exhaustive", folder=tmp_path)
     found = json.loads((tmp_path / "scene" / "transforms.json").read_text())

@@ -17,10 +17,11 @@ PACKAGE = ROOT / "wys_nerfstudio"
 
 
 def shipped() -> set[str]:
-    """Return the package's files, data included, without the training code of the embedded networks."""
+    """Return the package's files, data included, without the training code of the embedded networks and the demo's README, whose
+    links lead into the repository."""
     training = PACKAGE / "demo" / "training"
     files = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    files = [path for path in files if training not in path.parents]
+    files = [path for path in files if training not in path.parents and path != PACKAGE / "demo" / "README.md"]
     return {path.relative_to(ROOT).as_posix() for path in files}
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_wys, sentence_of
+from pages import PAGES, blocks
 from PIL import Image
 
 from wys_nerfstudio import __version__
 from wys_nerfstudio.cli import edit_image as command
-from wys_nerfstudio.cli import main
 from wys_nerfstudio.editing import edit_image, load_editor
 from wys_nerfstudio.utils.image_io import read_image
 
@@ -132,9 +132,7 @@ def test_side_by_side_sheets_of_large_images_are_reduced(tmp_path, monkeypatch, 
 
 
 def test_the_python_example_in_the_readme_runs(tmp_path, monkeypatch, editor_folder):
-    readme = (Path(main.__file__).parent.parent.parent / "README.md").read_text("utf8")
-    lines = readme.split("```python\n")[1].split("```")[0]
-    assert len([line for line in lines.splitlines() if line]) == 5
+    (lines,) = blocks(PAGES["README.md"], "python")
     monkeypatch.chdir(tmp_path)
     save(Path("bear.jpg"), noise(32, 40, 3))
     few_steps = command.EditSettings(diffusion_steps=2)

@@ -1,4 +1,4 @@
-"""The ablations' table, what their command refuses, and their runs with a few steps each; as they are meant they take an hour."""
+"""`wys ablate`: refusals, the table, and runs shortened to a few steps."""
 
 import io
 import json
@@ -25,28 +25,28 @@ from wys_nerfstudio.utils.visualization import write_png
 
 def refusal(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
     monkeypatch.setattr(sys, "argv", ["wys", "ablate", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as error:
         main.entrypoint()
-    sentence = str(stopped.value.code)
+    sentence = str(error.value.code)
     assert sentence.startswith("wys: ") and "\n" not in sentence
     return sentence
 
 
-def test_what_cannot_be_ablated_is_refused_before_any_training(tmp_path: Path, monkeypatch) -> None:
+def test_invalid_arguments_are_refused_before_training(tmp_path: Path, monkeypatch) -> None:
     assert "--seeds must be at least 1, not 0" in refusal(monkeypatch, "-o", tmp_path, "--seeds", 0)
     (tmp_path / "scene").mkdir()
     (tmp_path / "scene" / "transforms.json").write_text("{}")
     sentence = refusal(monkeypatch, "-o", tmp_path, "--instruction", "make it purple")
-    assert 'The demo scene has no truth of "make it purple"' in sentence
+    assert 'The demo scene has no ground truth for "make it purple"' in sentence
     assert not (tmp_path / "runs").exists()
 
 
-def test_every_way_to_confine_an_edit_takes_part() -> None:
+def test_variants_cover_every_localization() -> None:
     assert set(VARIANTS) == set(Localization.__args__)  # type: ignore
 
 
-def test_the_table_has_the_mean_and_the_spread_over_seeds() -> None:
-    figures = {
+def test_the_table_shows_mean_and_range_over_seeds() -> None:
+    metrics = {
         "before": [{"truth_psnr_outside": 37.54}],
         "relevance-field": [
             {"truth_psnr_outside": 37.0, "mask_iou": 0.5},
@@ -55,15 +55,15 @@ def test_the_table_has_the_mean_and_the_spread_over_seeds() -> None:
         "masks": [{"truth_psnr_outside": 37.0, "mask_iou": 1.0}] * 2,
     }
     console = Console(width=120, file=io.StringIO())
-    console.print(table(figures))
+    console.print(table(metrics))
     rows = [line.split("│")[1:-1] for line in console.file.getvalue().splitlines() if line.startswith("│")]
     assert [cell.strip() for cell in rows[0]] == ["before", "37.5", "-"]
     assert [cell.strip() for cell in rows[1]] == ["relevance field", "36.5 (36.0 to 37.0)", "0.62 (0.50 to 0.75)"]
-    assert [cell.strip() for cell in rows[2]] == ["true masks", "37.0", "1.00"]
+    assert [cell.strip() for cell in rows[2]] == ["ground-truth masks", "37.0", "1.00"]
 
 
-def test_edited_views_are_judged_by_what_they_changed_outside_the_true_masks(tmp_path: Path) -> None:
-    truth, wanted, mask = (
+def test_psnr_outside_measures_changes_outside_the_masks(tmp_path: Path) -> None:
+    ground_truth, targets, mask = (
         GroundTruth(tmp_path, ("", "")),
         torch.rand(2, 6, 8, 3),
         torch.zeros(2, 6, 8, dtype=torch.bool),
@@ -72,15 +72,15 @@ def test_edited_views_are_judged_by_what_they_changed_outside_the_true_masks(tmp
     (tmp_path / "images").mkdir()
     (tmp_path / "masks").mkdir()
     names = ["a.png", "b.png"]
-    for name, picture, changed in zip(names, wanted, mask):
-        write_png(tmp_path / "images" / name, picture)
-        Image.fromarray(changed.numpy()).save(tmp_path / "masks" / name)
-    edits = {name: truth.edited(name) for name in names}
+    for name, target, inside in zip(names, targets, mask):
+        write_png(tmp_path / "images" / name, target)
+        Image.fromarray(inside.numpy()).save(tmp_path / "masks" / name)
+    edits = {name: ground_truth.edited(name) for name in names}
     edits["a.png"][2:5, 1:4] = 0.5
-    assert psnr_outside(truth, edits) == psnr_outside(truth, {}) == float("inf")
+    assert psnr_outside(ground_truth, edits) == psnr_outside(ground_truth, {}) == float("inf")
     edits["b.png"][0, 0] += 0.25
     changed, total = 1, 2 * 6 * 8 - 9
-    assert psnr_outside(truth, edits) == pytest.approx(-10 * math.log10(0.25**2 * changed / total))
+    assert psnr_outside(ground_truth, edits) == pytest.approx(-10 * math.log10(0.25**2 * changed / total))
 
 
 SHORT = """
@@ -94,9 +94,9 @@ SHORT = """
 @pytest.mark.slow
 def test_all_variants_are_run_from_one_reconstruction(tmp_path: Path, monkeypatch, capsys) -> None:
     runs: list[list[str]] = []
-    monkeypatch.setattr(writer, "EVENT_WRITERS", [])  # other tests' runs, whose folders may be gone
+    monkeypatch.setattr(writer, "EVENT_WRITERS", [])  # writers of other tests' runs
 
-    def in_this_process(command: list[str], check: bool) -> SimpleNamespace:
+    def run_in_process(command: list[str], check: bool) -> SimpleNamespace:
         assert command[:3] == [sys.executable, "-m", "nerfstudio.scripts.train"]
         runs.append(command)
         steps = [] if "--base-run" in command else ["--pipeline.reconstruct-steps", "3"]
@@ -105,28 +105,31 @@ def test_all_variants_are_run_from_one_reconstruction(tmp_path: Path, monkeypatc
         writer.EVENT_WRITERS.clear()
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(ablations.subprocess, "run", in_this_process)
+    monkeypatch.setattr(ablations.subprocess, "run", run_in_process)
     monkeypatch.setattr(ablations, "write_demo_scene", partial(ablations.write_demo_scene, num_views=12))
     ablate = ["wys", "ablate", "-o", str(tmp_path), "--seeds", "1"]
     monkeypatch.setattr(sys, "argv", ablate)
     main.entrypoint()
     assert len(runs) == 1 + len(VARIANTS)
     assert ["--base-run" in command for command in runs] == [False, *[True] * len(VARIANTS)]
-    figures = json.loads((tmp_path / "ablations.json").read_text())
-    assert {name: len(of_runs) for name, of_runs in figures.items()} == {"before": 1, **{name: 1 for name in VARIANTS}}
-    assert all(of_run["mask_iou"] == 1 for of_run in figures["masks"])
-    assert all(of_run["view_psnr_outside"] == float("inf") for of_run in figures["masks"])
-    assert all(10 < of_run["view_psnr_outside"] < 60 for of_run in figures["none"])
-    assert all(0 < of_run["mask_iou"] < 0.3 for of_run in figures["none"])
-    assert (tmp_path / "contact_sheet.png").is_file() and "true masks" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "ablations.json").read_text())
+    assert {name: len(runs_of_variant) for name, runs_of_variant in metrics.items()} == {
+        "before": 1,
+        **{name: 1 for name in VARIANTS},
+    }
+    assert all(run["mask_iou"] == 1 for run in metrics["masks"])
+    assert all(run["view_psnr_outside"] == float("inf") for run in metrics["masks"])
+    assert all(10 < run["view_psnr_outside"] < 60 for run in metrics["none"])
+    assert all(0 < run["mask_iou"] < 0.3 for run in metrics["none"])
+    assert (tmp_path / "contact_sheet.png").is_file() and "ground-truth masks" in capsys.readouterr().out
 
     monkeypatch.setattr(sys, "argv", ablate)
-    main.entrypoint()  # all is there
+    main.entrypoint()  # reuses the finished runs
     assert len(runs) == 1 + len(VARIANTS)
 
 
 @pytest.mark.slow
-def test_a_variant_that_fails_ends_the_command_with_a_sentence(tmp_path: Path, monkeypatch) -> None:
+def test_a_failed_variant_ends_with_one_sentence(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(ablations.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
     monkeypatch.setattr(ablations, "write_demo_scene", partial(ablations.write_demo_scene, num_views=3))
-    assert "The training of this variant has failed" in refusal(monkeypatch, "-o", tmp_path)
+    assert "Training of this variant failed" in refusal(monkeypatch, "-o", tmp_path)

@@ -1,4 +1,4 @@
-"""The toy world's CLIP: small, loaded by its name, and it means something on scenes that it has never seen."""
+"""Embedded CLIP model: size, vocabulary, accuracy on held-out scenes, training."""
 
 import csv
 from pathlib import Path
@@ -22,21 +22,21 @@ SEEDS = TEST_SEEDS[9000:9024]
 
 
 @pytest.fixture(scope="module")
-def pictures() -> np.ndarray:
-    """Held-out scenes with all edits, none of them of the model card."""
+def images() -> np.ndarray:
+    """Held-out scenes with all edits, disjoint from those of the model card."""
     scenes = sample_scenes(SEEDS)
     with torch.no_grad():
         return render_edits(scenes, sample_cameras(scenes, SEEDS, 64, 64)).numpy()
 
 
-def test_size_and_format() -> None:
+def test_the_model_is_small_and_has_no_pickled_files() -> None:
     files = [file for file in FOLDER.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 3 * 2**20
     assert not [file for file in files if file.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
     assert isinstance(CLIPModel.from_pretrained(str(FOLDER)), CLIPModel)
 
 
-def test_it_knows_every_word_of_every_caption() -> None:
+def test_the_vocabulary_covers_all_captions() -> None:
     clip = load_clip("embedded")
     for edit in EDITS:
         for color in range(len(train_clip.COLOR_NAMES)):
@@ -46,15 +46,15 @@ def test_it_knows_every_word_of_every_caption() -> None:
 
 
 @pytest.mark.slow
-def test_it_understands_held_out_scenes(pictures: np.ndarray) -> None:
-    figures = train_clip.evaluate(load_clip("embedded"), pictures)
-    assert figures["mean_accuracy"] > 0.5, "chance is 1 in 15"
-    assert figures["mean_own_direction"] > figures["mean_other_direction"] + 0.3
-    for slug, own in figures["own_direction"].items():
-        assert own > figures["other_direction"][slug] + 0.2, slug
+def test_metrics_on_held_out_scenes(images: np.ndarray) -> None:
+    results = train_clip.evaluate(load_clip("embedded"), images)
+    assert results["mean_accuracy"] > 0.5, "random guessing scores 1/15"
+    assert results["mean_own_direction"] > results["mean_other_direction"] + 0.3
+    for slug, own in results["own_direction"].items():
+        assert own > results["other_direction"][slug] + 0.2, slug
 
 
-def test_captions_name_the_colors_that_are_not_edited() -> None:
+def test_captions_include_the_colors_of_unedited_objects() -> None:
     orange, black = 0, len(train_clip.COLOR_NAMES) - 1
     assert (
         train_clip.caption(BY_SLUG["ball-red"], orange, black) == "a photo of a toy bear, a red ball and a black block"
@@ -65,7 +65,7 @@ def test_captions_name_the_colors_that_are_not_edited() -> None:
     assert train_clip.toy_colors(range(40)).unique().tolist() == list(range(8))
 
 
-def test_loss_is_the_cross_entropy_over_distinct_captions() -> None:
+def test_the_loss_treats_equal_captions_as_positives() -> None:
     generator = torch.Generator().manual_seed(0)
     images, texts = (torch.nn.functional.normalize(torch.randn(4, 8, generator=generator), dim=-1) for _ in range(2))
     texts[3] = texts[1]
@@ -76,30 +76,30 @@ def test_loss_is_the_cross_entropy_over_distinct_captions() -> None:
         same = [k for k in range(4) if which[k] == which[i]]
         rows.append(-sum(logits[i].log_softmax(0)[k] for k in same) / len(same))
         columns.append(-sum(logits[:, i].log_softmax(0)[k] for k in same) / len(same))
-    wanted = (sum(rows) + sum(columns)) / 8
+    expected = (sum(rows) + sum(columns)) / 8
     loss = train_clip.contrastive_loss(images, texts, which[:, None] == which, torch.tensor(5.0))
-    assert loss == pytest.approx(float(wanted), abs=1e-5)
+    assert loss == pytest.approx(float(expected), abs=1e-5)
 
 
 @pytest.mark.slow
-def test_training_learns(pictures: np.ndarray, tmp_path: Path, monkeypatch) -> None:
+def test_training_reduces_the_loss(images: np.ndarray, tmp_path: Path, monkeypatch) -> None:
     torch.manual_seed(0)
     write_tokenizer(tmp_path, train_clip.words(), train_clip.TOKENS)
     train_clip.build_clip().save_pretrained(tmp_path)
     clip, loss, losses = load_clip(str(tmp_path)), train_clip.contrastive_loss, []
 
-    def recorded(*arguments: torch.Tensor) -> torch.Tensor:
+    def record(*arguments: torch.Tensor) -> torch.Tensor:
         losses.append(loss(*arguments))
         return losses[-1]
 
-    monkeypatch.setattr(train_clip, "contrastive_loss", recorded)
+    monkeypatch.setattr(train_clip, "contrastive_loss", record)
     options = train_clip.Options(tmp_path, steps=16, batch_scenes=2)
-    train_clip.train(options, clip, pictures, train_clip.toy_colors(SEEDS))
-    # Sixteen steps of a rate that is still rising; nothing learned would leave both sums at about 14.
+    train_clip.train(options, clip, images, train_clip.toy_colors(SEEDS))
+    # Sixteen steps during the warmup; without learning both sums would be about 14.
     assert sum(losses[-4:]) < sum(losses[:4]) - 0.3
 
 
-def test_demo_pictures_are_held_out_and_each_has_something_to_change(tmp_path: Path, monkeypatch) -> None:
+def test_demo_pictures_writes_images_and_a_list_of_edits(tmp_path: Path, monkeypatch) -> None:
     run_wys(monkeypatch, "demo-pictures", tmp_path, "--count", 3)
     with (tmp_path / "list.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -1,4 +1,4 @@
-"""The embedded editor: diffusers' own pipeline loads it, it is small, and its tokenizer knows every wording."""
+"""Embedded editor: size, compatibility with diffusers, vocabulary, training."""
 
 import json
 from pathlib import Path
@@ -20,24 +20,24 @@ from wys_nerfstudio.demo.training.optimizers import MuonAndAdamW
 EDITOR = Path(train_editor.__file__).parent.parent / "editor"
 
 
-def test_size_and_format():
+def test_the_editor_is_small_and_has_no_pickled_files():
     files = [file for file in EDITOR.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 25 * 2**20
     assert not [file for file in files if file.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
 
 
-def test_diffusers_own_pipeline_loads_and_edits():
+def test_diffusers_pipeline_loads_the_editor():
     from diffusers import StableDiffusionInstructPix2PixPipeline
     from PIL import Image
 
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(str(EDITOR), torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    picture = Image.new("RGB", (40, 32), "white")
-    edited = pipeline("make the ball blue", image=picture, num_inference_steps=2, guidance_scale=3.0).images[0]
+    image = Image.new("RGB", (40, 32), "white")
+    edited = pipeline("make the ball blue", image=image, num_inference_steps=2, guidance_scale=3.0).images[0]
     assert edited.size == (40, 32)
 
 
-def test_tokenizer_knows_every_word(tmp_path):
+def test_the_vocabulary_covers_all_wordings(tmp_path):
     tokenizer = load_tokenizer(EDITOR)
     for edit in EDITS:
         for wording in edit.wordings:
@@ -66,9 +66,9 @@ def small_trainer(tmp_path, batch_scenes=8, **options):
 
 
 @pytest.mark.parametrize("meaning", ["no change", "edit"])
-def test_what_the_empty_instruction_is_trained_toward(tmp_path, meaning):
+def test_targets_of_dropped_instructions(tmp_path, meaning):
     trainer, data = small_trainer(tmp_path, empty_means=meaning)
-    found = 0
+    dropped = 0
     for trainer.step in range(12):
         batch = trainer.make_batch(data)
         inputs, timestep, tokens, target = batch.inputs, batch.timestep, batch.tokens, batch.target
@@ -76,12 +76,12 @@ def test_what_the_empty_instruction_is_trained_toward(tmp_path, meaning):
         alpha = trainer.alphas_cumprod[timestep].view(-1, 1, 1, 1)
         clean = alpha.sqrt() * inputs[:, :4] - (1 - alpha).sqrt() * target
         same = (clean / trainer.vae.config["scaling_factor"] - inputs[:, 4:]).abs().flatten(1).amax(1) < 1e-2
-        found += int(empty.sum())
+        dropped += int(empty.sum())
         if meaning == "no change":
             assert same[empty].all()
         elif empty.any():
             assert same[empty].float().mean() < 0.8
-    assert found > 5
+    assert dropped > 5
 
 
 def test_both_samples_of_a_scene_share_noise_and_timestep(tmp_path):
@@ -93,7 +93,7 @@ def test_both_samples_of_a_scene_share_noise_and_timestep(tmp_path):
     assert {EDITS[i].kind for i in range(8)} <= set(LOCAL_KINDS)
 
 
-def test_noised_pictures_from_before_the_edit_tell_nothing_of_it(tmp_path):
+def test_noised_unedited_images_are_equal_for_both_edits(tmp_path):
     trainer, data = small_trainer(tmp_path, from_before=1.0)
     batch = trainer.make_batch(data)
     alpha = trainer.alphas_cumprod[batch.timestep].view(-1, 1, 1, 1)
@@ -101,7 +101,7 @@ def test_noised_pictures_from_before_the_edit_tell_nothing_of_it(tmp_path):
     pairs = noisy[::2] & noisy[1::2]
     assert pairs.any()
     assert torch.equal(batch.inputs[::2][pairs], batch.inputs[1::2][pairs])
-    # The target leads from there to the edited picture all the same.
+    # The target is still the edited image.
     clean = (alpha.sqrt() * batch.inputs[:, :4] - (1 - alpha).sqrt() * batch.target) / trainer.vae.config[
         "scaling_factor"
     ]
@@ -111,16 +111,16 @@ def test_noised_pictures_from_before_the_edit_tell_nothing_of_it(tmp_path):
 
 
 @pytest.mark.parametrize("samples", [0, 10**6])
-def test_pointing_comes_first(tmp_path, samples):
+def test_only_the_segmentation_loss_is_used_at_first(tmp_path, samples):
     trainer, data = small_trainer(tmp_path, batch_scenes=2, grounding_samples=samples)
-    before = [p.detach().clone() for p in (trainer.unet.conv_out.weight, trainer.pointer.weight)]
+    before = [p.detach().clone() for p in (trainer.unet.conv_out.weight, trainer.segmenter.weight)]
     trainer.train_step(data, 1.0)
     assert torch.equal(before[0], trainer.unet.conv_out.weight) == (samples > 0)
-    assert not torch.equal(before[1], trainer.pointer.weight)
+    assert not torch.equal(before[1], trainer.segmenter.weight)
 
 
 @pytest.mark.slow
-def test_training_resumes_where_it_stopped(tmp_path):
+def test_training_resumes_from_a_checkpoint(tmp_path):
     first, data = small_trainer(tmp_path, batch_scenes=2)
     first.train_step(data, 1.0)
     first.save(tmp_path / "state.pt")
@@ -130,7 +130,7 @@ def test_training_resumes_where_it_stopped(tmp_path):
     assert second.train_step(data, 1.0) == pytest.approx(expected, rel=1e-3)
 
 
-def test_training_goes_on_from_an_editor_that_was_trained_before(tmp_path):
+def test_training_continues_from_a_trained_editor(tmp_path):
     first, data = small_trainer(tmp_path, batch_scenes=2, grounding_samples=0)
     first.train_step(data, 1.0)
     write_editor(tmp_path / "editor", first.networks())
@@ -139,14 +139,14 @@ def test_training_goes_on_from_an_editor_that_was_trained_before(tmp_path):
     second = small_trainer(tmp_path / "second", batch_scenes=2, grounding_samples=0)[0]
     second.begin_from(tmp_path / "editor")
     assert (second.samples, second.seconds, second.log) == (400, 30.0, log)
-    for given, taken in zip(first.average, (second.unet, second.text_encoder)):
-        for one, other in zip(given.parameters(), taken.parameters()):
+    for source, restored in zip(first.average, (second.unet, second.text_encoder)):
+        for one, other in zip(source.parameters(), restored.parameters()):
             assert torch.equal(one.half().float(), other)
     second.train_step(data, 1.0)
     assert second.samples == 404
 
 
-def test_muon_moves_matrices_kernels_and_biases():
+def test_the_optimizer_updates_all_parameters():
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8, 4))
     before = [p.detach().clone() for p in net.parameters()]

@@ -1,4 +1,4 @@
-"""The demo scene's folder: what nerfstudio reads, and ground truth that is true."""
+"""Demo scene: files in nerfstudio's format and ground truth."""
 
 import json
 
@@ -18,7 +18,7 @@ def read(path):
     return np.array(Image.open(path))
 
 
-def test_nerfstudio_reads_it(portrait):
+def test_nerfstudio_parses_the_scene(portrait):
     from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 
     outputs = NerfstudioDataParserConfig(data=portrait, eval_mode="all").setup().get_dataparser_outputs("train")
@@ -27,23 +27,23 @@ def test_nerfstudio_reads_it(portrait):
     assert read(outputs.image_filenames[0]).shape == (48, 32, 3)
 
 
-def test_masks_are_exactly_the_changed_pixels(portrait):
-    truth = portrait / "ground_truth"
-    edits = json.loads((truth / "edits.json").read_text())
+def test_masks_are_the_changed_pixels(portrait):
+    ground_truth = portrait / "ground_truth"
+    edits = json.loads((ground_truth / "edits.json").read_text())
     assert {edit["slug"] for edit in edits} == set(GROUND_TRUTH)
     for edit in edits:
         assert edit["instruction"] and edit["caption_before"] and edit["caption_after"]
         for number in range(1, 6):
             name = f"frame_{number:05d}.png"
-            before, after = read(portrait / "images" / name), read(truth / edit["slug"] / "images" / name)
-            mask = read(truth / edit["slug"] / "masks" / name)
+            before, after = read(portrait / "images" / name), read(ground_truth / edit["slug"] / "images" / name)
+            mask = read(ground_truth / edit["slug"] / "masks" / name)
             assert np.array_equal(mask == 255, (before != after).any(-1))
             assert set(np.unique(mask)) <= {0, 255}
-    assert not read(truth / "no-change" / "masks" / "frame_00001.png").any()
-    assert any(read(truth / "panda" / "masks" / f"frame_{n:05d}.png").any() for n in range(1, 6))
+    assert not read(ground_truth / "no-change" / "masks" / "frame_00001.png").any()
+    assert any(read(ground_truth / "panda" / "masks" / f"frame_{n:05d}.png").any() for n in range(1, 6))
 
 
-def test_views_look_from_all_round(portrait):
+def test_views_surround_the_scene(portrait):
     frames = json.loads((portrait / "transforms.json").read_text())["frames"]
     centers = np.array([np.array(frame["transform_matrix"])[:3, 3] for frame in frames])
     centers = centers[:, :2] - centers[:, :2].mean(0)
@@ -52,7 +52,7 @@ def test_views_look_from_all_round(portrait):
     assert gaps.max() < 0.7 * np.pi
 
 
-@pytest.mark.parametrize(("options", "words"), [({"width": 30}, "multiples of 8"), ({"seed": -1}, "seed")])
-def test_what_cannot_be_is_refused(tmp_path, options, words):
-    with pytest.raises(ValueError, match=words):
+@pytest.mark.parametrize(("options", "message"), [({"width": 30}, "multiples of 8"), ({"seed": -1}, "seed")])
+def test_invalid_options_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
         write_demo_scene(tmp_path, **options)

@@ -1,4 +1,4 @@
-"""The embedded default: a toy world with known ground truth, its demo scene, and the small editor trained on it.
+"""Toy world with ground truth, its demo scene, and the small editor and CLIP model trained on it.
 
-Kept empty on purpose: importing the package must stay cheap, so its parts are imported by their own names.
+Nothing is re-exported, so that importing the package is cheap.
 """

@@ -1,7 +1,7 @@
-"""Single pictures of the toy world and a list of edits of them, for `wys sweep`.
+"""Held-out images of the toy world and a list of their edits, for `wys sweep`.
 
-Scenes of the test split, which neither the demo editor nor the demo CLIP has seen. Edits of one object only: a mask has
-nothing to say about an edit of everything.
+Scenes are of the test split, which was not used to train the demo editor or the demo CLIP model. Edits are local, because masks
+have no effect on global edits.
 """
 
 import csv
@@ -19,22 +19,23 @@ from wys_nerfstudio.demo.render import render_edits
 from wys_nerfstudio.demo.world import TEST_SEEDS, sample_cameras, sample_scenes
 
 FIRST_SCENE = 5000
-"""Far from the test scenes that figures of the model cards come from."""
+"""Index of the first test scene used; the model cards use earlier ones."""
 SIDE = 64
-SMALLEST_CHANGE = 0.01
-"""Share of the pixels that an edit must change to be worth asking for: what is hidden cannot be painted."""
+"""Height and width of the images in pixels."""
+MIN_CHANGE = 0.01
+"""Minimum share of changed pixels: the edited object must be visible."""
 LOCAL = [number for number, edit in enumerate(EDITS) if edit.kind in LOCAL_KINDS]
 
 
 def write_demo_images(folder: Path, count: int) -> Path:
-    """Writes pictures of 64 x 64 pixels and `list.csv`, each picture with the next of the local edits.
+    """Write images of 64 x 64 pixels and `list.csv`, which assigns one of the local edits to each image.
 
     Args:
-        folder: Where they go.
-        count: How many.
+        folder: Output folder.
+        count: Number of images.
 
     Returns:
-        The list.
+        The list file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "list.csv").open("w", encoding="utf8", newline="") as file:
@@ -49,19 +50,18 @@ def write_demo_images(folder: Path, count: int) -> Path:
 
 
 def held_out_views(edits: Sequence[int]) -> Iterator[UInt8[Tensor, "edits h w 3"]]:
-    """Test scenes after each of EDITS, the last one being the scene as it is: one for each of some edits in turn, such that
-    the edit shows in it.
+    """Yield held-out views after each of EDITS, cycling through the given edits; the next edit is visible in each view.
 
     Args:
         edits: Indices into EDITS.
     """
     seeds = iter(TEST_SEEDS[FIRST_SCENE:])
     for edit in cycle(edits):
-        shown = 0.0
-        while shown < SMALLEST_CHANGE:
+        changed = 0.0
+        while changed < MIN_CHANGE:
             seed = next(seeds)
             scene = sample_scenes([seed])
             with torch.no_grad():
                 view = render_edits(scene, sample_cameras(scene, [seed], SIDE, SIDE))[0]
-            shown = float((view[edit] != view[-1]).any(-1).float().mean())
+            changed = float((view[edit] != view[-1]).any(-1).float().mean())
         yield view

@@ -1,7 +1,4 @@
-"""What can be asked of the toy world: the edits, their wordings and captions, and what each does to a scene.
-
-Here: the list of edits and their ground truth. Not here: geometry (`world.py`) and pictures (`tracer.py`).
-"""
+"""Edits of the toy world: instructions, captions and the change of the scene that each edit makes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,20 +12,20 @@ CAPTION = "a photo of a toy bear, a ball and a block"
 
 @dataclass(frozen=True)
 class Edit:
-    """One thing that can be asked for."""
+    """An edit and its ground truth."""
 
     slug: str
-    """Name for files and tables."""
+    """Name in files and tables."""
     kind: str
-    """Family: recolor, turn-into, add, global or none."""
+    """Kind of edit: recolor, turn-into, add, global or none."""
     target: str
-    """The object it is about, one of OBJECTS, or nothing for global and none."""
+    """Edited object, one of OBJECTS; empty for the kinds global and none."""
     wordings: tuple[str, ...]
-    """Instructions that mean it; the first is the canonical one."""
+    """Equivalent instructions; the first is the canonical one."""
     caption: str
-    """What the picture shows afterwards."""
+    """Caption of the edited image."""
     change: Callable[[Scene], Scene]
-    """The edited scene. Never moves anything that was there before."""
+    """Returns the edited scene; must not move objects."""
 
 
 def _recolor(target: str, color: str) -> Edit:
@@ -39,7 +36,7 @@ def _recolor(target: str, color: str) -> Edit:
         f"change the color of the {target} to {color}",
         f"the {target} should be {color}",
     )
-    # Which wording is canonical differs, so that the examples shown to people are not all alike.
+    # Another canonical wording for variety in examples.
     if target == "block":
         wordings = (wordings[1], wordings[0], *wordings[2:])
     captions = {
@@ -157,24 +154,21 @@ LOCAL_KINDS = ("recolor", "turn-into", "add")
 
 
 def normalize(instruction: str) -> str:
-    """The instruction as the editor reads it: lower case, single spaces, no final punctuation."""
+    """Convert an instruction to lower case with single spaces and without final punctuation."""
     return " ".join(instruction.lower().split()).rstrip(".!?,; ")
 
 
 def find(instruction: str) -> Edit | None:
-    """The edit that an instruction means, or None if no wording matches."""
-    wanted = normalize(instruction)
-    return next((edit for edit in EDITS if wanted in edit.wordings), None)
+    """Return the edit of an instruction, or None if no wording matches."""
+    normalized = normalize(instruction)
+    return next((edit for edit in EDITS if normalized in edit.wordings), None)
 
 
 def apply(edit: Edit, scene: Scene) -> Scene:
-    """Ground truth: the scenes as they are after the edit.
+    """Return the edited scenes: the ground truth of an edit.
 
     Args:
-        edit: what is asked for.
-        scene: the scenes before.
-
-    Returns:
-        New scenes; the given ones are unchanged.
+        edit: The edit.
+        scene: The scenes before the edit; not modified.
     """
     return edit.change(scene)

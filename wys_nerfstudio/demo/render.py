@@ -10,18 +10,18 @@ from wys_nerfstudio.demo.world import Camera, Scene
 
 
 def render_edits(scene: Scene, camera: Camera) -> UInt8[Tensor, "b edits h w 3"]:
-    """One view per scene, after each of EDITS; the last edit is "no change", hence the picture before.
+    """Render one view per scene after each of EDITS. The last edit is "no change": the view before the edit.
 
     Args:
-        scene: b scenes.
-        camera: b cameras.
+        scene: Batch of b scenes.
+        camera: Batch of b cameras.
 
     Returns:
-        Pictures of all scenes and edits. All edits share one trace, because none of them moves anything.
+        8-bit images. All edits share one ray trace, because none of them moves an object.
     """
     hits = trace(scene, camera)
-    pictures = []
+    images = []
     for edit in EDITS:
         color, _, _ = shade(apply(edit, scene), hits)
-        pictures.append(to_bytes(color.view(len(scene), camera.height, camera.width, -1, 3).mean(-2)))
-    return torch.stack(pictures, 1)
+        images.append(to_bytes(color.view(len(scene), camera.height, camera.width, -1, 3).mean(-2)))
+    return torch.stack(images, 1)

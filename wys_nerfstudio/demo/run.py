@@ -1,4 +1,4 @@
-"""`wys demo`: scene, training, pictures and figures, in the commands that a user would type."""
+"""`wys demo`: renders the demo scene, trains `wys-tiny` on it, and writes a turntable, a contact sheet and metrics."""
 
 import json
 import shlex
@@ -31,30 +31,30 @@ from wys_nerfstudio.utils.visualization import evenly_spaced, read_png, to_uint8
 FRAMES = 18
 FRAMES_PER_SECOND = 10
 ENLARGEMENT = 4
-"""Whole factor by which the turntable's pixels are enlarged; even, as the video codec wants its sides."""
+"""Factor by which the turntable's pixels are enlarged; even, because the video codec requires even sides."""
 SCORED_VIEWS = 12
-"""Training views that are scored, beside all that were held out."""
+"""Number of training views that are evaluated, besides all held-out views."""
 
 
 def run_demo(output: Path, instruction: str, recipe: Path | None) -> None:
-    """Makes the demo scene, edits it, and leaves a turntable video, a contact sheet and figures in a folder.
+    """Render the demo scene, edit it, and write a turntable video, a contact sheet and metrics.
 
     Args:
-        output: The folder. A scene that is there already is used again.
+        output: Output folder; an existing scene in it is reused.
         instruction: What to change.
-        recipe: Further options for ns-train.
+        recipe: Recipe file with further options of ns-train.
     """
     started = time.perf_counter()
     scene = output / "scene"
     if not (scene / "transforms.json").is_file():
-        CONSOLE.print("Drawing the demo scene ...")
+        CONSOLE.print("Rendering the demo scene ...")
         write_demo_scene(scene)
     options = ["--recipe", str(recipe)] if recipe else []
     _train(["--data", str(scene), "--instruction", instruction, "--output-dir", str(output / "runs"), *options])
     configs = (output / "runs").glob("*/wys-tiny/*/config.yml")
     run = max(configs, key=lambda path: path.stat().st_mtime).parent
 
-    # `eval_setup` reads config.yml, which is ours: it has just been written.
+    # `eval_setup` can execute code in config.yml, which is safe here: the file has just been written.
     pipeline = eval_setup(run / "config.yml", test_mode="test")[1]
     assert isinstance(pipeline, WysPipeline)
     after = _render_scored(pipeline, "Rendering the edited scene")
@@ -68,18 +68,18 @@ def run_demo(output: Path, instruction: str, recipe: Path | None) -> None:
     write_animation(output / "turntable.gif", frames)
     shutil.copy2(run / "wys" / "contact_sheet.png", output / "contact_sheet.png")
 
-    truth = GroundTruth.find(scene, instruction)
-    if truth is not None:
+    ground_truth = GroundTruth.find(scene, instruction)
+    if ground_truth is not None:
         paths = [dataset.image_filenames[i] for dataset, i in _scored_views(pipeline)]
         views, names = [read_png(path) for path in paths], [path.name for path in paths]
-        result = score(truth, views, names, before, after, pipeline.settings.current.mask_threshold)
-        (output / "figures.json").write_text(json.dumps(asdict(result), indent=1), "utf8")
+        result = score(ground_truth, views, names, before, after, pipeline.settings.current.mask_threshold)
+        (output / "metrics.json").write_text(json.dumps(asdict(result), indent=1), "utf8")
         CONSOLE.print(result.table())
     another = "turn the bear into a panda" if "hat" in instruction else "give the bear a hat"
     CONSOLE.print(
-        f"Done in {time.perf_counter() - started:.0f} s. Look at {output}/contact_sheet.png and {output}/turntable.mp4.\n"
-        f"Walk around in it:          ns-viewer --load-config {shlex.quote(str(run / 'config.yml'))}\n"
-        f"Try another instruction:    ns-train wys-tiny --data {shlex.quote(str(scene))} --base-run "
+        f"Finished in {time.perf_counter() - started:.0f} s. See {output}/contact_sheet.png and {output}/turntable.mp4.\n"
+        f"To open it in the viewer:     ns-viewer --load-config {shlex.quote(str(run / 'config.yml'))}\n"
+        f"To try another instruction:   ns-train wys-tiny --data {shlex.quote(str(scene))} --base-run "
         f'{shlex.quote(str(run / "wys" / CAPTURED_SCENE))} --instruction "{another}"',
         soft_wrap=True,
         highlight=False,
@@ -88,7 +88,7 @@ def run_demo(output: Path, instruction: str, recipe: Path | None) -> None:
 
 
 def _train(options: Sequence[str]) -> None:
-    """Runs `ns-train wys-tiny` with options, in this process, which has imported already what that needs."""
+    """Run `ns-train wys-tiny` in this process, which has already imported its dependencies."""
     sys.argv = ["ns-train", "wys-tiny", *options, "--vis", "tensorboard"]
     CONSOLE.print(f"$ {shlex.join(sys.argv)}", soft_wrap=True, highlight=False, markup=False)
     ns_train.entrypoint()
@@ -106,7 +106,12 @@ def _render_scored(pipeline: WysPipeline, description: str) -> list[dict[str, Te
 
 
 def orbit(cameras: Cameras, count: int) -> Cameras:
-    """A circle around what the cameras look at, at their mean distance and height, with their field of view."""
+    """Return cameras on a circle around the focus of attention, at the mean distance and height of the given cameras.
+
+    Args:
+        cameras: Cameras of the scene.
+        count: Number of cameras on the circle.
+    """
     poses = cameras.camera_to_worlds
     focus = focus_of_attention(
         torch.cat([poses, torch.tensor([[[0.0, 0, 0, 1]]]).expand(len(poses), 1, 4)], 1), poses[0, :, 3]
@@ -130,12 +135,12 @@ def orbit(cameras: Cameras, count: int) -> Cameras:
 def _turntable(pipeline: WysPipeline, description: str) -> list[np.ndarray]:
     cameras = orbit(pipeline.datamanager.train_dataset.cameras, FRAMES)
     indices = track(range(FRAMES), description=description, console=CONSOLE)
-    pictures = [to_uint8(render_views(pipeline, cameras[i : i + 1])[0]["rgb"]) for i in indices]
-    return [picture.repeat(ENLARGEMENT, axis=0).repeat(ENLARGEMENT, axis=1) for picture in pictures]
+    images = [to_uint8(render_views(pipeline, cameras[i : i + 1])[0]["rgb"]) for i in indices]
+    return [image.repeat(ENLARGEMENT, axis=0).repeat(ENLARGEMENT, axis=1) for image in images]
 
 
 def write_video(path: Path, frames: list[np.ndarray]) -> None:
-    """Writes frames (h, w, 3), uint8, sides even, as H.264; PyAV brings its own ffmpeg."""
+    """Write 8-bit frames (h, w, 3) with even sides as H.264; PyAV includes ffmpeg."""
     import av
 
     height, width = frames[0].shape[:2]
@@ -148,6 +153,6 @@ def write_video(path: Path, frames: list[np.ndarray]) -> None:
 
 
 def write_animation(path: Path, frames: list[np.ndarray]) -> None:
-    """Writes frames as an endless GIF."""
-    pictures = [Image.fromarray(frame) for frame in frames]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // FRAMES_PER_SECOND, loop=0)
+    """Write 8-bit frames (h, w, 3) as a looping GIF."""
+    images = [Image.fromarray(frame) for frame in frames]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=1000 // FRAMES_PER_SECOND, loop=0)

@@ -1,7 +1,4 @@
-"""How well a run on a toy scene did, against the scene's ground truth, which training never reads.
-
-Needs a scene written by `scene.py` (or one of the same layout) and a finished run; draws nothing.
-"""
+"""Evaluation of a finished run on a toy scene against the scene's ground truth."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +17,13 @@ from wys_nerfstudio.training.checkpoint import CAPTURED_SCENE, model_state, read
 
 
 def load_captured_scene(pipeline: WysPipeline, run: Path) -> None:
-    """Puts the weights from before the first edit back into a loaded pipeline."""
+    """Restore the weights from before the first edit in a loaded pipeline."""
     pipeline.model.load_state_dict(model_state(read_checkpoint(run / "wys" / CAPTURED_SCENE)), strict=True)
 
 
 @torch.no_grad()
 def render_views(pipeline: WysPipeline, cameras: Cameras) -> list[dict[str, Tensor]]:
-    """Renders cameras as any user of the finished scene would: eval mode, average appearance."""
+    """Render RGB and relevance of cameras in eval mode, with the mean appearance embedding."""
     pipeline.eval()
     outputs = []
     for i in range(len(cameras)):
@@ -37,32 +34,32 @@ def render_views(pipeline: WysPipeline, cameras: Cameras) -> list[dict[str, Tens
 
 @dataclass
 class Score:
-    """Figures of a run, means over views; PSNR in dB."""
+    """Metrics of a run, means over views; PSNR in dB, inside and outside the ground-truth mask."""
 
     outside_before: float
-    """Unedited reconstruction against the edited truth, outside the true mask."""
+    """PSNR of the unedited reconstruction and the edited ground truth, outside the mask."""
     outside_after: float
-    """Edited scene against the edited truth, outside the true mask."""
+    """PSNR of the edited scene and the edited ground truth, outside the mask."""
     inside_before: float
-    """Unedited reconstruction against the edited truth, inside the true mask."""
+    """PSNR of the unedited reconstruction and the edited ground truth, inside the mask."""
     inside_after: float
-    """Edited scene against the edited truth, inside the true mask."""
+    """PSNR of the edited scene and the edited ground truth, inside the mask."""
     inside_original: float
-    """Edited scene against the captured view, inside the true mask."""
+    """PSNR of the edited scene and the captured view, inside the mask."""
     field_precision: float
     """Average precision of the rendered relevance."""
     field_iou: float
-    """Intersection over union of the edit mask with the true mask."""
+    """Intersection over union of the edit mask and the ground-truth mask."""
 
     def table(self) -> Table:
-        """The figures as a table for the terminal."""
-        table = Table(title="Against the ground truth", title_justify="left")
+        """Return the metrics as a table for the terminal."""
+        table = Table(title="Comparison with the ground truth", title_justify="left")
         for column, side in (("", "left"), ("before", "right"), ("after", "right")):
             table.add_column(column, justify=side)  # type: ignore
         rows = [
-            ("PSNR outside the true mask (untouched?)", self.outside_before, self.outside_after, " dB"),
-            ("PSNR inside, to the edited truth (done?)", self.inside_before, self.inside_after, " dB"),
-            ("PSNR inside, to the captured view", None, self.inside_original, " dB"),
+            ("PSNR outside the mask (preservation)", self.outside_before, self.outside_after, " dB"),
+            ("PSNR inside the mask (edit)", self.inside_before, self.inside_after, " dB"),
+            ("PSNR inside the mask, to the captured view", None, self.inside_original, " dB"),
             ("average precision of the relevance field", None, self.field_precision, ""),
             ("IoU of the edit mask", None, self.field_iou, ""),
         ]
@@ -73,39 +70,39 @@ class Score:
 
 
 def score(
-    truth: GroundTruth,
+    ground_truth: GroundTruth,
     captured: list[Float[Tensor, "h w 3"]],
     names: list[str],
     before: list[dict[str, Tensor]],
     after: list[dict[str, Tensor]],
     mask_threshold: float,
 ) -> Score:
-    """Compares renders from before and after the edit with the truth.
+    """Compare renders from before and after the edit with the ground truth.
 
     Args:
-        truth: The edit's ground truth.
-        captured: The views as captured.
-        names: Their file names.
-        before: Renders of the unedited reconstruction, as of `render_views`.
-        after: Renders of the edited scene.
+        ground_truth: Ground truth of the edit.
+        captured: Captured views in [0, 1].
+        names: File names of the views.
+        before: Renders of the unedited reconstruction, from `render_views`.
+        after: Renders of the edited scene, from `render_views`.
         mask_threshold: tau of the edit.
     """
     rows: list[list[float]] = []
-    for name, view, first, last in zip(names, captured, before, after):
-        wanted, mask = truth.edited(name), truth.mask(name)
+    for name, view, unedited, edited in zip(names, captured, before, after):
+        target, mask = ground_truth.edited(name), ground_truth.mask(name)
         if not mask.any() or mask.all():
             continue
-        # Localization is judged on the captured geometry: that is what the masks of the first edits were cut from.
-        located = first["relevance_value"][..., 0]
+        # Localization is evaluated on the captured geometry, from which the masks of the first edits are rendered.
+        rendered_relevance = unedited["relevance_value"][..., 0]
         rows.append(
             [
-                psnr(first["rgb"], wanted, ~mask),
-                psnr(last["rgb"], wanted, ~mask),
-                psnr(first["rgb"], wanted, mask),
-                psnr(last["rgb"], wanted, mask),
-                psnr(last["rgb"], view, mask),
-                average_precision(located, mask),
-                intersection_over_union(relevance.threshold(located, mask_threshold), mask),
+                psnr(unedited["rgb"], target, ~mask),
+                psnr(edited["rgb"], target, ~mask),
+                psnr(unedited["rgb"], target, mask),
+                psnr(edited["rgb"], target, mask),
+                psnr(edited["rgb"], view, mask),
+                average_precision(rendered_relevance, mask),
+                intersection_over_union(relevance.threshold(rendered_relevance, mask_threshold), mask),
             ]
         )
     return Score(*torch.tensor(rows).mean(dim=0).tolist())

@@ -1,7 +1,7 @@
-"""The local edit beside the descent along eq. 13 (supplement E): `python -m wys_nerfstudio.demo.sds_sheet OUT.png`.
+"""Comparison of local edits and SDS (eq. 13, supplement E): `python -m wys_nerfstudio.demo.sds_sheet OUT.png`.
 
-Held-out pictures of the toy world, the same relevance maps and masks for both; a contact sheet, and how far each is from the
-truth inside and outside the true mask.
+Edits held-out images of the toy world by both methods with the same relevance maps and masks, writes a contact sheet and prints
+the PSNR to the ground truth inside and outside the ground-truth mask.
 """
 
 from dataclasses import dataclass, replace
@@ -27,13 +27,13 @@ class Options:
     """Options of the comparison."""
 
     out: tyro.conf.Positional[Path]
-    """The contact sheet, a .png file."""
-    pictures: int = 10
-    """Pictures that figures are means of; the sheet shows the first of each edit."""
+    """Output file of the contact sheet (.png)."""
+    images: int = 10
+    """Number of images to average over; the sheet shows the first image of each edit."""
 
 
 def main(options: Options) -> None:
-    """Edits, draws, prints."""
+    """Edit the images, write the contact sheet and print the metrics."""
     editor = load_editor(EMBEDDED)
     local = EditSettings(
         guidance_scale=TINY.guidance_scale,  # type: ignore
@@ -43,26 +43,26 @@ def main(options: Options) -> None:
         relevance_outlier_factor=TINY.relevance_outlier_factor,  # type: ignore
         diffusion_steps=50,
     )
-    rows, figures = [], []
+    rows, values = [], []
     chosen = [EDITS.index(BY_SLUG[slug]) for slug in SLUGS]
-    for number, view in zip(range(options.pictures), held_out_views(chosen)):
+    for number, view in zip(range(options.images), held_out_views(chosen)):
         edit = chosen[number % len(chosen)]
-        before, truth = view[-1].float() / 255, view[edit].float() / 255
+        before, target = view[-1].float() / 255, view[edit].float() / 255
         changed = (view[edit] != view[-1]).any(-1)
         instruction = EDITS[edit].wordings[0]
         edits = [
             edit_image(editor, before, instruction, replace(local, method=method))  # type: ignore
             for method in ("local", "sds")
         ]
-        figures.append([metrics.psnr(e.edited, truth, m) for e in edits for m in (changed, ~changed)])
+        values.append([metrics.psnr(e.edited, target, m) for e in edits for m in (changed, ~changed)])
         if number < len(chosen):
             relevance, mask = apply_colormap(edits[0].relevance), edits[0].mask.float()[..., None].expand(-1, -1, 3)
-            rows.append((instruction, [before, relevance, mask, edits[0].edited, edits[1].edited, truth]))
-    titles = ["captured", "relevance", "mask", "local edit", "sds", "truth"]
+            rows.append((instruction, [before, relevance, mask, edits[0].edited, edits[1].edited, target]))
+    titles = ["captured", "relevance", "mask", "local edit", "SDS", "ground truth"]
     save_png(options.out, contact_sheet(titles, rows, min_height=128))
-    inside, outside, sds_inside, sds_outside = np.mean(figures, axis=0)
-    print(f"PSNR to the truth inside and outside the true mask, means of {len(figures)} pictures:")
-    print(f"local edit {inside:.1f} and {outside:.1f} dB, sds {sds_inside:.1f} and {sds_outside:.1f} dB")
+    inside, outside, sds_inside, sds_outside = np.mean(values, axis=0)
+    print(f"PSNR to the ground truth inside and outside the ground-truth mask, means of {len(values)} images:")
+    print(f"local edit {inside:.1f} and {outside:.1f} dB, SDS {sds_inside:.1f} and {sds_outside:.1f} dB")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""The toy world's pictures, object ids and depths: ray traced exactly, in batches.
+"""Batched ray tracer of the toy world: images, object ids and depths.
 
-Here: what a ray meets and what color it has. Not here: what the world contains (`world.py`). A scene's pictures depend on
-nothing but the scene and the camera, so all views of one scene agree exactly.
+Rendering is deterministic and view-independent, so that all views of a scene are consistent.
 """
 
 import math
@@ -44,7 +43,7 @@ _OBJECT_OF_MATERIAL = tuple(
     )
     for name in MATERIALS
 )
-# Layers: the bare scene, and each add-on alone. An add-on casts no shadow, so it changes only the pixels that it covers.
+# Layers: the scene without add-ons, and each add-on. Add-ons cast no shadow, so they change only the pixels they cover.
 _LAYERS = (
     range(0, _BASE_ELLIPSOIDS),
     range(_BASE_ELLIPSOIDS, _BASE_ELLIPSOIDS + len(HAT_PARTS)),
@@ -54,42 +53,42 @@ _LAYERS = (
 
 @dataclass
 class Hits:
-    """What the rays of a batch of views meet, before any color: n rays per view, one layer per set of objects."""
+    """Intersections of a batch of views before shading: n rays per view, one layer per set of objects."""
 
     origin: Float[Tensor, "b 1 3"]
     """Camera center."""
     direction: Float[Tensor, "b n 3"]
-    """Ray directions; their component along the view axis is 1, so that distances are depths."""
+    """Ray directions, scaled to a component of 1 along the view axis, so that distances are depths."""
     depth: tuple[Float[Tensor, "b n"], ...]
-    """Depth of the nearest hit per layer, infinite where there is none."""
+    """Depth of the nearest hit per layer; infinity without a hit."""
     material: tuple[Int[Tensor, "b n"], ...]
     """Index into MATERIALS per layer."""
     normal: tuple[Float[Tensor, "b n 3"], ...]
     """Outward unit normal per layer."""
     lit: Float[Tensor, "b n"]
-    """1 where the light reaches the bare scene's hit, 0 in shadow."""
+    """1 where the first layer's hit is lit, 0 in shadow."""
 
 
 @dataclass
 class Render:
-    """Finished views."""
+    """Rendered views."""
 
     rgb: Float[Tensor, "b h w 3"]
-    """Pictures in [0, 1]."""
+    """Images in [0, 1]."""
     objects: Int[Tensor, "b h w"]
-    """Index into OBJECTS: what most of a pixel's rays meet."""
+    """Index into OBJECTS of the object that most rays of a pixel hit."""
     depth: Float[Tensor, "b h w"]
-    """Mean depth along the view axis of the rays that meet that object."""
+    """Mean depth along the view axis of the rays that hit this object."""
 
 
 def _turned(vector: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turns xyz about the z axis; cosine and sine broadcast against the vector without its last axis."""
+    """Rotate vectors about the z axis; cosine and sine broadcast against the vector without its last axis."""
     x, y, z = vector.unbind(-1)
     return torch.stack([cosine * x - sine * y, sine * x + cosine * y, z], -1)
 
 
 def _ellipsoids(scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
-    """Centers "b k 3", radii "b k 3" and yaws "b k" of all ellipsoids in the world, in the order of MATERIALS."""
+    """Return centers "b k 3", radii "b k 3" and yaws "b k" of all ellipsoids in the world frame, in the order of MATERIALS."""
     parts = torch.tensor([[c, r] for _, c, r in (*BEAR_PARTS, *HAT_PARTS, *SUNGLASSES_PARTS)])
     size = scene.bear_size[:, None, None]
     feet = torch.nn.functional.pad(scene.bear_position, (0, 1))[:, None]
@@ -107,7 +106,7 @@ def _ellipsoids(scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _meet_ellipsoid(origin: Tensor, direction: Tensor, center: Tensor, radii: Tensor, yaw: Tensor) -> Tensor:
-    """Distance "b n" to the ellipsoids "b 3" along rays "b n 3"; infinite where they pass by or lie behind."""
+    """Return the distance "b n" along rays "b n 3" to the ellipsoids "b 3"; infinity where a ray misses."""
     cosine, sine = yaw.cos()[:, None], -yaw.sin()[:, None]
     o = _turned(origin - center[:, None], cosine, sine) / radii[:, None]
     d = _turned(direction, cosine, sine) / radii[:, None]
@@ -118,7 +117,7 @@ def _meet_ellipsoid(origin: Tensor, direction: Tensor, center: Tensor, radii: Te
 
 
 def _meet_block(scene: Scene, origin: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance "b n" to the block along rays "b n 3", and its outward normal "b n 3" there."""
+    """Return the distance "b n" along rays "b n 3" to the block, and its outward normal "b n 3" at the hit."""
     cosine, sine = scene.block_yaw.cos()[:, None], scene.block_yaw.sin()[:, None]
     half = scene.block_half[:, None]
     middle = torch.cat([scene.block_position, scene.block_half[:, 2:]], -1)[:, None]
@@ -133,7 +132,7 @@ def _meet_block(scene: Scene, origin: Tensor, direction: Tensor) -> tuple[Tensor
 
 
 def _rays(camera: Camera, samples: int) -> tuple[Tensor, Tensor]:
-    """Origin "b 1 3" and directions "b n 3" of samples x samples rays per pixel, the rays of one pixel in a row."""
+    """Return origin "b 1 3" and directions "b n 3" of samples x samples rays per pixel; rays of a pixel are contiguous."""
     step = (torch.arange(samples) + 0.5) / samples
     x = (torch.arange(camera.width)[None, :, None, None] + step).expand(camera.height, -1, samples, -1)
     y = (torch.arange(camera.height)[:, None, None, None] + step[:, None]).expand(-1, camera.width, -1, samples)
@@ -145,15 +144,15 @@ def _rays(camera: Camera, samples: int) -> tuple[Tensor, Tensor]:
 
 
 def trace(scene: Scene, camera: Camera, samples: int = 2) -> Hits:
-    """Finds what every ray meets. One trace serves all edits that keep shapes, and both add-ons.
+    """Intersect the rays of one view per scene. The result is valid for all edits that do not change shapes, and both add-ons.
 
     Args:
-        scene: b scenes.
-        camera: b cameras, the i-th for the i-th scene.
-        samples: rays per pixel and axis.
+        scene: Batch of b scenes.
+        camera: Batch of b cameras, one per scene.
+        samples: Rays per pixel and axis.
 
     Returns:
-        The hits of n = height * width * samples ** 2 rays per view.
+        Hits of n = height * width * samples ** 2 rays per view.
     """
     origin, direction = _rays(camera, samples)
     center, radii, yaw = _ellipsoids(scene)
@@ -208,7 +207,7 @@ def _smoothstep(x: Tensor, low: float, high: float) -> Tensor:
 
 
 def _ground_color(scene: Scene, position: Tensor) -> Tensor:
-    """The ground's color "b n 3" at positions "b n 3". Patterns fade with distance, where they would only alias."""
+    """Return the color "b n 3" of the ground at positions "b n 3". Patterns fade with distance to avoid aliasing."""
     turn = -scene.ground_yaw[:, None]
     x, y, _ = (_turned(position, turn.cos(), turn.sin()) / scene.ground_scale[:, None, None]).unbind(-1)
     checker = torch.remainder(x.floor() + y.floor(), 2)
@@ -220,11 +219,11 @@ def _ground_color(scene: Scene, position: Tensor) -> Tensor:
 
 
 def shade(scene: Scene, hits: Hits) -> tuple[Float[Tensor, "b n 3"], Int[Tensor, "b n"], Float[Tensor, "b n"]]:
-    """Colors what a trace has found.
+    """Shade the hits of a trace.
 
     Args:
-        scene: the traced scenes, or the same with other colors, lights, weather or add-ons (not other shapes).
-        hits: their trace.
+        scene: The traced scenes, possibly with other colors, lights, weather or add-ons, but the same shapes.
+        hits: Hits of these scenes.
 
     Returns:
         Color in [0, 1], index into MATERIALS and depth of every ray.
@@ -249,15 +248,12 @@ def shade(scene: Scene, hits: Hits) -> tuple[Float[Tensor, "b n 3"], Int[Tensor,
 
 
 def render(scene: Scene, camera: Camera, samples: int = 2) -> Render:
-    """Renders one view per scene.
+    """Render one view per scene.
 
     Args:
-        scene: b scenes.
-        camera: b cameras.
-        samples: rays per pixel and axis.
-
-    Returns:
-        Pictures, object ids and depths.
+        scene: Batch of b scenes.
+        camera: Batch of b cameras.
+        samples: Rays per pixel and axis.
     """
     color, material, depth = shade(scene, trace(scene, camera, samples))
     size = (len(scene), camera.height, camera.width)
@@ -272,5 +268,5 @@ def render(scene: Scene, camera: Camera, samples: int = 2) -> Render:
 
 
 def to_bytes(rgb: Float[Tensor, "*shape 3"]) -> UInt8[Tensor, "*shape 3"]:
-    """Pictures in [0, 1] as 8 bits per channel, as they are stored."""
+    """Convert images in [0, 1] to 8 bits per channel."""
     return (rgb * 255).round().clamp(0, 255).to(torch.uint8)

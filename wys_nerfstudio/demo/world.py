@@ -1,10 +1,7 @@
-"""The toy world: a bear, a ball and a block on the ground of a dome.
+"""Toy world: a bear, a ball and a block on the ground under a dome; scenes and cameras are sampled from seeds.
 
-Here: what a scene and a camera are, and how both are drawn from a seed. Not here: how they become pictures (`tracer.py`), what
-an instruction does to a scene (`instructions.py`) and how views become a data set (`scene.py`).
-
-World frame: z up, ground at z = 0, lengths in bear heights more or less. Cameras follow OpenGL: x right, y up, looking
-along -z.
+World frame: z up, ground at z = 0, unit of length about the height of the bear. Cameras follow the OpenGL convention: x right,
+y up, viewing direction -z.
 """
 
 import math
@@ -23,7 +20,7 @@ DEMO_SEEDS = range(3_000_000, 4_000_000)
 OBJECTS = ("sky", "ground", "bear", "ball", "block", "hat", "sunglasses")
 DOME_RADIUS = 5.0
 
-# Name, center and radii in the bear's own frame: it looks along +x and stands on z = 0.
+# Name, center and radii in the bear's frame: facing +x, standing on z = 0.
 BEAR_PARTS = (
     ("body", (0.0, 0.0, 0.40), (0.27, 0.30, 0.33)),
     ("head", (0.04, 0.0, 0.86), (0.27, 0.29, 0.26)),
@@ -49,7 +46,7 @@ SUNGLASSES_PARTS = (
     ("right temple", (0.15, -0.285, 0.94), (0.20, 0.035, 0.04)),
 )
 EYE_DIRECTIONS = ((0.80, 0.42, 0.30), (0.80, -0.42, 0.30))
-"""Where on the unit sphere the head's eye patches sit (a panda's; other bears have fur there)."""
+"""Directions of the panda's eye patches from the center of the head; other bears have fur there."""
 
 MATERIALS = (
     *(name for name, _, _ in BEAR_PARTS),
@@ -61,7 +58,7 @@ MATERIALS = (
     "ground",
     "sky",
 )
-"""What a ray can hit. The ellipsoids come first, in the order in which the tracer lists them."""
+"""Materials that a ray can hit. The ellipsoids come first, in the order of the tracer."""
 BLOCK, EYE_PATCH, GROUND, SKY = (MATERIALS.index(name) for name in ("block", "eye patch", "ground", "sky"))
 HEAD = MATERIALS.index("head")
 
@@ -77,7 +74,7 @@ TOY_COLORS = (
     (0.42, 0.26, 0.14),
     (0.16, 0.16, 0.18),
 )
-"""What ball and block are made in: far from every named color, so that a recoloring always shows."""
+"""Original colors of ball and block: far from every named color, so that every recoloring is visible."""
 HAT_COLOR = (0.48, 0.10, 0.55)
 DARK = (0.05, 0.05, 0.06)
 
@@ -87,95 +84,92 @@ class Scene:
     """A batch of toy scenes (first axis of every tensor: the scene)."""
 
     bear_position: Float[Tensor, "b 2"]
-    """Where the bear stands."""
+    """Position of the bear on the ground."""
     bear_yaw: Float[Tensor, "b"]
-    """Where it looks, in radians from +x."""
+    """Direction the bear faces, in radians from +x."""
     bear_size: Float[Tensor, "b"]
-    """Its scale, about 1."""
+    """Scale of the bear, about 1."""
     ball_position: Float[Tensor, "b 2"]
-    """Where the ball touches the ground."""
+    """Contact point of the ball with the ground."""
     ball_radius: Float[Tensor, "b"]
-    """Its radius."""
+    """Radius of the ball."""
     block_position: Float[Tensor, "b 2"]
-    """Where the block's center is."""
+    """Center of the block on the ground."""
     block_yaw: Float[Tensor, "b"]
-    """Its turn in radians."""
+    """Rotation of the block in radians."""
     block_half: Float[Tensor, "b 3"]
-    """Its half extents."""
+    """Half extents of the block."""
     colors: Float[Tensor, "b materials 3"]
     """Color of every material in [0, 1]; the entries of ground and sky are unused."""
     hat: Bool[Tensor, "b"]
     """Whether the bear wears a hat."""
     sunglasses: Bool[Tensor, "b"]
-    """Whether it wears sunglasses."""
+    """Whether the bear wears sunglasses."""
     ground_kind: Int[Tensor, "b"]
-    """0 plain, 1 checker, 2 wood."""
+    """Pattern of the ground: 0 plain, 1 checkerboard, 2 wood."""
     ground_colors: Float[Tensor, "b 2 3"]
-    """The pattern's two colors."""
+    """Both colors of the pattern."""
     ground_yaw: Float[Tensor, "b"]
-    """The pattern's direction in radians."""
+    """Direction of the pattern in radians."""
     ground_scale: Float[Tensor, "b"]
     """Width of a tile or plank."""
     sky_colors: Float[Tensor, "b 2 3"]
-    """The dome's colors at the ground and at the top."""
+    """Colors of the dome at the horizon and at the zenith."""
     light_direction: Float[Tensor, "b 3"]
     """Unit vector toward the light."""
     light_color: Float[Tensor, "b 3"]
-    """Brightness of the direct light."""
+    """Intensity of the direct light."""
     ambient: Float[Tensor, "b 3"]
-    """Brightness of the light that comes from everywhere."""
+    """Intensity of the ambient light."""
     snow: Bool[Tensor, "b"]
-    """Whether snow lies on whatever faces upwards."""
+    """Whether upward-facing surfaces are covered with snow."""
 
     def __len__(self) -> int:
         return len(self.bear_yaw)
 
     def __getitem__(self, index: slice | list[int]) -> "Scene":
-        """The scenes at `index`, still as a batch."""
+        """Select scenes; the result is a batch."""
         return Scene(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
     def repeat(self, times: int) -> "Scene":
-        """Every scene `times` times in a row."""
+        """Repeat each scene `times` times consecutively."""
         return Scene(**{field.name: getattr(self, field.name).repeat_interleave(times, 0) for field in fields(self)})
 
     def center(self) -> Float[Tensor, "b 3"]:
-        """The middle of the three objects, at half the bear's height."""
+        """Return the centroid of the three objects at half the bear's height."""
         middle = (self.bear_position + self.ball_position + self.block_position) / 3
         return torch.cat([middle, torch.full_like(middle[:, :1], 0.45)], -1)
 
 
 def concatenate(scenes: Sequence[Scene]) -> Scene:
-    """One batch out of several."""
+    """Concatenate batches of scenes."""
     return Scene(**{field.name: torch.cat([getattr(s, field.name) for s in scenes]) for field in fields(Scene)})
 
 
 @dataclass
 class Camera:
-    """A batch of pinhole cameras of one picture size."""
+    """A batch of pinhole cameras with one image size."""
 
     pose: Float[Tensor, "b 3 4"]
-    """Camera to world, OpenGL axes."""
+    """Camera-to-world matrices, OpenGL axes."""
     focal: Float[Tensor, "b"]
     """Focal length in pixels."""
     width: int
-    """Picture width in pixels."""
+    """Image width in pixels."""
     height: int
-    """Picture height in pixels."""
+    """Image height in pixels."""
 
 
 def _uniforms(seeds: Sequence[int], count: int) -> Float[Tensor, "b count"]:
-    """`count` numbers in [0, 1) per seed, the same whatever the batch."""
+    """Return `count` uniform samples in [0, 1) per seed, independent of the other seeds in the batch."""
     return torch.stack([torch.rand(count, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def sample_scenes(seeds: Sequence[int]) -> Scene:
-    """Draws one scene per seed. The bear has neither hat nor sunglasses, and no snow lies.
+    """Sample one scene per seed, without hat, sunglasses and snow.
 
     Args:
-        seeds: one integer per scene; see TRAIN_SEEDS and its siblings for who may use which.
-
-    Returns:
-        The scenes as one batch.
+        seeds: One integer per scene; the splits are TRAIN_SEEDS, VALIDATION_SEEDS, TEST_SEEDS and DEMO_SEEDS.
     """
     u = _uniforms(seeds, 64)
     b = len(u)
@@ -254,17 +248,14 @@ def look_at(
     width: int,
     height: int,
 ) -> Camera:
-    """Upright cameras at `position` that look at `target`.
+    """Return upright cameras at `position` that look at `target`.
 
     Args:
-        position: camera centers.
-        target: what appears in the middle of the picture.
-        field_of_view: opening angle of the picture's shorter side in radians.
-        width: picture width in pixels.
-        height: picture height in pixels.
-
-    Returns:
-        The cameras.
+        position: Camera centers.
+        target: Points projected to the image center.
+        field_of_view: Field of view along the image's shorter side in radians.
+        width: Image width in pixels.
+        height: Image height in pixels.
     """
     back = torch.nn.functional.normalize(position - target, dim=-1)
     right = torch.nn.functional.normalize(
@@ -275,28 +266,25 @@ def look_at(
 
 
 def sample_cameras(scene: Scene, seeds: Sequence[int], width: int, height: int) -> Camera:
-    """Draws one camera per scene: from any side, at the demo scene's elevations, not aimed exactly at the middle.
+    """Sample one camera per scene: any azimuth, elevations of the demo scene, aimed near the center of the scene.
 
     Args:
-        scene: the scenes to look at.
-        seeds: one integer per scene.
-        width: picture width in pixels.
-        height: picture height in pixels.
-
-    Returns:
-        The cameras.
+        scene: The scenes.
+        seeds: One integer per scene.
+        width: Image width in pixels.
+        height: Image height in pixels.
     """
     u = _uniforms([seed + 10_000_000 for seed in seeds], 8)
     azimuth, elevation = u[:, 0] * 2 * math.pi, torch.deg2rad(12 + 38 * u[:, 1])
     distance = 2.6 + 0.7 * u[:, 2]
     offset = torch.stack([azimuth.cos() * elevation.cos(), azimuth.sin() * elevation.cos(), elevation.sin()], -1)
-    # The aim wanders, so that an editor cannot learn where in the picture the bear stands.
+    # Random target, so that an editor cannot learn the position of the bear in the image.
     target = scene.center() + (u[:, 3:6] - 0.5) * torch.tensor([0.7, 0.7, 0.3])
     return look_at(target + distance[:, None] * offset, target, torch.deg2rad(42 + 8 * u[:, 6]), width, height)
 
 
 def with_colors(scene: Scene, colors: dict[str, tuple[float, float, float]]) -> Scene:
-    """The same scenes with some materials in other colors."""
+    """Return the scenes with new colors of some materials."""
     table = scene.colors.clone()
     for name, color in colors.items():
         table[:, MATERIALS.index(name)] = torch.tensor(color)

@@ -1,1 +1,1 @@
-"""How the embedded editor and the embedded CLIP were trained. Not part of the wheel."""
+"""Training of the embedded editor and the embedded CLIP model; not part of the wheel."""

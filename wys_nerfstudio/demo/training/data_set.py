@@ -1,7 +1,4 @@
-"""The toy world as training data: every scene's picture before and after every edit, rendered once and kept on disk.
-
-Here: rendering and reading that folder. Not here: the networks and their training (`train_editor.py`).
-"""
+"""Training data: images of toy scenes after every edit, rendered once and stored on disk."""
 
 from pathlib import Path
 
@@ -13,19 +10,19 @@ from wys_nerfstudio.demo.render import render_edits
 from wys_nerfstudio.demo.world import sample_cameras, sample_scenes
 
 SIZES = ((80, 64, 0.72), (64, 80, 0.14), (64, 64, 0.08), (96, 72, 0.06))
-"""Width, height and share of the training scenes."""
+"""Width, height and share of the training scenes, per image size."""
 _CHUNK = 16
 
 
 def render_array(file: Path, seeds: range, width: int, height: int, *, compiled: bool = True) -> None:
-    """Renders all edits of all seeds into one .npy file of shape "scenes edits h w 3", unless it is there already.
+    """Render all edits of all scenes into a .npy file of shape "scenes edits h w 3", unless it exists.
 
     Args:
-        file: where the array goes.
-        seeds: the scenes, a multiple of 16.
-        width: picture width in pixels.
-        height: picture height in pixels.
-        compiled: whether to compile the ray tracer (four times faster, half a minute to start).
+        file: Output file.
+        seeds: Seeds of the scenes; a multiple of 16.
+        width: Image width in pixels.
+        height: Image height in pixels.
+        compiled: Whether to compile the ray tracer (four times faster after half a minute).
     """
     if file.exists():
         return
@@ -42,15 +39,15 @@ def render_array(file: Path, seeds: range, width: int, height: int, *, compiled:
 
 
 def render_data_set(folder: Path, seeds: range, *, compiled: bool = True) -> list[Path]:
-    """Renders all edits of all seeds into one array per picture size, once.
+    """Render all edits of all scenes into one array per image size.
 
     Args:
-        folder: where the arrays go; those that are there already are kept.
-        seeds: the scenes.
-        compiled: as in `render_array`.
+        folder: Output folder; existing arrays are not rendered again.
+        seeds: Seeds of the scenes.
+        compiled: As in `render_array`.
 
     Returns:
-        One .npy file per picture size, of shape "scenes edits h w 3".
+        One .npy file per image size, of shape "scenes edits h w 3".
     """
     folder.mkdir(parents=True, exist_ok=True)
     files, start = [], seeds.start

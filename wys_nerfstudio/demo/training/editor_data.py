@@ -1,7 +1,4 @@
-"""What the demo editor is trained on: encoded pictures, pairs of edits, tokens of all wordings.
-
-Not here: how pictures are rendered (`data_set.py`) and encoded (`train_vae.py`), and what becomes of them (`train_editor.py`).
-"""
+"""Training samples of the demo editor: latents, pairs of edits and tokens of all wordings."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,24 +20,29 @@ ENDINGS = ("", "", ".", "!")
 
 @dataclass
 class Latents:
-    """The encoded data set of one picture size."""
+    """Encoded data set of one image size."""
 
     codes: Float[Tensor, "scenes edits 4 h w"]
-    """Unscaled latents, fp16; the last edit is the picture before."""
+    """Unscaled latents, fp16; the last edit is the unedited image."""
     changed: Bool[Tensor, "scenes edits h w"]
     """Whether any pixel under a latent changes."""
 
 
-def load_latents(pictures: Path, codes: Path) -> Latents:
-    """Latents and latent-sized change masks of one picture size, the mirrored scenes last."""
-    raw = np.load(pictures, mmap_mode="c")
-    different = [torch.from_numpy((views != views[NO_CHANGE]).any(-1)).float() for views in raw]
-    changed = torch.stack([F.max_pool2d(mask, 4).bool() for mask in different])
+def load_latents(images: Path, codes: Path) -> Latents:
+    """Load latents and compute change masks at latent resolution; mirrored scenes come last.
+
+    Args:
+        images: Array file of the images.
+        codes: Array file of the latents.
+    """
+    raw = np.load(images, mmap_mode="c")
+    masks = [torch.from_numpy((views != views[NO_CHANGE]).any(-1)).float() for views in raw]
+    changed = torch.stack([F.max_pool2d(mask, 4).bool() for mask in masks])
     return Latents(torch.from_numpy(np.load(codes)), torch.cat([changed, changed.flip(-1)]))
 
 
 def draw_pairs(count: int, generator: torch.Generator) -> Int[Tensor, "count 2"]:
-    """Two edits per scene. Every third pair gives ball and block the same color: only the named object differs."""
+    """Sample two edits per scene. Every third pair recolors ball and block alike, so that only the named object differs."""
     colors = list(NAMED_COLORS)
     others = [INDEX[s] for s in ("panda", "polar-bear", "hat", "hat", "sunglasses", "sunglasses", "snow", "night")]
     others += [NO_CHANGE, -1, -1]
@@ -57,7 +59,7 @@ def draw_pairs(count: int, generator: torch.Generator) -> Int[Tensor, "count 2"]
 
 
 def tokenize(folder: Path) -> list[Int[Tensor, "variants tokens"]]:
-    """Tokens of all wordings and endings, one stack per edit, and last those of the empty instruction."""
+    """Tokenize all wordings with all endings: one tensor per edit, followed by the empty instruction."""
     tokenizer = load_tokenizer(folder)
     texts = [[wording + end for wording in edit.wordings for end in ENDINGS] for edit in EDITS]
     return [

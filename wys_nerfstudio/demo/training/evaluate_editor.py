@@ -1,8 +1,7 @@
-"""Held-out figures of the demo editor: `python -m wys_nerfstudio.demo.training.evaluate_editor EDITOR_FOLDER`.
+"""Evaluation of the demo editor on held-out scenes: `python -m wys_nerfstudio.demo.training.evaluate_editor EDITOR_FOLDER`.
 
-Measures the relevance maps and the edits against the toy world's ground truth, beside baselines, on the test split (or,
-to choose settings, on the validation split), and writes `evaluation.json`, the tables of the model card and a contact
-sheet. Uses the package's own maps, edits and measures. Not here: training (`train_editor.py`).
+Compares relevance maps and edits with the toy world's ground truth and with baselines on the test split, or on the validation
+split to choose settings. Writes `evaluation.json`, the tables of the model card and a contact sheet.
 """
 
 import json
@@ -42,8 +41,8 @@ ROWS = {
 TINY: WysPipelineConfig = wys_tiny.config.pipeline  # type: ignore
 MAX_DRAWS = 8
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)
-# Far enough along the list of local edits that the other instruction is about another object.
-_OTHER_EDIT = 5
+_OTHER_EDIT_OFFSET = 5
+"""Offset in the list of local edits to an edit of another object."""
 
 
 @dataclass
@@ -51,15 +50,15 @@ class Options:
     """Options of the evaluation."""
 
     editor: tyro.conf.Positional[Path]
-    """Editor folder; the results are written into it."""
+    """Folder of the editor; the results are written into it."""
     split: Literal["test", "validation"] = "test"
-    """Scenes that are looked at; settings are chosen on validation scenes only."""
+    """Split of the scenes; settings are chosen on validation scenes only."""
     scenes: int = 204
-    """How many scenes; each is asked for one edit."""
+    """Number of scenes, with one edit each."""
     grid_scenes: int = 36
-    """How many of them take part in the comparison of noise levels."""
+    """Number of scenes in the comparison of noise levels."""
     edit_scenes: int = 72
-    """How many of them are edited."""
+    """Number of scenes that are edited."""
     guidance_scale: float = TINY.guidance_scale
     """S_T of the edits."""
     image_guidance_scale: float = TINY.image_guidance_scale
@@ -69,7 +68,7 @@ class Options:
     noise_level: float = TINY.relevance_noise_level
     """t_rel of the maps."""
     draws: int = TINY.relevance_num_samples
-    """Noise draws of the local edit's map."""
+    """Number of noise samples of the local edit's map."""
     outlier_factor: float = TINY.relevance_outlier_factor
     """Width of the outlier fence of the maps, in interquartile ranges."""
     diffusion_steps: int = TINY.diffusion_steps
@@ -78,28 +77,28 @@ class Options:
 
 @dataclass
 class Case:
-    """All scenes that are asked for one edit."""
+    """All scenes of one edit."""
 
     slug: str
-    """Which edit."""
+    """The edit."""
     scenes: list[int]
-    """Numbers of the scenes."""
+    """Indices of the scenes."""
     before: Float[Tensor, "b h w 3"]
-    """Pictures before."""
+    """Unedited images."""
     after: Float[Tensor, "b h w 3"]
-    """Pictures after."""
-    truth: Bool[Tensor, "b h w"]
+    """Ground truth of the edit."""
+    changed: Bool[Tensor, "b h w"]
     """Changed pixels."""
     others: Bool[Tensor, "b h w"]
-    """Pixels of the objects that the edit is not about."""
+    """Pixels of the other objects."""
     maps: dict[float, Float[Tensor, "draws b h w"]]
-    """Raw relevance by noise level, one map per draw, at the picture's size."""
-    foreign: Float[Tensor, "b h w"]
-    """Raw relevance of an instruction about another object."""
+    """Raw relevance by noise level, one map per noise sample, at image resolution."""
+    unrelated: Float[Tensor, "b h w"]
+    """Raw relevance of an instruction that refers to another object."""
 
 
 def render_split(seeds: Sequence[int], width: int = 80, height: int = 64) -> UInt8[Tensor, "b edits h w 3"]:
-    """Pictures of a split, in chunks."""
+    """Render scenes after every edit, in chunks."""
     chunks = []
     for first in range(0, len(seeds), 16):
         part = seeds[first : first + 16]
@@ -108,13 +107,13 @@ def render_split(seeds: Sequence[int], width: int = 80, height: int = 64) -> UIn
     return torch.cat(chunks)
 
 
-def change_masks(pictures: UInt8[Tensor, "b edits h w 3"]) -> Bool[Tensor, "b edits h w"]:
-    """Where a stored picture differs from the one before the edit."""
-    return (pictures != pictures[:, INDEX["no-change"]][:, None]).any(-1)
+def change_masks(images: UInt8[Tensor, "b edits h w 3"]) -> Bool[Tensor, "b edits h w"]:
+    """Return the pixels that differ from the unedited image."""
+    return (images != images[:, INDEX["no-change"]][:, None]).any(-1)
 
 
 def object_masks(changed: Bool[Tensor, "b edits h w"]) -> dict[str, Bool[Tensor, "b h w"]]:
-    """Pixels of the three objects: those that some edit of the object changes."""
+    """Return the pixels of the three objects: those changed by any edit of the object."""
     return {
         "ball": changed[:, [INDEX[e.slug] for e in LOCAL if e.target == "ball"]].any(1),
         "block": changed[:, [INDEX[e.slug] for e in LOCAL if e.target == "block"]].any(1),
@@ -122,23 +121,23 @@ def object_masks(changed: Bool[Tensor, "b edits h w"]) -> dict[str, Bool[Tensor,
     }
 
 
-def make_cases(pictures: UInt8[Tensor, "b edits h w 3"]) -> list[Case]:
-    """One edit per scene, all edits equally often. Scenes where nothing of the edit is visible are left out."""
-    changed = change_masks(pictures)
+def make_cases(images: UInt8[Tensor, "b edits h w 3"]) -> list[Case]:
+    """Assign one edit to each scene, all edits equally often; scenes in which the edit is not visible are omitted."""
+    changed = change_masks(images)
     objects = object_masks(changed)
     cases = []
     for number, edit in enumerate(LOCAL):
-        truth = changed[:, INDEX[edit.slug]]
-        scenes = [s for s in range(len(pictures)) if s % len(LOCAL) == number and truth[s].any()]
+        target = changed[:, INDEX[edit.slug]]
+        scenes = [s for s in range(len(images)) if s % len(LOCAL) == number and target[s].any()]
         named = edit.target if edit.target in objects else "bear"
-        others = torch.stack([mask for name, mask in objects.items() if name != named]).any(0) & ~truth
-        before, after = (pictures[scenes, INDEX[slug]].float() / 255 for slug in ("no-change", edit.slug))
-        cases.append(Case(edit.slug, scenes, before, after, truth[scenes], others[scenes], {}, torch.zeros(0, 1, 1)))
+        others = torch.stack([mask for name, mask in objects.items() if name != named]).any(0) & ~target
+        before, after = (images[scenes, INDEX[slug]].float() / 255 for slug in ("no-change", edit.slug))
+        cases.append(Case(edit.slug, scenes, before, after, target[scenes], others[scenes], {}, torch.zeros(0, 1, 1)))
     return cases
 
 
 def raw_map(editor: Editor, case: Case, slug: str, level: float, draw: int, count: int) -> Float[Tensor, "b h w"]:
-    """Raw maps of the first `count` scenes of a case, one noise draw, at the picture's size."""
+    """Compute raw maps of the first `count` scenes of a case with one noise sample, at image resolution."""
     maps = relevance_maps(
         editor,
         case.before[:count],
@@ -151,7 +150,7 @@ def raw_map(editor: Editor, case: Case, slug: str, level: float, draw: int, coun
 
 
 def add_maps(editor: Editor, case: Case, level: float, count: int) -> None:
-    """Computes the maps of the first `count` scenes of a case at one noise level."""
+    """Compute the maps of the first `count` scenes of a case at one noise level."""
     case.maps[level] = torch.stack([raw_map(editor, case, case.slug, level, d, count) for d in range(MAX_DRAWS)])
 
 
@@ -160,28 +159,28 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def precision(case: Case, maps: Tensor) -> list[float]:
-    """Average precision per picture."""
-    return [metrics.average_precision(m, t) for m, t in zip(maps, case.truth)]
+    """Compute the average precision of each image."""
+    return [metrics.average_precision(m, t) for m, t in zip(maps, case.changed)]
 
 
 def measure_maps(cases: list[Case], options: Options, prior: Tensor) -> dict[str, dict[str, float]]:
-    """The maps' figures by kind of edit, at the options' noise level.
+    """Compute the metrics of the maps by kind of edit.
 
     Args:
-        cases: with maps of MAX_DRAWS draws.
-        options: noise level and draws.
-        prior: mean change mask of every edit over validation scenes, "edits h w".
+        cases: Cases with maps of MAX_DRAWS noise samples.
+        options: Noise level and number of samples.
+        prior: Mean change mask of every edit over validation scenes, "edits h w".
 
     Returns:
-        Row name to measure to value.
+        Values by row and metric.
     """
     by_slug = {case.slug: case for case in cases}
     table = {}
     for name, slugs in (*ROWS.items(), ("all", [e.slug for e in LOCAL])):
-        found: dict[str, list[float]] = {}
+        values: dict[str, list[float]] = {}
 
-        def add(measure: str, values: Sequence[float], found: dict[str, list[float]] = found) -> None:
-            found.setdefault(measure, []).extend(values)
+        def add(metric: str, new: Sequence[float], values: dict[str, list[float]] = values) -> None:
+            values.setdefault(metric, []).extend(new)
 
         for case in (by_slug[slug] for slug in slugs):
             raw = case.maps[options.noise_level]
@@ -190,27 +189,27 @@ def measure_maps(cases: list[Case], options: Options, prior: Tensor) -> dict[str
                 normal = relevance.normalize(maps, outlier_factor=options.outlier_factor)
                 add(f"AP N={draws}", precision(case, maps))
                 add(f"AP N={draws} clamped", precision(case, normal))
-                add(f"AUC N={draws}", [metrics.roc_auc(m, t) for m, t in zip(maps, case.truth)])
+                add(f"AUC N={draws}", [metrics.roc_auc(m, t) for m, t in zip(maps, case.changed)])
                 for tau in (0.4, 0.5):
                     masks = relevance.threshold(normal, tau)
                     add(
                         f"IoU {tau} N={draws}",
-                        [metrics.intersection_over_union(m, t) for m, t in zip(masks, case.truth)],
+                        [metrics.intersection_over_union(m, t) for m, t in zip(masks, case.changed)],
                     )
             normal = relevance.normalize(raw[: options.draws].mean(0), outlier_factor=options.outlier_factor)
-            seen = [i for i in range(len(normal)) if case.others[i].any()]
-            add("relevance on the named", [normal[i][case.truth[i]].mean().item() for i in seen])
-            add("relevance on the others", [normal[i][case.others[i]].mean().item() for i in seen])
-            random = torch.rand(case.truth.shape, generator=torch.Generator().manual_seed(0))
+            visible = [i for i in range(len(normal)) if case.others[i].any()]
+            add("relevance on the named", [normal[i][case.changed[i]].mean().item() for i in visible])
+            add("relevance on the others", [normal[i][case.others[i]].mean().item() for i in visible])
+            random = torch.rand(case.changed.shape, generator=torch.Generator().manual_seed(0))
             add("AP random", precision(case, random))
-            add("AP any object", precision(case, (case.others | case.truth).float()))
+            add("AP any object", precision(case, (case.others | case.changed).float()))
             add("AP mean mask", precision(case, prior[INDEX[case.slug]].expand_as(random)))
-            add("AP other instruction", precision(case, case.foreign))
-        table[name] = {measure: _mean(values) for measure, values in found.items()}
+            add("AP other instruction", precision(case, case.unrelated))
+        table[name] = {metric: _mean(numbers) for metric, numbers in values.items()}
         table[name]["wrong-object ratio"] = table[name].pop("relevance on the named") / table[name].pop(
             "relevance on the others"
         )
-        table[name]["pictures"] = len(found["AP N=1"])
+        table[name]["images"] = len(values["AP N=1"])
     return table
 
 
@@ -221,10 +220,10 @@ def measure_edits(
     settings = EditSettings(options.guidance_scale, options.image_guidance_scale, options.diffusion_steps)
     parts: dict[str, dict[str, Tensor]] = {}
     for case in cases:
-        before, after, truth = case.before[:count], case.after[:count], case.truth[:count]
+        before, after, changed = case.before[:count], case.after[:count], case.changed[:count]
         raw = case.maps[options.noise_level][: options.draws, :count].mean(0)
         maps = relevance.normalize(raw, outlier_factor=options.outlier_factor)
-        masks = {"plain": torch.ones_like(truth), "local": relevance.threshold(maps, options.mask_threshold)}
+        masks = {"plain": torch.ones_like(changed), "local": relevance.threshold(maps, options.mask_threshold)}
         results = {"unedited": before, "ceiling": editor.decode(editor.encode(after).latents)}
         for name, mask in masks.items():
             results[name] = edit_images(
@@ -237,18 +236,18 @@ def measure_edits(
                 strength=1.0,
                 seeds=case.scenes[:count],
             )
-        parts[case.slug] = {**results, "after": after, "truth": truth, "map": maps, "mask": masks["local"]}
+        parts[case.slug] = {**results, "after": after, "changed": changed, "map": maps, "mask": masks["local"]}
     table = {}
     for name, slugs in (*ROWS.items(), ("all", [e.slug for e in LOCAL])):
         pooled = {key: torch.cat([parts[s][key] for s in slugs]) for key in parts[slugs[0]]}
-        inside, outside = pooled["truth"], ~pooled["truth"]
+        inside, outside = pooled["changed"], ~pooled["changed"]
         table[name] = {
             f"{where} {kind}": metrics.psnr(pooled[kind], pooled["after"], mask)
             for where, mask in (("inside", inside), ("outside", outside))
             for kind in ("unedited", "plain", "local", "ceiling")
             if (where, kind) != ("outside", "unedited")
         }
-        table[name]["pictures"] = len(inside)
+        table[name]["images"] = len(inside)
     rows = [
         [
             part["unedited"][0],
@@ -264,33 +263,33 @@ def measure_edits(
 
 
 def write_sheet(rows: list[list[Tensor]], file: Path) -> None:
-    """Pictures in a grid, enlarged twice: before | map | mask | plain InstructPix2Pix | local edit | ground truth."""
+    """Write a grid of images, enlarged twice: before, map, mask, plain InstructPix2Pix, local edit, ground truth."""
     half = (len(rows) + 1) // 2
     lines = [torch.cat(row, 1) for row in rows]
     lines += [torch.zeros_like(lines[0])] * (2 * half - len(lines))
     grid = torch.cat([torch.cat(lines[:half]), torch.cat(lines[half:])], 1)
-    picture = Image.fromarray((grid * 255).round().to(torch.uint8).numpy())
-    picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(file, optimize=True)
+    image = Image.fromarray((grid * 255).round().to(torch.uint8).numpy())
+    image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST).save(file, optimize=True)
 
 
-def markdown(title: str, table: dict[str, dict[str, float]], measures: Sequence[str], digits: int) -> str:
-    """One table of the model card."""
-    lines = [f"**{title}**", "", "| edit | " + " | ".join(measures) + " |", "|---" * (len(measures) + 1) + "|"]
+def markdown(title: str, table: dict[str, dict[str, float]], metric_names: Sequence[str], digits: int) -> str:
+    """Return a table of the model card."""
+    lines = [f"**{title}**", "", "| edit | " + " | ".join(metric_names) + " |", "|---" * (len(metric_names) + 1) + "|"]
     for name, row in table.items():
-        cells = [f"{row[m]:.0f}" if m == "pictures" else f"{row[m]:.{digits}f}" for m in measures]
+        cells = [f"{row[m]:.0f}" if m == "images" else f"{row[m]:.{digits}f}" for m in metric_names]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def write_card(folder: Path, result: dict) -> None:
-    """Puts the tables between the marks of the folder's README.md, if it has them."""
+    """Replace the tables between the markers in the model card, if it has markers."""
     maps, edits = result["maps"], result["edits"]
     levels = {f"t_rel {level}": row for level, row in result["noise levels"].items()}
     baselines = ["AP random", "AP any object", "AP mean mask", "AP other instruction"]
     text = "\n".join(
         [
-            f"VAE: {result['vae psnr']:.1f} dB on unedited and edited test pictures.\n",
-            markdown("Relevance maps", maps, ["AP N=1", "AP N=4", "AP N=8", *baselines, "pictures"], 2),
+            f"VAE: {result['vae psnr']:.1f} dB on unedited and edited test images.\n",
+            markdown("Relevance maps", maps, ["AP N=1", "AP N=4", "AP N=8", *baselines, "images"], 2),
             markdown(
                 "Masks and objects",
                 maps,
@@ -303,28 +302,28 @@ def write_card(folder: Path, result: dict) -> None:
         ]
     )
     card = folder / "README.md"
-    marks = re.compile(r"(<!-- figures -->\n).*(<!-- end of figures -->)", re.S)
+    markers = re.compile(r"(<!-- metrics -->\n).*(<!-- end of metrics -->)", re.S)
     if card.exists():
-        card.write_text(marks.sub(lambda match: match[1] + text + match[2], card.read_text()))
+        card.write_text(markers.sub(lambda match: match[1] + text + match[2], card.read_text()))
 
 
 @torch.inference_mode()
 def main(options: Options) -> None:
-    """Measures, and writes all results."""
+    """Evaluate the editor and write all results."""
     editor = load_editor(str(options.editor))
     split = TEST_SEEDS if options.split == "test" else VALIDATION_SEEDS
-    pictures = render_split(split[: options.scenes])
+    images = render_split(split[: options.scenes])
     prior = change_masks(render_split(VALIDATION_SEEDS[200:328])).float().mean(0)
-    cases = make_cases(pictures)
-    some = pictures[::4, [INDEX["no-change"], INDEX["panda"], INDEX["hat"]]].flatten(0, 1).float() / 255
+    cases = make_cases(images)
+    sample = images[::4, [INDEX["no-change"], INDEX["panda"], INDEX["hat"]]].flatten(0, 1).float() / 255
     result: dict = {"options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}}
     result["options"].pop("editor")
-    result["vae psnr"] = metrics.psnr(editor.decode(editor.encode(some).latents), some)
+    result["vae psnr"] = metrics.psnr(editor.decode(editor.encode(sample).latents), sample)
     grid = max(options.grid_scenes // len(LOCAL), 1)
     for number, case in enumerate(cases):
         add_maps(editor, case, options.noise_level, len(case.scenes))
-        other = LOCAL[(number + _OTHER_EDIT) % len(LOCAL)].slug
-        case.foreign = raw_map(editor, case, other, options.noise_level, 0, len(case.scenes))
+        other = LOCAL[(number + _OTHER_EDIT_OFFSET) % len(LOCAL)].slug
+        case.unrelated = raw_map(editor, case, other, options.noise_level, 0, len(case.scenes))
         print(f"maps: {case.slug}", flush=True)
     result["maps"] = measure_maps(cases, options, prior)
     count = max(options.edit_scenes // len(LOCAL), 1)
@@ -341,10 +340,10 @@ def main(options: Options) -> None:
                 scores.setdefault(f"AP N={draws}", []).extend(precision(case, maps))
                 masks = relevance.threshold(relevance.normalize(maps, outlier_factor=options.outlier_factor), 0.5)
                 scores.setdefault(f"IoU 0.5 N={draws}", []).extend(
-                    metrics.intersection_over_union(m, t) for m, t in zip(masks, case.truth)
+                    metrics.intersection_over_union(m, t) for m, t in zip(masks, case.changed)
                 )
         result["noise levels"][str(level)] = {key: _mean(values) for key, values in scores.items()}
-        result["noise levels"][str(level)]["pictures"] = len(scores["AP N=1"])
+        result["noise levels"][str(level)]["images"] = len(scores["AP N=1"])
     (options.editor / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     write_card(options.editor, result)
 

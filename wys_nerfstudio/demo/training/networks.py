@@ -1,7 +1,7 @@
-"""The demo editor's networks, tokenizer and scheduler, untrained, and the folder they are written to.
+"""Untrained networks, tokenizer and scheduler of the demo editor, and writing of editor folders.
 
-The classes and the folder's layout are InstructPix2Pix's own, only the sizes differ. Not here: training
-(`train_editor.py`). Imports diffusers and transformers, so nothing outside `demo` imports this module.
+Classes and folder layout are those of InstructPix2Pix; only the sizes differ. The module imports diffusers and transformers, so
+it must not be imported outside `demo`.
 """
 
 import json
@@ -20,38 +20,38 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from wys_nerfstudio.demo.instructions import EDITS
 
 TOKENS = 16
-"""Longest instruction in tokens, start and end included."""
+"""Maximum number of tokens of an instruction, including start and end tokens."""
 TEXT_WIDTH = 128
 START, END, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|unknown|>"
 
 
 @dataclass
 class Networks:
-    """The trainable parts of an editor."""
+    """Trainable networks of an editor."""
 
     unet: UNet2DConditionModel
-    """Predicts v from noised latents, the condition's latents, the timestep and the text."""
+    """Predicts v from noised latents, conditioned on the image latents, the timestep and the text."""
     vae: AutoencoderKL
-    """Pictures to latents a quarter as wide and high, and back."""
+    """Autoencoder with latents at a quarter of the image resolution."""
     text_encoder: CLIPTextModel
-    """Tokens to vectors."""
+    """Text encoder."""
 
 
 def words() -> list[str]:
-    """Every word of every wording, split as CLIP's tokenizer splits, sorted."""
+    """Return the sorted words of all wordings, split like CLIP's tokenizer."""
     text = " ".join(wording for edit in EDITS for wording in edit.wordings)
     return sorted({*text.replace("don't", "don 't").split(), *".,!?", "color", "please"})
 
 
 def vocabulary(known_words: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Byte pair encoding in which every known word is one token.
+    """Build a byte pair encoding in which every known word is one token.
 
     Args:
-        known_words: All of them, without repetition.
+        known_words: Distinct words.
 
     Returns:
-        The vocabulary (CLIP's word ends included) and its merges. Known words come first, so that the letters and
-        pieces of unknown words have the last numbers.
+        The vocabulary, with CLIP's end-of-word marks, and its merges. Known words come first, so that letters and pieces of
+        unknown words have the highest indices.
     """
     merges: list[tuple[str, str]] = []
     known = [word + "</w>" for word in known_words]
@@ -61,22 +61,22 @@ def vocabulary(known_words: Sequence[str]) -> tuple[dict[str, int], list[tuple[s
             ranks = [merges.index(pair) if pair in merges else len(merges) for pair in zip(pieces, pieces[1:])]
             at = ranks.index(min(ranks))
             if ranks[at] == len(merges):
-                # Only stuck words append a merge, at the lowest priority: it cannot disturb an earlier word.
+                # Merges are only added when none applies, with the lowest priority, so earlier words are unaffected.
                 merges.append((pieces[at], pieces[at + 1]))
             pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
-    # Only the pieces that merging needs: letters beyond them are unknown, so that most unknown words show as such.
+    # Only pieces that occur in merges: other letters are unknown tokens, so that most unknown words are detected.
     pieces = (piece for pair in merges for piece in (*pair, "".join(pair)))
     entries = dict.fromkeys([START, END, UNKNOWN, *known, *pieces])
     return {entry: number for number, entry in enumerate(entries)}, merges
 
 
 def write_tokenizer(folder: Path, known_words: Sequence[str], tokens: int = TOKENS) -> None:
-    """Writes the files that CLIPTokenizer.from_pretrained reads.
+    """Write the files that CLIPTokenizer.from_pretrained reads.
 
     Args:
-        folder: where they go.
-        known_words: what is read as whole words.
-        tokens: longest text in tokens, start and end included.
+        folder: Output folder.
+        known_words: Words that are encoded as single tokens.
+        tokens: Maximum number of tokens of a text, including start and end tokens.
     """
     folder.mkdir(parents=True, exist_ok=True)
     entries, merges = vocabulary(known_words)
@@ -89,12 +89,12 @@ def write_tokenizer(folder: Path, known_words: Sequence[str], tokens: int = TOKE
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The tokenizer of an editor folder."""
+    """Load the tokenizer of an editor folder."""
     return CLIPTokenizer.from_pretrained(str(folder / "tokenizer"))
 
 
 def build_vae() -> AutoencoderKL:
-    """The untrained autoencoder: 4 latent channels at a quarter of the picture's size."""
+    """Build the untrained autoencoder: 4 latent channels at a quarter of the image resolution."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,  # type: ignore
         up_block_types=("UpDecoderBlock2D",) * 3,  # type: ignore
@@ -108,7 +108,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_unet_and_text_encoder() -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """The untrained denoiser and the text encoder that is trained with it."""
+    """Build the untrained UNet and text encoder, which are trained together."""
     unet = UNet2DConditionModel(
         sample_size=20,
         in_channels=8,
@@ -137,13 +137,13 @@ def build_unet_and_text_encoder() -> tuple[UNet2DConditionModel, CLIPTextModel]:
         )
     )
     with torch.no_grad():
-        # Pieces of unknown words are never trained; as zeros they add nothing to an instruction.
+        # Embeddings of pieces of unknown words are never trained; zeros do not affect the instruction.
         text_encoder.get_input_embeddings().weight[len(words()) + 3 :] = 0  # type: ignore
     return unet, text_encoder
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule, for DDIM, with v-prediction."""
+    """Build a DDIM scheduler with Stable Diffusion's noise schedule and v-prediction."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -157,14 +157,14 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def write_editor(folder: Path, networks: Networks) -> None:
-    """Writes an editor folder in fp16, for StableDiffusionInstructPix2PixPipeline.from_pretrained.
+    """Write an editor folder in fp16 for StableDiffusionInstructPix2PixPipeline.from_pretrained.
 
-    A reader never sees a half-written folder: it is completed beside its place and then swapped in. Other files in an
-    existing folder (the model card) are kept.
+    The folder is written under a temporary name and then renamed. Other files in an existing folder, such as the model card,
+    are kept.
 
     Args:
-        folder: the editor folder.
-        networks: what to write; left as it is.
+        folder: The editor folder.
+        networks: The networks; not modified.
     """
     partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
     for leftover in (partial, old):
@@ -176,7 +176,7 @@ def write_editor(folder: Path, networks: Networks) -> None:
         clone.load_state_dict(module.state_dict())
         clone.half().save_pretrained(partial / name)
         config = partial / name / "config.json"
-        # Where the networks lay during training is nobody's business.
+        # The path of the training machine must not be published.
         entries = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
         config.write_text(json.dumps(entries, indent=2) + "\n")
     write_tokenizer(partial / "tokenizer", words())
@@ -196,9 +196,9 @@ def write_editor(folder: Path, networks: Networks) -> None:
     }
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     if folder.exists():
-        for kept in folder.iterdir():
-            if not (partial / kept.name).exists():
-                (shutil.copytree if kept.is_dir() else shutil.copy2)(kept, partial / kept.name)
+        for path in folder.iterdir():
+            if not (partial / path.name).exists():
+                (shutil.copytree if path.is_dir() else shutil.copy2)(path, partial / path.name)
         os.rename(folder, old)
     os.rename(partial, folder)
     shutil.rmtree(old, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""How the demo's networks are trained: Muon on matrices and convolution kernels, AdamW on everything else, and in which precision.
+"""Optimizers and precision of the demo's training: Muon for matrices and convolution kernels, AdamW for other parameters.
 
-torch's own Muon takes 2-D parameters only, so kernels are handed to it as views of shape "out, in * height * width". It
-orthogonalizes in bf16, so on a CPU without that a step takes about twice as long.
+torch's Muon accepts 2-D parameters only, so kernels are passed as views of shape "out, in * height * width". It orthogonalizes in
+bf16: a step takes about twice as long on CPUs without bf16 arithmetic.
 """
 
 from collections.abc import Iterable
@@ -11,14 +11,19 @@ from torch import nn
 
 
 def autocast() -> torch.autocast:
-    """bf16 where the CPU computes with it; one without AVX-512 only emulates it, a hundred times as slowly as fp32."""
+    """Return a bf16 autocast context on CPUs with AVX-512; others emulate bf16, a hundred times slower than fp32."""
     return torch.autocast("cpu", torch.bfloat16, enabled=torch.backends.cpu.get_cpu_capability() == "AVX512")
 
 
 class MuonAndAdamW:
-    """Two optimizers over one set of modules, with learning rates that fall together.
+    """Muon and AdamW over one set of modules, with a common learning-rate schedule.
 
-    Biases, norms and embeddings have no matrix to orthogonalize, hence AdamW.
+    AdamW optimizes biases, norms and embeddings, which cannot be orthogonalized.
+
+    Args:
+        modules: Modules to optimize.
+        muon_rate: Learning rate of Muon.
+        adamw_rate: Learning rate of AdamW.
     """
 
     def __init__(self, modules: Iterable[nn.Module], *, muon_rate: float, adamw_rate: float) -> None:
@@ -37,16 +42,16 @@ class MuonAndAdamW:
         self._rates = (muon_rate, adamw_rate)
 
     def zero_grad(self) -> None:
-        """Forgets all gradients."""
+        """Clear all gradients."""
         for parameter in self.parameters:
             parameter.grad = None
 
     def step(self, factor: float, clip: float = 1.0) -> None:
-        """One step on the gradients at hand.
+        """Update the parameters.
 
         Args:
-            factor: of both learning rates, in [0, 1].
-            clip: largest gradient norm.
+            factor: Factor of both learning rates, in [0, 1].
+            clip: Maximum gradient norm.
         """
         torch.nn.utils.clip_grad_norm_(self.parameters, clip)
         for parameter, view in zip(self._matrices, self._views):
@@ -56,10 +61,10 @@ class MuonAndAdamW:
             optimizer.step()
 
     def state_dict(self) -> list[dict]:
-        """What `load_state_dict` needs to go on."""
+        """Return the states of both optimizers."""
         return [optimizer.state_dict() for optimizer in self._optimizers]
 
     def load_state_dict(self, state: list[dict]) -> None:
-        """Goes on where `state_dict` was taken."""
+        """Restore the states of both optimizers."""
         for optimizer, part in zip(self._optimizers, state):
             optimizer.load_state_dict(part)

@@ -1,15 +1,14 @@
-"""Trains the demo editor from a seed: `python -m wys_nerfstudio.demo.training.train_editor OUT`.
+"""Training of the demo editor: `python -m wys_nerfstudio.demo.training.train_editor OUT`.
 
-Stages: render the toy world, train the autoencoder, encode the pictures, train text encoder and UNet together. Every
-stage leaves its result in OUT/work and is skipped when it is there; the last stage goes on from its checkpoint, or, with
-`--begin-from`, from an editor that was trained before. OUT/editor is a complete editor from the first export on, swapped in
-whole. Not here: what its batches are drawn from (`editor_data.py`) and the held-out figures (`evaluate_editor.py`).
+Stages: render the toy world, train the autoencoder, encode the images, train text encoder and UNet together. Every stage writes
+its result to OUT/work and is skipped if the result exists. The last stage resumes from its checkpoint or, with `--begin-from`,
+from a trained editor. OUT/editor is complete after the first export and replaced atomically.
 
-How it differs from InstructPix2Pix's recipe: a dropped instruction is trained toward "no change", not toward the edit.
-The difference of the two predictions is then exactly the edit, which is what a relevance map measures. And the UNet
-learns to point (`Trainer.pointer`): a 1x1 convolution on its last features says where ball, block and bear are and what the
-instruction changes. Without it ball and block are never told apart: to see which object is which and to hear which one is
-named only pays together, and from random weights neither is found without the other. The pointer is no part of the editor.
+Differences from InstructPix2Pix's recipe: for a dropped instruction the target is the unchanged image, not the edit, so that the
+difference of the two predictions, which a relevance map measures, is the edit itself. And the UNet has an auxiliary segmentation
+head during training (`Trainer.segmenter`): a 1x1 convolution on its last features that predicts ball, block, bear and the pixels
+that the instruction changes. Without it the UNet never learns to distinguish ball and block: recognizing the objects reduces the
+loss only if the noun in the instruction is used, and vice versa. The head is not part of the editor.
 """
 
 import json
@@ -50,7 +49,7 @@ from wys_nerfstudio.evaluation import metrics
 OBJECT_EDITS = [[INDEX[edit.slug] for edit in EDITS if edit.target == target] for target in ("ball", "block", "bear")]
 MAX_TIMESTEP = 1000
 FROM_BEFORE_TIMESTEP = 400
-POINTING_WEIGHT = 2.0
+SEGMENTATION_WEIGHT = 2.0
 VALIDATION_TIMESTEP = 800
 VALIDATION_SCENES = 24
 
@@ -60,74 +59,74 @@ class Options:
     """Options of the training."""
 
     out: tyro.conf.Positional[Path]
-    """Folder of the editor (out/editor) and of everything on the way (out/work)."""
+    """Folder of the editor (out/editor) and of intermediate results (out/work)."""
     begin_from: Path | None = None
-    """Editor folder that OUT goes on from: its autoencoder, averaged weights, samples and minutes so far."""
+    """Folder of a trained editor to continue from: its autoencoder, averaged weights, sample count and training time."""
     seed: int = 0
-    """Of weights and batches."""
+    """Seed of weights and batches."""
     scenes: int = 5200
-    """Training scenes, one view each."""
+    """Number of training scenes, one view each."""
     vae_minutes: float = 10.0
     """Wall-clock budget of the autoencoder."""
     minutes: float = 57.0
-    """Wall-clock budget of UNet and text encoder; the learning rate falls to zero by its end."""
+    """Wall-clock budget of UNet and text encoder; the learning rate decays to zero at its end."""
     stop_after: int = 0
-    """Stop after that many samples (0: at the end of the budget); for comparisons at equal samples."""
+    """Stop after this many samples, for comparisons at equal sample counts; 0 for no limit."""
     batch_scenes: int = 16
-    """Scenes per batch; each gives two samples, two edits with the same noise and timestep."""
+    """Scenes per batch, with two samples each: two edits with the same noise and timestep."""
     empty_means: str = "no change"
-    """What a dropped instruction is trained toward: "no change", or "edit" as InstructPix2Pix does it."""
+    """Target for a dropped instruction: "no change", or "edit" as in InstructPix2Pix."""
     grounding_samples: int = 8000
-    """First samples, from which only pointing is learned."""
+    """Number of initial samples on which only the segmentation head's loss is used."""
     from_before: float = 0.5
-    """Share of noised pictures (from timestep 400 on) that show the scene before the edit."""
+    """Share of noised images, from timestep 400 on, that show the scene before the edit."""
     muon_rate: float = 2e-3
     """Muon's learning rate, for matrices and kernels."""
     adamw_rate: float = 1.5e-3
     """AdamW's learning rate, for the rest."""
     report_every: int = 8000
-    """Samples between two looks at the validation scenes, each with an export."""
+    """Samples between two validations; each validation also exports the editor."""
 
 
 @dataclass
 class Batch:
-    """What one step is trained on."""
+    """A batch of training samples."""
 
     inputs: Float[Tensor, "b 8 h w"]
-    """Noised latents and the condition's."""
+    """Noised latents and image condition."""
     timestep: Int[Tensor, " b"]
-    """Noise level of the former."""
+    """Timestep of the noised latents."""
     tokens: Int[Tensor, "b tokens"]
-    """Instruction."""
+    """Tokens of the instruction."""
     target: Float[Tensor, "b 4 h w"]
-    """v."""
+    """Target v."""
     weight: Float[Tensor, "b 1 h w"]
-    """Of the squared errors."""
-    places: Float[Tensor, "b 4 h w"]
-    """1 where ball, block, bear are and where the instruction changes something, else 0."""
+    """Weights of the squared errors."""
+    segmentation: Float[Tensor, "b 4 h w"]
+    """Target of the segmentation head: 1 for pixels of ball, block, bear, and for pixels that the instruction changes."""
     complete: Bool[Tensor, " b"]
-    """Whether both instruction and picture are there."""
+    """Whether neither the instruction nor the image condition is dropped."""
 
 
 class Trainer:
-    """UNet, text encoder, their moving average and the optimizer."""
+    """UNet, text encoder, their moving averages and the optimizer."""
 
     def __init__(self, options: Options, vae: AutoencoderKL, tokens: list[Tensor]) -> None:
         torch.manual_seed(options.seed)
         self.options, self.vae, self.tokens = options, vae, tokens
         self.unet, self.text_encoder = build_unet_and_text_encoder()
         self.average = deepcopy((self.unet, self.text_encoder))
-        self.pointer = nn.Conv2d(self.unet.config["block_out_channels"][0], len(OBJECT_EDITS) + 1, 1)
+        self.segmenter = nn.Conv2d(self.unet.config["block_out_channels"][0], len(OBJECT_EDITS) + 1, 1)
         self.unet.up_blocks[-1].register_forward_hook(self._keep_features)
         self.optimizer = MuonAndAdamW(
-            [self.unet, self.text_encoder, self.pointer], muon_rate=options.muon_rate, adamw_rate=options.adamw_rate
+            [self.unet, self.text_encoder, self.segmenter], muon_rate=options.muon_rate, adamw_rate=options.adamw_rate
         )
         self.alphas_cumprod = build_scheduler().alphas_cumprod
         self.step, self.first_step, self.seconds = 0, 0, 0.0
         self.log: list[dict] = []
 
     def begin_from(self, folder: Path) -> None:
-        """Takes over another training's averaged weights and log; the optimizer and the pointer begin anew."""
+        """Load the averaged weights and the log of a trained editor; optimizer and segmentation head are not restored."""
         unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32, low_cpu_mem_usage=False)
         text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
         for networks in ((self.unet, self.text_encoder), self.average):
@@ -142,11 +141,11 @@ class Trainer:
 
     @property
     def samples(self) -> int:
-        """Samples seen so far."""
+        """Number of samples trained on."""
         return self.step * 2 * self.options.batch_scenes
 
     def make_batch(self, data: Sequence[Latents]) -> "Batch":
-        """Draws the next batch; depends on seed and step only."""
+        """Return the next batch, which depends on seed and step only."""
         draw = torch.Generator().manual_seed(self.options.seed * 1_000_003 + self.step)
         shares = torch.tensor([float(len(part.codes)) for part in data])
         part = data[int(torch.multinomial(shares, 1, generator=draw))]
@@ -158,20 +157,20 @@ class Trainer:
         variants = torch.rand(2 * count, generator=draw).tolist()
         rows = [len(EDITS) if drop else int(e) for e, drop in zip(edits, no_text | nothing)]
         tokens = torch.stack([self.tokens[r][int(u * len(self.tokens[r]))] for r, u in zip(rows, variants)])
-        goal = edits
+        target_edits = edits
         if self.options.empty_means == "no change":
-            goal = torch.where(no_text, NO_CHANGE, edits)
-        # Skewed to the noisy half, where what to change is decided and where relevance is measured.
+            target_edits = torch.where(no_text, NO_CHANGE, edits)
+        # More samples at high noise levels, where the edited region is determined and relevance is computed.
         u = torch.rand(count, generator=draw).repeat_interleave(2)
         timestep = (u**0.65 * MAX_TIMESTEP).long().clamp_max(MAX_TIMESTEP - 1)
-        # What is noised is sometimes not the goal but the picture before, as in a relevance map and at the start of a
-        # local edit: only the instruction then says what to change. Both samples of a scene then have the same input.
+        # Some noised latents are of the unedited image, as in a relevance map and at the start of a local edit. Then both
+        # samples of a scene have the same input and differ in the instruction only.
         from_before = (torch.rand(count, generator=draw) < self.options.from_before).repeat_interleave(2)
         from_before &= (timestep >= FROM_BEFORE_TIMESTEP) & ~no_image & ~nothing
 
         before = part.codes[scenes, NO_CHANGE].float()
         scale = self.vae.config["scaling_factor"]
-        after = part.codes[scenes, goal].float() * scale
+        after = part.codes[scenes, target_edits].float() * scale
         noise = torch.randn(after[::2].shape, generator=draw).repeat_interleave(2, 0)
         alpha = self.alphas_cumprod[timestep].view(-1, 1, 1, 1)
         noised = torch.where(from_before.view(-1, 1, 1, 1), before * scale, after)
@@ -180,7 +179,7 @@ class Trainer:
         before = torch.where((no_image | nothing).view(-1, 1, 1, 1), 0.0, before)
         local = torch.tensor([edit.kind in LOCAL_KINDS for edit in EDITS])[edits]
         changed = part.changed[scenes, edits] & local.view(-1, 1, 1)
-        # What the other edit of the pair changes counts as much: leaving it alone is half of knowing what was named.
+        # Pixels that the other edit of the pair changes get the same weight: they must stay unchanged.
         changed |= changed.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
         objects = [part.changed[scenes][:, numbers].any(1) for numbers in OBJECT_EDITS]
         return Batch(
@@ -189,23 +188,23 @@ class Trainer:
             tokens=tokens,
             target=target,
             weight=1 + 3.0 * changed[:, None],
-            places=torch.stack([*objects, part.changed[scenes, edits]], 1).float(),
+            segmentation=torch.stack([*objects, part.changed[scenes, edits]], 1).float(),
             complete=~(no_text | no_image | nothing),
         )
 
     def train_step(self, data: Sequence[Latents], factor: float) -> float:
-        """One optimizer step; returns the loss of the denoising."""
+        """Perform one optimizer step and return the denoising loss."""
         batch = self.make_batch(data)
         with autocast():
             text = self.text_encoder(batch.tokens).last_hidden_state
             output = self.unet(batch.inputs, batch.timestep, encoder_hidden_states=text).sample
-            pointed = self.pointer(self._features)
+            logits = self.segmenter(self._features)
         denoising = (batch.weight * (output.float() - batch.target) ** 2).mean()
-        # Objects are small; without the weight "nowhere" would be the first answer to be learned.
-        pointing = F.binary_cross_entropy_with_logits(
-            pointed.float(), batch.places, reduction="none", pos_weight=torch.tensor(4.0)
+        # Objects are small: without the weight the head would converge to all zeros first.
+        segmentation = F.binary_cross_entropy_with_logits(
+            logits.float(), batch.segmentation, reduction="none", pos_weight=torch.tensor(4.0)
         )
-        loss = POINTING_WEIGHT * (pointing * batch.complete.view(-1, 1, 1, 1)).mean()
+        loss = SEGMENTATION_WEIGHT * (segmentation * batch.complete.view(-1, 1, 1, 1)).mean()
         if self.samples >= self.options.grounding_samples:
             loss = loss + denoising
         self.optimizer.zero_grad()
@@ -219,14 +218,14 @@ class Trainer:
         return denoising.item()
 
     def networks(self) -> Networks:
-        """The averaged networks."""
+        """Return the averaged networks."""
         return Networks(unet=self.average[0], vae=self.vae, text_encoder=self.average[1])
 
     def _modules(self) -> tuple[nn.Module, ...]:
-        return self.unet, self.text_encoder, self.pointer, *self.average
+        return self.unet, self.text_encoder, self.segmenter, *self.average
 
     def save(self, file: Path) -> None:
-        """Writes a checkpoint, whole or not at all."""
+        """Write a checkpoint atomically."""
         state = {
             "modules": [m.state_dict() for m in self._modules()],
             "optimizer": self.optimizer.state_dict(),
@@ -239,7 +238,7 @@ class Trainer:
         os.replace(file.with_suffix(".part"), file)
 
     def load(self, file: Path) -> None:
-        """Goes on where `save` stopped."""
+        """Restore a checkpoint."""
         state = torch.load(file, weights_only=True)
         for module, part in zip(self._modules(), state["modules"]):
             module.load_state_dict(part)
@@ -253,20 +252,20 @@ def _mean_precision(maps: Tensor, masks: Tensor) -> float:
 
 
 @torch.inference_mode()
-def validate(trainer: Trainer, data: Latents, pictures: Path) -> dict[str, float]:
-    """Average precision of raw relevance maps on fixed validation scenes, for the curve.
+def validate(trainer: Trainer, data: Latents, images: Path) -> dict[str, float]:
+    """Compute the average precision of raw relevance maps on validation scenes.
 
     Args:
-        trainer: whose averaged networks are looked at.
-        data: encoded validation scenes.
-        pictures: the same as pictures.
+        trainer: Trainer whose averaged networks are evaluated.
+        data: Latents of the validation scenes.
+        images: Array file of their images.
 
     Returns:
         Mean average precision by edit and overall for N = 1 and 4, and the wrong-object ratio.
     """
     unet, text_encoder = trainer.average
-    raw = torch.from_numpy(np.load(pictures, mmap_mode="c")[:VALIDATION_SCENES])
-    truth = (raw != raw[:, NO_CHANGE : NO_CHANGE + 1]).any(-1)
+    raw = torch.from_numpy(np.load(images, mmap_mode="c")[:VALIDATION_SCENES])
+    changed = (raw != raw[:, NO_CHANGE : NO_CHANGE + 1]).any(-1)
     condition = data.codes[:VALIDATION_SCENES, NO_CHANGE].float()
     clean = condition * trainer.vae.config["scaling_factor"]
     alpha = trainer.alphas_cumprod[VALIDATION_TIMESTEP]
@@ -282,17 +281,17 @@ def validate(trainer: Trainer, data: Latents, pictures: Path) -> dict[str, float
             )
 
     empty, result, ratios = predict(len(EDITS)), {}, []
-    objects = {name: truth[:, INDEX[slug]] for name, slug in (("ball", "ball-red"), ("block", "block-red"))}
-    objects["bear"] = truth[:, INDEX["panda"]] | truth[:, INDEX["polar-bear"]]
+    objects = {name: changed[:, INDEX[slug]] for name, slug in (("ball", "ball-red"), ("block", "block-red"))}
+    objects["bear"] = changed[:, INDEX["panda"]] | changed[:, INDEX["polar-bear"]]
     single = []
     for edit in EDITS:
         if edit.kind not in LOCAL_KINDS:
             continue
         draws = (predict(INDEX[edit.slug]) - empty).abs().mean(2)
-        masks = truth[:, INDEX[edit.slug]]
-        maps = relevance.resize(draws.mean(0), *truth.shape[2:])
+        masks = changed[:, INDEX[edit.slug]]
+        maps = relevance.resize(draws.mean(0), *changed.shape[2:])
         result[f"AP {edit.slug} N=4"] = _mean_precision(maps, masks)
-        single.append(_mean_precision(relevance.resize(draws[0], *truth.shape[2:]), masks))
+        single.append(_mean_precision(relevance.resize(draws[0], *changed.shape[2:]), masks))
         named = edit.target if edit.target in objects else "bear"
         for m, t, *others in zip(maps, masks, *(v for k, v in objects.items() if k != named)):
             elsewhere = torch.stack(others).any(0) & ~t
@@ -305,7 +304,12 @@ def validate(trainer: Trainer, data: Latents, pictures: Path) -> dict[str, float
 
 
 def draw_curve(log: list[dict], file: Path) -> None:
-    """The log as a picture: average precision over samples."""
+    """Plot average precision over the number of training samples.
+
+    Args:
+        log: Entries of the training log.
+        file: Output file.
+    """
     import matplotlib
 
     matplotlib.use("agg")
@@ -330,12 +334,19 @@ def draw_curve(log: list[dict], file: Path) -> None:
 
 
 def train(options: Options, trainer: Trainer, data: Sequence[Latents], check: tuple[Latents, Path]) -> None:
-    """Trains until the budget is spent; reports, exports and saves on the way."""
+    """Train until the end of the budget, with regular validation, export and checkpoints.
+
+    Args:
+        options: Options of the training.
+        trainer: The trainer.
+        data: Latents of the training scenes, per image size.
+        check: Latents and images of the validation scenes.
+    """
     work, editor = options.out / "work", options.out / "editor"
     budget, reported, losses = options.minutes * 60, trainer.samples, []
-    begun = time.monotonic() - trainer.seconds
+    start = time.monotonic() - trainer.seconds
     while True:
-        trainer.seconds = time.monotonic() - begun
+        trainer.seconds = time.monotonic() - start
         progress = trainer.seconds / budget
         done = progress >= 1 or bool(options.stop_after and trainer.samples >= options.stop_after)
         if done or trainer.samples - reported >= options.report_every:
@@ -356,27 +367,27 @@ def train(options: Options, trainer: Trainer, data: Sequence[Latents], check: tu
             )
         if done:
             return
-        apply_lr_warmup = min(1.0, (trainer.step - trainer.first_step + 1) / 100)
-        # Half of the budget at full rate, then down to zero.
-        factor = min(1.0, 2 * (1 - progress)) * apply_lr_warmup
+        warmup = min(1.0, (trainer.step - trainer.first_step + 1) / 100)
+        # Full rate for half of the budget, then linear decay to zero.
+        factor = min(1.0, 2 * (1 - progress)) * warmup
         losses.append(trainer.train_step(data, max(factor, 0.0)))
 
 
 def main(options: Options) -> None:
-    """Runs all stages."""
+    """Run all stages."""
     work = options.out / "work"
     work.mkdir(parents=True, exist_ok=True)
-    pictures = render_data_set(work / "pictures", TRAIN_SEEDS[: options.scenes])
+    images = render_data_set(work / "images", TRAIN_SEEDS[: options.scenes])
     held_out = render_data_set(work / "validation", VALIDATION_SEEDS[:160])
     if not options.begin_from and not (work / "vae").exists():
         log: list[dict] = []
-        vae = train_vae(pictures, seed=options.seed, seconds=60 * options.vae_minutes, log=log)
+        vae = train_vae(images, seed=options.seed, seconds=60 * options.vae_minutes, log=log)
         vae.save_pretrained(work / "vae")
         (work / "vae.json").write_text(json.dumps(log, indent=1) + "\n")
     vae_folder = (options.begin_from or work) / "vae"
     vae = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-    codes = encode_data_set(vae, pictures, work / "latents")
-    data = [load_latents(*files) for files in zip(pictures, codes)]
+    codes = encode_data_set(vae, images, work / "latents")
+    data = [load_latents(*files) for files in zip(images, codes)]
     check = load_latents(held_out[0], encode_data_set(vae, held_out[:1], work / "validation-latents")[0])
     write_tokenizer(work / "tokenizer", words())
     trainer = Trainer(options, vae, tokenize(work))

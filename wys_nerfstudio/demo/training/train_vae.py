@@ -1,7 +1,4 @@
-"""First stage of the demo editor's training: the autoencoder, and the latents of the whole data set.
-
-Not here: the denoiser (`train_editor.py`) and the pictures (`data_set.py`).
-"""
+"""First stage of the demo editor's training: the autoencoder and the latents of the data set."""
 
 import math
 import time
@@ -25,25 +22,25 @@ KL_WEIGHT = 1e-6
 L1_WEIGHT = 0.05
 
 
-def to_network(pictures: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b 3 h w"]:
-    """Stored pictures in the networks' range [-1, 1]."""
-    return (pictures.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
+def to_network(images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b 3 h w"]:
+    """Convert 8-bit images to the networks' range [-1, 1]."""
+    return (images.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
 
 
 def train_vae(
     files: Sequence[Path], *, seed: int, seconds: float, log: list[dict], vae: AutoencoderKL | None = None
 ) -> AutoencoderKL:
-    """Trains the autoencoder for a given time; the learning rate falls to zero by its end.
+    """Train the autoencoder for a given time; the learning rate decays to zero.
 
     Args:
-        files: pictures by size, each "scenes edits h w 3".
-        seed: of weights and batches.
-        seconds: wall-clock budget.
-        vae: one to go on with; a new one by default.
-        log: gets a line every 100 steps.
+        files: Array files of the images, one per size, each "scenes edits h w 3".
+        seed: Seed of weights and batches.
+        seconds: Wall-clock budget.
+        log: Receives an entry every 100 steps.
+        vae: Autoencoder to continue training; by default a new one.
 
     Returns:
-        The autoencoder; its latents have unit spread after multiplication with its scaling factor.
+        The autoencoder; latents multiplied by its scaling factor have unit standard deviation.
     """
     torch.manual_seed(seed)
     draw = np.random.default_rng(seed)
@@ -79,16 +76,15 @@ def train_vae(
 
 @torch.inference_mode()
 def encode_data_set(vae: AutoencoderKL, files: Sequence[Path], folder: Path) -> list[Path]:
-    """Encodes all pictures and their mirror images once, as the unscaled modes that InstructPix2Pix conditions on.
+    """Encode all images and their mirror images as unscaled modes, the conditioning of InstructPix2Pix.
 
     Args:
-        vae: the trained autoencoder.
-        files: pictures by size.
-        folder: where the latents go, one .npy per size, fp16, "2*scenes edits 4 h/4 w/4", the mirrored scenes last; what
-            is there is kept.
+        vae: The trained autoencoder.
+        files: Array files of the images, one per size.
+        folder: Output folder: one fp16 array "2*scenes edits 4 h/4 w/4" per size, mirrored scenes last; existing files are kept.
 
     Returns:
-        The latents' files.
+        The array files of the latents.
     """
     folder.mkdir(parents=True, exist_ok=True)
     vae.to(memory_format=torch.channels_last)  # type: ignore
@@ -97,11 +93,11 @@ def encode_data_set(vae: AutoencoderKL, files: Sequence[Path], folder: Path) -> 
         latents.append(folder / file.name)
         if latents[-1].exists():
             continue
-        pictures = np.load(file, mmap_mode="c")
-        scenes, edits, height, width, _ = pictures.shape
+        images = np.load(file, mmap_mode="c")
+        scenes, edits, height, width, _ = images.shape
         codes = np.empty((2, scenes, edits, 4, height // 4, width // 4), np.float16)
         for scene in range(0, scenes, 4):
-            batch = to_network(torch.from_numpy(pictures[scene : scene + 4].reshape(-1, height, width, 3)))
+            batch = to_network(torch.from_numpy(images[scene : scene + 4].reshape(-1, height, width, 3)))
             for side, views in enumerate((batch, batch.flip(-1))):
                 with autocast():
                     mode = vae.encode(views.to(memory_format=torch.channels_last)).latent_dist.mode()  # type: ignore

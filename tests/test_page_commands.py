@@ -1,9 +1,9 @@
-"""The README's commands run as they stand there, with fewer steps, in a folder that holds what they name.
+"""The commands of all pages run as they are printed, with fewer steps, in a folder that has the files that they name.
 
-As a program it runs them one after the other in one process, through the entry points of their console scripts. Editor and
-CLIP of the hub are small stand-ins in the hub's own cache. Whether every command parses is test_readme.py's.
+As a program this module runs them one after the other in one process, through the entry points of their console scripts. The
+hub's editor and CLIP are small ones in the hub's own cache. test_pages.py checks that every command parses.
 
-    python tests/test_readme_commands.py FOLDER
+    python tests/test_page_commands.py FOLDER
 """
 
 import csv
@@ -17,36 +17,51 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from pages import PAGES, ROOT, commands
 from PIL import Image
-from test_readme import ROOT, TEXT, commands
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("torch_home")]
 
 ELSEWHERE = {
     "pip install .": (".ci/run", "pip wheel"),
     'pip install -e ".[dev]"': (".ci/run", "install_part"),
+    "pip install wys-nerfstudio": ("tests/test_release.py", 'metadata.version("wys-nerfstudio")'),
     "pytest": (".ci/run", "test_command"),
     "pytest -m slow": (".ci/run", "pytest -m slow"),
     "bash .ci/run": (".ci/run", "set -euo"),
-    "ns-process-data": ("tests/test_entry_points_of_data.py", "test_photographs_become_a_scene"),
-    "ns-train wys --help": ("tests/cli/test_cli.py", "test_help_shows_every_option"),
-    'ns-train wys --data s --instruction "..." colmap': ("tests/test_entry_points_of_data.py", "colmap"),
+    "ns-process-data": ("tests/test_entry_points_of_data.py", 'command("process_data"'),
+    "ns-install-cli": (
+        "tests/test_pages.py",
+        '"ns-install-cli"',
+    ),  # nerfstudio's; it writes to the user's shell settings
+    "ns-train -h": ("tests/cli/test_cli.py", '"wys", "--help"'),
+    "ns-train --help": ("tests/test_benchmarks.py", "startup.main"),
+    "ns-train wys --help": ("tests/cli/test_cli.py", '"wys", "--help"'),
+    'ns-train wys --data s --instruction "..." colmap': (
+        "tests/test_entry_points_of_data.py",
+        '("colmap", as_colmap_scene)',
+    ),
     "ns-train nerfacto --help": ("tests/test_benchmarks.py", "startup.main"),
-    "--machine.num-devices 2": ("tests/training/test_distributed_runs.py", "ranks"),
-    "ns-viewer": ("tests/test_entry_points.py", "test_viewer_serves_a_finished_run"),
-    "wys edit-image --help": ("tests/cli/test_cli.py", "test_wys_command_lists_its_subcommands"),
-    "wys compare": ("tests/test_entry_points.py", "test_compare_puts_runs_beside_each_other"),
-    "wys ablate": ("tests/demo/test_ablations.py", "test_all_variants_are_run"),
+    "ns-viewer": ("tests/test_entry_points.py", "viewer.run_viewer"),
+    "wys compare": ("tests/test_entry_points.py", '"compare", finished_run'),
+    "wys ablate": ("tests/demo/test_ablations.py", '"ablate"'),
     "python -m wys_nerfstudio.demo.sds_sheet": ("tests/demo/test_sds_sheet.py", "sds_sheet.main"),
     **{
         f"python tests/benchmarks/{name}.py": ("tests/test_benchmarks.py", f"{name}.main(")
         for name in "compat edit_phase field localization memory scale speed startup".split()
     },
-    "python tests/readme_tables.py": ("tests/test_readme.py", "with_tables(TEXT)"),
+    "python tests/page_tables.py": ("tests/test_pages.py", "with_tables(PAGES[page])"),
     "python tests/benchmarks/kills.py": ("tests/training/test_interrupts.py", '"kills.py"'),
     "python tests/benchmarks/soak.py": ("tests/test_soak.py", "= soak("),
+    # These take an hour; tests run their parts.
+    "python -m wys_nerfstudio.demo.training.train_clip": ("tests/demo/test_clip_folder.py", "train_clip.train("),
+    "python -m wys_nerfstudio.demo.training.train_editor": (
+        "tests/demo/test_editor_folder.py",
+        "train_editor.Trainer(",
+    ),
+    "python -m wys_nerfstudio.demo.training.evaluate_editor": ("tests/test_pages.py", "write_card("),
 }
-"""Where a command is run that is not run here: how it begins or what is in it, a file, and a word of that."""
+"""Commands that are run elsewhere: how they begin or what they contain, a test file, and a word in it."""
 
 SHORT = """
     --mask-threshold 0.2 --pipeline.reconstruct-steps 3 --pipeline.localize-steps 2 --pipeline.edit-steps 3
@@ -71,26 +86,34 @@ SHORTER = {
     "wys edit-image": ["--diffusion-steps", "2"],
     "wys sweep": ["--diffusion-steps", "2", "--relevance-num-samples", "1"],
 }
-"""What is added to a command that begins so."""
+"""Arguments that are added to commands, by how these begin."""
 LEFT = """
-    wys-demo/contact_sheet.png wys-demo/turntable.mp4 wys-demo/figures.json
-    outputs/scene/wys/DATE/wys/contact_sheet.png outputs/bear/wys/3/wys/contact_sheet.png
+    wys-demo/contact_sheet.png wys-demo/turntable.mp4 wys-demo/metrics.json
+    outputs/scene/wys/DATE/wys/contact_sheet.png outputs/bear/wys/*/wys/contact_sheet.png
     panda.png panda_relevance.png panda_mask.png panda_side_by_side.png snowed/frame_000.png try.png
-    sweep/sweep.csv sweep/curves.png toy/list.csv toy-sweep/sweep.csv toy-sweep/curves.png
+    sweep/sweep.csv sweep/curves.png toy/list.csv toy-edited/*.png toy-sweep/sweep.csv toy-sweep/curves.png
     eval.json exports/point_cloud.ply my-scene/transforms.json DIR/contact_sheet.png
+    outputs/toy-scene/wys-tiny/*/config.yml outputs/SCENE/wys-tiny/*/config.yml
 """.split()
-"""What the commands leave, among other things."""
+"""Files that the commands write, as patterns."""
+
+
+EVERY = list(dict.fromkeys(command for text in PAGES.values() for command in commands(text)))
 
 
 def here() -> "list[str]":
     """The commands that are run here, in their order, each once."""
-    every = dict.fromkeys(" ".join(command.split()) for command in commands(TEXT))
-    return [command for command in every if not any(part in f"{command} " for part in ELSEWHERE)]
+    return [command for command in EVERY if not is_elsewhere(command)]
+
+
+def is_elsewhere(command: str) -> bool:
+    """Whether a command is one of `ELSEWHERE`."""
+    return any(f"{command} ".startswith(start) for start in ELSEWHERE)
 
 
 def run(command: str, *more: str) -> None:
     """Runs a command in this process, through the entry point of its console script."""
-    from nerfstudio.utils import writer
+    from nerfstudio.configs.base_config import writer  # nerfstudio.utils.writer cannot be the first import
 
     program, *arguments = shlex.split(command.replace('"..."', '"give the bear a hat"'))
     sys.argv = [program, *arguments, *more]
@@ -111,11 +134,9 @@ def main() -> None:
         if command.startswith("ns-render") and shutil.which("ffmpeg") is None:
             continue
         more = [word for start, words in SHORTER.items() if f"{command} ".startswith(start) for word in words]
-        if command.startswith("ns-train") and not command.endswith("-h"):
-            # The first of these runs is the one that later commands speak of.
+        if command.startswith("ns-train"):
+            # Later commands use the first of these runs.
             more += ["--timestamp", str(number) if Path("outputs/scene/wys/DATE").exists() else "DATE"]
-        elif command.endswith("-h"):
-            more = []
         try:
             run(command, *more)
         except BaseException:
@@ -133,7 +154,7 @@ def in_hub_cache(cache: Path, name: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(ring_scene: Path, editor_folder: Path, clip_folder: Path, torch_home: object, tmp_path_factory) -> Path:
-    """Where the commands were typed, with all that they take for granted."""
+    """The folder in which the commands were run, with the files that they need."""
     folder = tmp_path_factory.mktemp("readme")
     for name in ("scene", "bear"):
         shutil.copytree(ring_scene, folder / name)
@@ -141,6 +162,9 @@ def folder(ring_scene: Path, editor_folder: Path, clip_folder: Path, torch_home:
     (folder / "photos").mkdir()
     for picture in sorted((ring_scene / "images").iterdir())[:2]:
         shutil.copy2(picture, folder / "photos")
+    (folder / "masks").mkdir()
+    for picture in (ring_scene / "images").iterdir():
+        Image.new("L", Image.open(picture).size, 255).save(folder / "masks" / picture.name)
     for name in ("bear.jpg", "view.png"):
         Image.open(folder / "photos" / "frame_000.png").save(folder / name)
     with (folder / "edits.csv").open("w", newline="") as file:
@@ -159,8 +183,8 @@ def folder(ring_scene: Path, editor_folder: Path, clip_folder: Path, torch_home:
     return folder
 
 
-def test_the_commands_run_and_leave_what_the_readme_says(folder: Path) -> None:
-    assert [file for file in LEFT if not (folder / file).is_file()] == []
+def test_the_commands_run_and_write_their_files(folder: Path) -> None:
+    assert [pattern for pattern in LEFT if not list(folder.glob(pattern))] == []
 
 
 def test_a_path_is_rendered_where_there_is_ffmpeg(folder: Path) -> None:
@@ -173,7 +197,7 @@ def test_a_path_is_rendered_where_there_is_ffmpeg(folder: Path) -> None:
 def test_every_other_command_is_run_elsewhere(start: str) -> None:
     file, word = ELSEWHERE[start]
     assert word in (ROOT / file).read_text("utf8")
-    assert any(start in f"{' '.join(command.split())} " for command in commands(TEXT)), "stale"
+    assert any(f"{command} ".startswith(start) for command in EVERY), "stale"
 
 
 if __name__ == "__main__":
