@@ -1,6 +1,6 @@
 """A Stable Diffusion editor presented as a flow-matching model: x_s = (1 - s) x_0 + s eps, prediction v = eps - x_0.
 
-The same networks and the same information, behind another parametrization: latents x_s = x_t (1 - s) / signal with
+The same networks in another parametrization: latents x_s = x_t (1 - s) / signal with
 s / (1 - s) = noise / signal, so that a level of the wrapped editor and its flow level have the same signal-to-noise ratio.
 """
 
@@ -16,7 +16,7 @@ from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor
 
 @dataclass
 class FlowEditor:
-    """Implements `Editor` as flow matching does; nothing here inherits from the wrapped editor."""
+    """`Editor` for flow matching; does not inherit from the wrapped editor."""
 
     wrapped: StableDiffusionEditor
     name: str = "flow"
@@ -48,8 +48,8 @@ class FlowEditor:
         return as_flow(self.wrapped.noise_level(strength))
 
     def noise_levels(self, strength: float, num_steps: int) -> list[NoiseLevel]:
-        # The final level is decoded and not predicted from. The embedded editor's is not quite clean (that of timestep 0):
-        # it stays in the VAE's scale, so that both decode the same latents.
+        # The final level is only decoded. The embedded editor's final level is that of timestep 0, not quite clean; it is not
+        # converted, so that both editors decode the same latents.
         *levels, final = self.wrapped.noise_levels(strength, num_steps)
         return [*(as_flow(level) for level in levels), final]
 
@@ -72,7 +72,7 @@ class FlowEditor:
         return velocities
 
     def timestep(self, s: float) -> int:
-        """The timestep whose signal-to-noise ratio is that of s."""
+        """Return the timestep with the signal-to-noise ratio of s."""
         alphas = self.wrapped.alphas_cumprod.double()
         return int((((1 - alphas) / alphas).sqrt() - s / (1 - s)).abs().argmin())
 
@@ -83,6 +83,6 @@ class FlowEditor:
 
 
 def as_flow(level: NoiseLevel) -> NoiseLevel:
-    """The flow level of the same signal-to-noise ratio."""
+    """Return the flow-matching level with the same signal-to-noise ratio."""
     s = level.noise / (level.noise + level.signal)
     return NoiseLevel(1 - s, s, s)

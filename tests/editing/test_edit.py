@@ -1,4 +1,4 @@
-"""Relevance maps and edits of images with an untrained editor, against diffusers' own pipeline and one by one."""
+"""Relevance maps and edits with an untrained editor, compared with diffusers and with single images."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,8 +29,8 @@ def velocity_editor(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusion
     return load_editor(str(build_editor_folder(folder, prediction_type="v_prediction", seed=1)))
 
 
-def pictures(count: int, height: int = 32, width: int = 32, seed: int = 0) -> torch.Tensor:
-    """Smooth random pictures."""
+def smooth_images(count: int, height: int = 32, width: int = 32, seed: int = 0) -> torch.Tensor:
+    """Return smooth random images."""
     small = torch.rand(count, 4, 4, 3, generator=torch.Generator().manual_seed(seed))
     return resize_images(small, height, width)
 
@@ -42,7 +42,7 @@ def some_mask(count: int, height: int = 32, width: int = 32) -> torch.Tensor:
     return mask
 
 
-def all_of(images: torch.Tensor) -> torch.Tensor:
+def full_mask(images: torch.Tensor) -> torch.Tensor:
     return torch.ones(images.shape[:3], dtype=torch.bool)
 
 
@@ -58,94 +58,96 @@ def edit(editor: StableDiffusionEditor, images: torch.Tensor, mask: torch.Tensor
     return edit_images(editor, images, mask=mask, **arguments)
 
 
-# -------------------------------------------------------------------------------------- against diffusers' own pipeline
+# ----------------------------------------------------------------------------------------- comparison with diffusers
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_threshold_zero_is_diffusers_own_instruct_pix2pix(prediction_type, editor, velocity_editor):
+def test_threshold_zero_equals_diffusers_instruct_pix2pix(prediction_type, editor, velocity_editor):
     from diffusers import DDIMScheduler, StableDiffusionInstructPix2PixPipeline
 
-    ours = editor if prediction_type == "epsilon" else velocity_editor
+    tested = editor if prediction_type == "epsilon" else velocity_editor
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
-        ours.name, safety_checker=None, feature_extractor=None, local_files_only=True
+        tested.name, safety_checker=None, feature_extractor=None, local_files_only=True
     )
-    # With this offset both list 999, 888 ... 111; diffusers then steps to timestep 0, as ours does with that final level.
-    listing = {"timestep_spacing": "leading", "steps_offset": 111, "clip_sample": False}
-    pipeline.scheduler = DDIMScheduler.from_config({**pipeline.scheduler.config, **listing})
+    # With this offset both use the timesteps 999, 888 ... 111; diffusers ends at timestep 0, hence the final level below.
+    spacing = {"timestep_spacing": "leading", "steps_offset": 111, "clip_sample": False}
+    pipeline.scheduler = DDIMScheduler.from_config({**pipeline.scheduler.config, **spacing})
     pipeline.set_progress_bar_config(disable=True)
-    ours = replace(ours, final_alpha=ours.alphas_cumprod[0])
+    tested = replace(tested, final_alpha=tested.alphas_cumprod[0])
 
-    captured = pictures(1)
-    start = ours.encode(captured).latents
+    captured = smooth_images(1)
+    start = tested.encode(captured).latents
     noise = seeded_noise([3], start.shape[1:], start.device)
-    theirs = pipeline(
+    expected = pipeline(
         prompt=INSTRUCTION,
         image=captured.permute(0, 3, 1, 2),
         num_inference_steps=9,
         guidance_scale=4.0,
         image_guidance_scale=1.5,
-        latents=ours.alphas_cumprod[999].sqrt() * start + (1 - ours.alphas_cumprod[999]).sqrt() * noise,
+        latents=tested.alphas_cumprod[999].sqrt() * start + (1 - tested.alphas_cumprod[999]).sqrt() * noise,
         output_type="pt",
     ).images.permute(0, 2, 3, 1)
     assert pipeline.scheduler.timesteps.tolist() == timesteps(999, 9, 1000)
 
     everything = relevance.threshold(torch.rand(1, 32, 32), 0.0)
     nine_steps = replace(SETTINGS, diffusion_steps=9)
-    result = edit(ours, captured, everything, settings=nine_steps, strength=1.0, seeds=[3])
-    assert psnr(result, theirs) >= 40
-    assert psnr(result, captured) < 30  # there was something to get wrong
+    result = edit(tested, captured, everything, settings=nine_steps, strength=1.0, seeds=[3])
+    assert psnr(result, expected) >= 40
+    assert psnr(result, captured) < 30  # the edit changes the image
 
 
 # ------------------------------------------------------------------------------------------------------------ masked edits
 
 
-def test_outside_the_mask_an_edit_is_the_captured_picture_bit_for_bit(editor):
-    captured, render, mask = pictures(2), pictures(2, seed=1), some_mask(2)
+def test_pixels_outside_the_mask_are_bit_exact(editor):
+    captured, render, mask = smooth_images(2), smooth_images(2, seed=1), some_mask(2)
     result = edit(editor, render, mask, reference=captured)
     assert torch.equal(result[~mask], captured[~mask])
     assert not torch.isclose(result[mask], captured[mask]).all(dim=-1).any()
 
 
-def test_an_edit_is_in_the_unit_range(editor):
-    result = edit(editor, pictures(1), all_of(pictures(1)), settings=replace(SETTINGS, guidance_scale=50.0))
+def test_edits_are_in_the_unit_range(editor):
+    result = edit(
+        editor, smooth_images(1), full_mask(smooth_images(1)), settings=replace(SETTINGS, guidance_scale=50.0)
+    )
     assert float(result.min()) >= 0
     assert float(result.max()) <= 1
 
 
-def test_an_empty_mask_returns_the_captured_pictures(editor):
-    captured, render = pictures(2), pictures(2, seed=1)
-    assert torch.equal(edit(editor, render, ~all_of(captured), reference=captured), captured)
+def test_an_empty_mask_returns_the_captured_images(editor):
+    captured, render = smooth_images(2), smooth_images(2, seed=1)
+    assert torch.equal(edit(editor, render, ~full_mask(captured), reference=captured), captured)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_batch_of_views_is_edited_as_its_views_one_by_one(editor, masked):
-    captured, render = pictures(3), pictures(3, seed=1)
-    mask = some_mask(3) if masked else all_of(captured)
-    together = edit(editor, render, mask, reference=captured, seeds=[7, 8, 9])
+def test_batches_equal_single_edits(editor, masked):
+    captured, render = smooth_images(3), smooth_images(3, seed=1)
+    mask = some_mask(3) if masked else full_mask(captured)
+    batch = edit(editor, render, mask, reference=captured, seeds=[7, 8, 9])
     for i in range(3):
         one = slice(i, i + 1)
-        alone = edit(editor, render[one], mask[one], reference=captured[one], seeds=[7 + i])
-        torch.testing.assert_close(together[one], alone, atol=1e-4, rtol=0)
+        single = edit(editor, render[one], mask[one], reference=captured[one], seeds=[7 + i])
+        torch.testing.assert_close(batch[one], single, atol=1e-4, rtol=0)
 
 
-def test_a_view_is_edited_alike_whatever_the_masks_of_its_batch(editor):
-    captured = pictures(2)
-    mask = torch.cat([all_of(captured[:1]), some_mask(1)])
-    alone = edit(editor, captured[:1], mask[:1], seeds=[5])
-    torch.testing.assert_close(edit(editor, captured, mask, seeds=[5, 6])[:1], alone, atol=1e-4, rtol=0)
+def test_an_edit_does_not_depend_on_other_masks_in_the_batch(editor):
+    captured = smooth_images(2)
+    mask = torch.cat([full_mask(captured[:1]), some_mask(1)])
+    single = edit(editor, captured[:1], mask[:1], seeds=[5])
+    torch.testing.assert_close(edit(editor, captured, mask, seeds=[5, 6])[:1], single, atol=1e-4, rtol=0)
 
 
-def test_each_image_has_a_seed_of_its_own(editor):
-    twice = pictures(1).repeat(2, 1, 1, 1)
-    same = edit(editor, twice, all_of(twice), seeds=[4, 4])
-    other = edit(editor, twice, all_of(twice), seeds=[4, 5])
+def test_each_image_has_its_own_seed(editor):
+    repeated = smooth_images(1).repeat(2, 1, 1, 1)
+    same = edit(editor, repeated, full_mask(repeated), seeds=[4, 4])
+    other = edit(editor, repeated, full_mask(repeated), seeds=[4, 5])
     torch.testing.assert_close(same[0], same[1], atol=1e-5, rtol=0)
     torch.testing.assert_close(other[0], same[0], atol=1e-5, rtol=0)
     assert psnr(other[0], other[1]) < 40
 
 
-def test_edits_repeat_and_draw_nothing_from_torchs_global_generator(editor):
-    captured = pictures(1)
+def test_edits_do_not_use_the_global_random_generator(editor):
+    captured = smooth_images(1)
     torch.manual_seed(1)
     first = edit(editor, captured, some_mask(1))
     torch.manual_seed(2)
@@ -154,19 +156,19 @@ def test_edits_repeat_and_draw_nothing_from_torchs_global_generator(editor):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_edit_starts_from_the_render_and_is_conditioned_on_the_captured_view(editor):
-    captured, render = pictures(1), pictures(1, seed=1)
-    both = edit(editor, render, all_of(render), reference=captured)
-    other_start = edit(editor, captured, all_of(render), reference=captured)
-    other_condition = edit(editor, render, all_of(render), reference=render)
-    # The repeatability test shows that equal inputs differ by nothing at all.
+def test_edits_depend_on_the_render_and_the_captured_view(editor):
+    captured, render = smooth_images(1), smooth_images(1, seed=1)
+    both = edit(editor, render, full_mask(render), reference=captured)
+    other_start = edit(editor, captured, full_mask(render), reference=captured)
+    other_condition = edit(editor, render, full_mask(render), reference=render)
+    # Equal inputs give equal results, as tested above.
     assert float((both - other_start).abs().max()) > 1e-4
     assert float((both - other_condition).abs().max()) > 1e-4
 
 
 @pytest.mark.parametrize(("height", "width"), [(37, 45), (45, 37), (70, 23), (8, 8)])
-def test_pictures_of_any_size_come_out_at_their_own(editor, height, width):
-    captured = pictures(1, height, width)
+def test_images_keep_their_size(editor, height, width):
+    captured = smooth_images(1, height, width)
     mask = torch.zeros(1, height, width, dtype=torch.bool)
     mask[:, height // 3 :, : width // 2] = True
     result = edit(editor, captured, mask)
@@ -176,52 +178,52 @@ def test_pictures_of_any_size_come_out_at_their_own(editor, height, width):
     assert psnr(result, captured, mask) < 50
 
 
-def test_the_unet_sees_the_noised_render_first_and_then_the_noised_captured_view_outside_the_mask(editor):
-    captured, render, mask, seen = pictures(1), pictures(1, seed=1), some_mask(1), []
+def test_unet_inputs_are_noised_render_and_captured_view(editor):
+    captured, render, mask, seen = smooth_images(1), smooth_images(1, seed=1), some_mask(1), []
     hook = editor.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:1].clone()))
     edit(editor, render, mask, reference=captured, seeds=[3])
     hook.remove()
     noise = seeded_noise([3], (4, 8, 8), editor.device)
     start, reference = editor.encode(render), editor.encode(captured)
-    listed = timesteps(700, SETTINGS.diffusion_steps, 1000)
-    assert len(seen) == len(listed) > 2
+    expected_timesteps = timesteps(700, SETTINGS.diffusion_steps, 1000)
+    assert len(seen) == len(expected_timesteps) > 2
     outside = ~relevance.latent_mask(mask, 8, 8)[:, None].expand_as(noise)
-    for i, (inputs, t) in enumerate(zip(seen, listed)):
+    for i, (inputs, t) in enumerate(zip(seen, expected_timesteps)):
         torch.testing.assert_close(inputs[:, 4:], reference.condition, atol=1e-5, rtol=0)  # the condition is not scaled
         clean = (reference if i else start).latents
-        wanted = editor.alphas_cumprod[t].sqrt() * clean + (1 - editor.alphas_cumprod[t]).sqrt() * noise
-        where = outside if i else torch.ones_like(outside)
-        torch.testing.assert_close(inputs[:, :4][where], wanted[where], atol=1e-5, rtol=0)
+        expected = editor.alphas_cumprod[t].sqrt() * clean + (1 - editor.alphas_cumprod[t]).sqrt() * noise
+        selected = outside if i else torch.ones_like(outside)
+        torch.testing.assert_close(inputs[:, :4][selected], expected[selected], atol=1e-5, rtol=0)
 
 
-def test_a_portrait_view_is_edited_in_portrait(editor):
+def test_portrait_images_are_edited_in_portrait(editor):
     assert SETTINGS.size_for(editor, 80, 40) == (32, 16)
     assert SETTINGS.size_for(editor, 40, 80) == (16, 32)
     assert replace(SETTINGS, resolution=64).size_for(editor, 80, 40) == (64, 32)
 
 
-def test_velocity_prediction_is_read_as_the_noise_it_stands_for(velocity_editor):
+def test_v_predictions_are_converted_to_noise(velocity_editor):
     latents, condition = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     text, level = velocity_editor.encode_text(INSTRUCTION), velocity_editor.noise_level(0.6)
     raw = replace(velocity_editor, prediction_type="epsilon").predict_noise(latents, level, condition, text)
     alpha = float(velocity_editor.alphas_cumprod[600])
-    wanted = alpha**0.5 * raw + (1 - alpha) ** 0.5 * latents
-    torch.testing.assert_close(velocity_editor.predict_noise(latents, level, condition, text), wanted)
+    expected = alpha**0.5 * raw + (1 - alpha) ** 0.5 * latents
+    torch.testing.assert_close(velocity_editor.predict_noise(latents, level, condition, text), expected)
 
 
-def test_guidance_has_its_two_limits(editor):
-    captured = pictures(1)
+def test_guidance_scale_zero_ignores_the_instruction(editor):
+    captured = smooth_images(1)
     texts = ("turn the bear into a panda", "make it snow")
 
     def edited(text: str, guidance_scale: float) -> torch.Tensor:
         settings = replace(SETTINGS, guidance_scale=guidance_scale)
-        return edit(editor, captured, all_of(captured), instruction=text, settings=settings)
+        return edit(editor, captured, full_mask(captured), instruction=text, settings=settings)
 
     torch.testing.assert_close(edited(texts[0], 0.0), edited(texts[1], 0.0), atol=1e-5, rtol=0)
     assert psnr(edited(texts[0], 8.0), edited(texts[1], 8.0)) < 60
 
 
-def test_seeded_noise_is_torchs_own_for_each_seed():
+def test_seeded_noise_equals_torchs_generator():
     noise = seeded_noise([3, 2**61], (4, 2, 2), torch.device("cpu"))
     for row, seed in zip(noise, (3, 2**61)):
         assert torch.equal(row, torch.randn(4, 2, 2, generator=torch.Generator().manual_seed(seed)))
@@ -230,14 +232,14 @@ def test_seeded_noise_is_torchs_own_for_each_seed():
 # ---------------------------------------------------------------------------------------------------------- relevance maps
 
 
-def maps_of(
+def compute_maps(
     editor: StableDiffusionEditor, images: torch.Tensor, instruction: str = INSTRUCTION, **changes
 ) -> torch.Tensor:
     return torch.cat(list(relevance_maps(editor, images, instruction, **{"seeds": range(len(images)), **changes})))
 
 
 def slow_map(editor: StableDiffusionEditor, image: torch.Tensor, noise: torch.Tensor, t: int) -> torch.Tensor:
-    """|eps(z_t, I, T) - eps(z_t, I, "")| of one picture and one noise, with the networks called one by one."""
+    """|eps(z_t, I, T) - eps(z_t, I, "")| of one image and one noise sample, with separate network calls."""
     with torch.no_grad():
         mode = editor.vae.encode(image[None].permute(0, 3, 1, 2) * 2 - 1).latent_dist.mode()
         noisy = editor.alphas_cumprod[t] ** 0.5 * 0.18215 * mode + (1 - editor.alphas_cumprod[t]) ** 0.5 * noise[None]
@@ -248,73 +250,73 @@ def slow_map(editor: StableDiffusionEditor, image: torch.Tensor, noise: torch.Te
     return (predictions[0] - predictions[1]).abs().mean(dim=1)[0]
 
 
-def test_a_relevance_map_is_the_difference_that_the_instruction_makes(editor):
-    image = pictures(1)
+def test_relevance_maps_equal_their_slow_reference(editor):
+    image = smooth_images(1)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(11))[0]
-    wanted = slow_map(editor, image[0], noise, 800)
-    assert float(wanted.max()) > 1e-3
-    torch.testing.assert_close(maps_of(editor, image, seeds=[11])[0], wanted, atol=1e-5, rtol=1e-3)
+    expected = slow_map(editor, image[0], noise, 800)
+    assert float(expected.max()) > 1e-3
+    torch.testing.assert_close(compute_maps(editor, image, seeds=[11])[0], expected, atol=1e-5, rtol=1e-3)
 
 
-def test_two_draws_are_the_mean_of_single_draws(editor):
-    image = pictures(1)
+def test_two_noise_samples_are_averaged(editor):
+    image = smooth_images(1)
     noises = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(11))
     singles = [slow_map(editor, image[0], noise, 300) for noise in noises]
     assert not torch.allclose(*singles, rtol=0.01)
-    result = maps_of(editor, image, seeds=[11], num_samples=2, noise_level=0.3)[0]
+    result = compute_maps(editor, image, seeds=[11], num_samples=2, noise_level=0.3)[0]
     torch.testing.assert_close(result, (singles[0] + singles[1]) / 2, atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
 def test_maps_do_not_depend_on_the_batch_size(editor, batch_size):
-    images = pictures(3)
+    images = smooth_images(3)
     parts = list(relevance_maps(editor, images, INSTRUCTION, seeds=[5, 6, 7], num_samples=2, batch_size=batch_size))
     assert [len(part) for part in parts] == {1: [1, 1, 1], 2: [2, 1], 3: [3], 8: [3]}[batch_size]
-    alone = [maps_of(editor, images[i : i + 1], seeds=[5 + i], num_samples=2) for i in range(3)]
-    torch.testing.assert_close(torch.cat(parts), torch.cat(alone), atol=1e-5, rtol=1e-3)
+    single = [compute_maps(editor, images[i : i + 1], seeds=[5 + i], num_samples=2) for i in range(3)]
+    torch.testing.assert_close(torch.cat(parts), torch.cat(single), atol=1e-5, rtol=1e-3)
 
 
-def test_an_empty_instruction_has_no_relevance(editor):
-    result = maps_of(editor, pictures(2), "")
+def test_an_empty_instruction_has_zero_relevance(editor):
+    result = compute_maps(editor, smooth_images(2), "")
     assert float(result.max()) < 1e-5
     assert not relevance.normalize((result > 1e-5).float()).any()
 
 
 def test_maps_depend_on_seed_noise_level_and_instruction(editor):
-    image = pictures(1)
-    plain = maps_of(editor, image, seeds=[0])
+    image = smooth_images(1)
+    plain = compute_maps(editor, image, seeds=[0])
     others = [
-        maps_of(editor, image, seeds=[1]),
-        maps_of(editor, image, seeds=[0], noise_level=0.5),
-        maps_of(editor, image, "make it snow", seeds=[0]),
+        compute_maps(editor, image, seeds=[1]),
+        compute_maps(editor, image, seeds=[0], noise_level=0.5),
+        compute_maps(editor, image, "make it snow", seeds=[0]),
     ]
-    assert torch.equal(maps_of(editor, image, seeds=[0]), plain)
+    assert torch.equal(compute_maps(editor, image, seeds=[0]), plain)
     assert all(not torch.allclose(other, plain, rtol=0.01) for other in others)
 
 
-def test_the_noise_levels_ends_are_taken(editor):
+def test_extreme_noise_levels_give_finite_maps(editor):
     for level in (0.0001, 0.9999):
-        assert bool(torch.isfinite(maps_of(editor, pictures(1), noise_level=level)).all())
+        assert bool(torch.isfinite(compute_maps(editor, smooth_images(1), noise_level=level)).all())
 
 
-def test_maps_have_the_latents_size_of_the_editing_resolution(editor):
-    assert maps_of(editor, pictures(1, 37, 61)).shape == (1, 4, 8)
-    assert maps_of(editor, pictures(1, 61, 37), resolution=64).shape == (1, 16, 10)
+def test_maps_have_latent_size_at_the_editing_resolution(editor):
+    assert compute_maps(editor, smooth_images(1, 37, 61)).shape == (1, 4, 8)
+    assert compute_maps(editor, smooth_images(1, 61, 37), resolution=64).shape == (1, 16, 10)
 
 
 @pytest.mark.parametrize("scales, branches", [((1.0, 1.0), 1), ((4.0, 1.0), 2), ((4.0, 1.5), 3), ((1.0, 1.5), 3)])
-def test_branches_that_cancel_out_are_left_out(editor, scales, branches, monkeypatch):
-    images, batches = pictures(2), []
+def test_branches_that_cancel_out_are_not_evaluated(editor, scales, branches, monkeypatch):
+    images, batches = smooth_images(2), []
     predict = StableDiffusionEditor.predict_noise
 
-    def counting(self, latents, *arguments):
+    def count_batches(self, latents, *arguments):
         batches.append(len(latents))
         return predict(self, latents, *arguments)
 
-    monkeypatch.setattr(StableDiffusionEditor, "predict_noise", counting)
-    exact = edit(editor, images, all_of(images), settings=EditSettings(*scales, 6))
+    monkeypatch.setattr(StableDiffusionEditor, "predict_noise", count_batches)
+    exact = edit(editor, images, full_mask(images), settings=EditSettings(*scales, 6))
     assert set(batches) == {2 * branches}
-    # All three branches, a hair's breadth away.
-    near = edit(editor, images, all_of(images), settings=EditSettings(scales[0] + 1e-4, scales[1] + 1e-4, 6))
+    # All three branches, with nearly equal scales.
+    near = edit(editor, images, full_mask(images), settings=EditSettings(scales[0] + 1e-4, scales[1] + 1e-4, 6))
     assert set(batches[len(batches) // 2 :]) == {6}
     assert (exact - near).abs().max() < 1e-2

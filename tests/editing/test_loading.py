@@ -1,4 +1,4 @@
-"""From a name to an editor, what is never read, and every sentence of refusal. Full-size networks on the meta device."""
+"""Loading of editors: sources, files read, refusals, instructions, full-size networks on the meta device."""
 
 import json
 import os
@@ -17,11 +17,11 @@ from wys_nerfstudio.utils.errors import WysError
 
 @pytest.fixture
 def copy(editor_folder: Path, tmp_path: Path) -> Path:
-    """The untrained editor, to be damaged."""
+    """A copy of the untrained editor that tests may modify."""
     return shutil.copytree(editor_folder, tmp_path / "editor")
 
 
-def test_an_editor_loads_frozen_in_eval_mode_on_the_cpu_in_full_precision(editor_folder):
+def test_editors_are_loaded_frozen_in_eval_mode_in_fp32(editor_folder):
     editor = load_editor(str(editor_folder))
     assert editor.name == str(editor_folder)
     assert editor.device == torch.device("cpu")
@@ -31,7 +31,7 @@ def test_an_editor_loads_frozen_in_eval_mode_on_the_cpu_in_full_precision(editor
         assert {p.dtype for p in network.parameters()} == {torch.float32}
 
 
-def test_the_noise_schedule_is_the_repositorys_although_the_scheduler_is_of_another_class(editor_folder):
+def test_the_noise_schedule_is_that_of_the_scheduler_config(editor_folder):
     editor = load_editor(str(editor_folder))
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     torch.testing.assert_close(editor.alphas_cumprod.double(), (1 - betas).cumprod(0), atol=1e-5, rtol=1e-4)
@@ -40,7 +40,7 @@ def test_the_noise_schedule_is_the_repositorys_although_the_scheduler_is_of_anot
     assert editor.prediction_type == "epsilon"
 
 
-def test_only_five_parts_are_read_and_never_the_safety_checker(copy):
+def test_only_five_parts_are_read(copy):
     for part in ("safety_checker", "feature_extractor"):
         (copy / part).mkdir()
         for file in ("config.json", "model.safetensors", "preprocessor_config.json"):
@@ -51,27 +51,27 @@ def test_only_five_parts_are_read_and_never_the_safety_checker(copy):
     assert editor.encode_text("make it red").shape == (1, 40, 32)
 
 
-def test_an_editor_folder_is_never_written_to(copy):
+def test_loading_does_not_modify_the_folder(copy):
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
     load_editor(str(copy))
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_folder_without_a_part_is_refused_by_the_parts_name(copy, part):
+def test_a_missing_part_is_reported(copy, part):
     shutil.rmtree(copy / part)
     with pytest.raises(WysError, match=f'editor folder "{copy}" has no {part}: --editor needs an InstructPix2Pix'):
         load_editor(str(copy))
 
 
-def test_all_missing_parts_are_named_together(copy):
+def test_all_missing_parts_are_reported_together(copy):
     shutil.rmtree(copy / "unet")
     shutil.rmtree(copy / "scheduler")
     with pytest.raises(WysError, match="has no unet and no scheduler"):
         load_editor(str(copy))
 
 
-def test_a_checkpoint_that_is_no_instruct_pix2pix_is_refused(tmp_path):
+def test_other_checkpoints_than_instruct_pix2pix_are_refused(tmp_path):
     folder = build_editor_folder(tmp_path / "plain", in_channels=4)
     with pytest.raises(
         WysError, match="is not an InstructPix2Pix checkpoint: its UNet takes 4 input channels, not 8.*--editor"
@@ -96,13 +96,13 @@ def test_an_index_without_a_class_is_refused(copy):
         load_editor(str(copy))
 
 
-def test_an_index_that_is_no_object_is_refused(copy):
+def test_an_index_that_is_not_an_object_is_refused(copy):
     (copy / "model_index.json").write_text("[]")
     with pytest.raises(WysError, match="could not be loaded from its folder: model_index.json is not a JSON object"):
         load_editor(str(copy))
 
 
-def test_without_an_index_an_editor_is_stable_diffusion(copy):
+def test_editors_without_an_index_are_stable_diffusion(copy):
     (copy / "model_index.json").unlink()
     assert type(load_editor(str(copy))) is StableDiffusionEditor
 
@@ -130,23 +130,23 @@ def test_continuous_timesteps_are_refused(copy):
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
-def test_supported_schedulers_have_the_betas_that_are_read(copy, editor_folder, kind):
+def test_supported_schedulers_have_equal_noise_schedules(copy, editor_folder, kind):
     import diffusers
 
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     scheduler = getattr(diffusers, kind)(**schedule)
     shutil.rmtree(copy / "scheduler")
     scheduler.save_pretrained(copy / "scheduler")
-    read, wanted = (load_editor(str(folder)) for folder in (copy, editor_folder))
-    assert torch.equal(read.alphas_cumprod, scheduler.alphas_cumprod)
-    assert read.noise_levels(1.0, 20)[:-1] == wanted.noise_levels(1.0, 20)[:-1]
+    loaded, expected = (load_editor(str(folder)) for folder in (copy, editor_folder))
+    assert torch.equal(loaded.alphas_cumprod, scheduler.alphas_cumprod)
+    assert loaded.noise_levels(1.0, 20)[:-1] == expected.noise_levels(1.0, 20)[:-1]
 
 
-def test_every_editor_is_one_of_the_protocol(editor_folder):
+def test_editors_implement_the_protocol(editor_folder):
     assert isinstance(load_editor(str(editor_folder)), Editor)
 
 
-def test_an_editor_that_predicts_the_image_itself_is_refused(copy):
+def test_sample_prediction_is_refused(copy):
     edit_json(copy / "scheduler" / "scheduler_config.json", prediction_type="sample")
     with pytest.raises(
         WysError, match="has the prediction type sample, which is not supported. Supported: epsilon, v_prediction"
@@ -154,17 +154,17 @@ def test_an_editor_that_predicts_the_image_itself_is_refused(copy):
         load_editor(str(copy))
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "nothing", "a/b/c", "~/no/such/editor"])
-def test_a_folder_that_is_not_there_is_refused(name):
+@pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "missing", "a/b/c", "~/no/such/editor"])
+def test_missing_folders_are_refused(name):
     with pytest.raises(WysError, match=f'no editor folder "{name}": give --editor a folder.*hub id.*"embedded"'):
         load_editor(name)
 
 
-def test_names_of_the_hub_stay_as_they_are():
+def test_hub_ids_are_not_changed():
     assert editor_source("timbrooks/instruct-pix2pix") == "timbrooks/instruct-pix2pix"
 
 
-def test_the_embedded_editor_lies_beside_the_package():
+def test_the_embedded_editor_is_part_of_the_package():
     import wys_nerfstudio
 
     folder = Path(wys_nerfstudio.__file__).parent / "demo" / "editor"
@@ -175,13 +175,13 @@ def test_the_embedded_editor_lies_beside_the_package():
             editor_source(EMBEDDED)
 
 
-def test_an_unreachable_hub_id_names_the_ways_out(monkeypatch, tmp_path):
+def test_a_failed_download_is_reported_with_remedies(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    sentence = (
+    message = (
         'editor "nobody/no-such-editor" could not be loaded from its hub id .is there a network.*--editor embedded'
     )
-    with pytest.raises(WysError, match=sentence):
+    with pytest.raises(WysError, match=message):
         load_editor("nobody/no-such-editor")
 
 
@@ -189,7 +189,7 @@ PICKLES = [("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model
 
 
 @pytest.mark.parametrize(("part", "name"), PICKLES)
-def test_pickled_weights_are_read_only_when_that_is_asked_for(copy, editor_folder, part, name):
+def test_pickled_weights_are_read_only_if_allowed(copy, editor_folder, part, name):
     from safetensors.torch import load_file
 
     (weights,) = (copy / part).glob("*.safetensors")
@@ -197,12 +197,14 @@ def test_pickled_weights_are_read_only_when_that_is_asked_for(copy, editor_folde
     weights.unlink()
     with pytest.raises(WysError, match=f"has its {part} as a pickle .*--pipeline.editor-allow-pickle True"):
         load_editor(str(copy))
-    wanted, read = (getattr(load_editor(str(f), allow_pickle=True), part).state_dict() for f in (editor_folder, copy))
-    assert wanted and all(torch.equal(wanted[key], read[key]) for key in wanted)
+    expected, loaded = (
+        getattr(load_editor(str(f), allow_pickle=True), part).state_dict() for f in (editor_folder, copy)
+    )
+    assert expected and all(torch.equal(expected[key], loaded[key]) for key in expected)
 
 
 @pytest.mark.parametrize(("part", "name"), PICKLES)
-def test_a_pickle_that_runs_something_is_refused_even_when_pickles_are_asked_for(copy, tmp_path, part, name):
+def test_pickles_that_execute_code_are_refused(copy, tmp_path, part, name):
     class Malicious:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "proof"),)
@@ -230,7 +232,7 @@ def test_damaged_configs_are_refused(copy, file):
         load_editor(str(copy))
 
 
-def test_loading_leaves_diffusers_logging_as_it_was(editor_folder, copy):
+def test_loading_restores_the_log_level_of_diffusers(editor_folder, copy):
     from diffusers.utils import logging
 
     shutil.rmtree(copy / "unet")
@@ -254,7 +256,7 @@ def test_precisions_are_resolved():
     assert resolve_dtype("float32", torch.device("cuda")) == torch.float32
 
 
-def test_a_precision_reaches_the_networks_and_results_stay_in_full_precision(editor_folder):
+def test_networks_use_the_dtype_and_results_are_fp32(editor_folder):
     editor = load_editor(str(editor_folder), dtype="bfloat16")
     assert {n.dtype for n in (editor.unet, editor.vae, editor.text_encoder)} == {torch.bfloat16}
     assert editor.alphas_cumprod.dtype == torch.float32
@@ -273,14 +275,14 @@ def editor(editor_folder: Path) -> StableDiffusionEditor:
     return load_editor(str(editor_folder))
 
 
-def test_a_too_long_instruction_is_refused_with_its_number_of_tokens(editor):
-    # 38 letters are 38 tokens here, and start and end are two more.
+def test_overlong_instructions_are_refused(editor):
+    # 38 letters are 38 tokens with this tokenizer, plus start and end tokens.
     assert editor.encode_text("a " * 38).shape == (1, 40, 32)
     with pytest.raises(WysError, match="instruction has 41 tokens, but the text encoder.*takes at most 40: shorten it"):
         editor.encode_text("a " * 39)
 
 
-def test_instructions_have_states_of_their_own_and_keep_them(editor):
+def test_text_encodings_are_distinct_and_reproducible(editor):
     texts = ["make the bear red", "make the ball red", ""]
     first = [editor.encode_text(text) for text in texts]
     assert all(torch.equal(editor.encode_text(text), states) for text, states in zip(texts, first))
@@ -288,7 +290,7 @@ def test_instructions_have_states_of_their_own_and_keep_them(editor):
 
 
 def whole_word_editor(editor: StableDiffusionEditor, folder: Path) -> StableDiffusionEditor:
-    """The editor with a tokenizer that knows four words and nothing smaller."""
+    """Return the editor with a tokenizer whose vocabulary is four whole words and their pieces."""
     from dataclasses import replace
 
     from transformers import CLIPTokenizer
@@ -310,18 +312,18 @@ def whole_word_editor(editor: StableDiffusionEditor, folder: Path) -> StableDiff
     return replace(editor, tokenizer=tokenizer)
 
 
-def test_words_that_a_whole_word_tokenizer_has_never_seen_are_refused_with_those_it_knows(editor, tmp_path):
+def test_unknown_words_of_whole_word_tokenizers_are_refused(editor, tmp_path):
     limited = whole_word_editor(editor, tmp_path)
     assert limited.encode_text("make it red").shape == (1, 40, 32)
     assert limited.encode_text("").shape == (1, 40, 32)
-    # The letters of "tired" are pieces of the words that were seen.
+    # The letters of "tired" are pieces of known words.
     for instruction in ("make it zzz", "make it tired"):
         sentence = f'"{instruction}" has words that the editor .* was not trained on; its words are: (a, )?([a-z]{{2,}}, )*[a-z]{{2,}}[.]'
         with pytest.raises(WysError, match=f"{sentence} .*--editor timbrooks/"):
             limited.encode_text(instruction)
 
 
-def test_a_tokenizer_that_spells_words_out_takes_any_word(editor):
+def test_subword_tokenizers_accept_any_word(editor):
     assert editor.encode_text("make it zzz").shape == (1, 40, 32)
 
 
@@ -330,7 +332,7 @@ def test_a_tokenizer_that_spells_words_out_takes_any_word(editor):
 
 @pytest.fixture(scope="module")
 def full_size() -> StableDiffusionEditor:
-    """timbrooks/instruct-pix2pix without its weights: shapes only."""
+    """timbrooks/instruct-pix2pix on the meta device: shapes without weights."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     with torch.device("meta"):
@@ -360,7 +362,7 @@ def test_the_full_size_editor_has_stable_diffusions_geometry(full_size):
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "wanted"),
+    ("height", "width", "expected"),
     [
         (1080, 1920, (256, 512)),
         (1920, 1080, (512, 256)),
@@ -369,11 +371,11 @@ def test_the_full_size_editor_has_stable_diffusions_geometry(full_size):
         (100, 4000, (64, 512)),
     ],
 )
-def test_editing_sizes_of_the_full_size_editor(full_size, height, width, wanted):
-    assert full_size.editing_size(height, width, full_size.native_resolution) == wanted
+def test_editing_sizes_of_the_full_size_editor(full_size, height, width, expected):
+    assert full_size.editing_size(height, width, full_size.native_resolution) == expected
 
 
-def test_the_full_size_networks_take_and_give_the_right_shapes(full_size):
+def test_shapes_of_the_full_size_networks(full_size):
     with torch.device("meta"):
         latents = full_size.encode(torch.rand(2, 256, 512, 3)).latents
         assert latents.shape == (2, 4, 32, 64)
@@ -383,7 +385,7 @@ def test_the_full_size_networks_take_and_give_the_right_shapes(full_size):
     assert noise.device.type == "meta"
 
 
-def test_sizes_follow_a_unet_of_two_sample_sizes(full_size):
+def test_sizes_of_a_unet_with_two_sample_sizes(full_size):
     from dataclasses import replace
     from types import SimpleNamespace
 

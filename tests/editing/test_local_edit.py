@@ -1,4 +1,4 @@
-"""Local edits of single pictures: against diffusers' own pipeline, under masks, repeatable."""
+"""`edit_image`: comparison with diffusers, masks, seeds, progress, refusals."""
 
 import os
 from dataclasses import replace
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_editor_folder
-from test_edit import pictures
+from test_edit import smooth_images
 
 from wys_nerfstudio import relevance
 from wys_nerfstudio.editing import EMBEDDED, EditSettings, edit_image, load_editor, relevance_maps
@@ -26,13 +26,11 @@ def editor(editor_folder: Path) -> StableDiffusionEditor:
     return load_editor(str(editor_folder))
 
 
-# -------------------------------------------------------------------------------------- against diffusers' own pipeline
+# ----------------------------------------------------------------------------------------- comparison with diffusers
 
 
-def editor_of_random_weights(
-    tmp_path: Path, channels: tuple[int, ...], cross: int, heads: int
-) -> StableDiffusionEditor:
-    """An editor with Stable Diffusion 1.5's types and number of blocks; the text encoder stays a small one."""
+def build_random_editor(tmp_path: Path, channels: tuple[int, ...], cross: int, heads: int) -> StableDiffusionEditor:
+    """Build an editor with the block types and depth of Stable Diffusion 1.5 and a small text encoder."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -61,10 +59,8 @@ def editor_of_random_weights(
     return replace(small, unet=unet, vae=vae, text_encoder=text_encoder)
 
 
-def diffusers_edit(
-    editor: StableDiffusionEditor, picture: torch.Tensor, settings: EditSettings, listing: dict[str, Any]
-):
-    """The edit by diffusers' StableDiffusionInstructPix2PixPipeline and DDIMScheduler, and the timesteps it took."""
+def diffusers_edit(editor: StableDiffusionEditor, image: torch.Tensor, settings: EditSettings, spacing: dict[str, Any]):
+    """Return the edit of diffusers' InstructPix2Pix pipeline with DDIM, and its timesteps."""
     from diffusers import DDIMScheduler, StableDiffusionInstructPix2PixPipeline
 
     betas = 1 - editor.alphas_cumprod / torch.cat([torch.ones(1), editor.alphas_cumprod[:-1]])
@@ -73,15 +69,15 @@ def diffusers_edit(
         prediction_type=editor.prediction_type,
         clip_sample=False,
         set_alpha_to_one=float(editor.final_alpha) == 1,
-        **listing,
+        **spacing,
     )
 
     class Pipeline(StableDiffusionInstructPix2PixPipeline):
-        # Below an image guidance scale of 1, hence at the paper's 0.8, diffusers guides by nothing at all.
+        # diffusers disables guidance for image guidance scales below 1, such as the paper's 0.8.
         do_classifier_free_guidance = True  # type: ignore
 
-    kind = StableDiffusionInstructPix2PixPipeline if settings.image_guidance_scale >= 1 else Pipeline
-    pipeline = kind(
+    pipeline_class = StableDiffusionInstructPix2PixPipeline if settings.image_guidance_scale >= 1 else Pipeline
+    pipeline = pipeline_class(
         vae=editor.vae,
         text_encoder=editor.text_encoder,
         tokenizer=editor.tokenizer,
@@ -93,12 +89,12 @@ def diffusers_edit(
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
-    clean = editor.encode(picture[None]).latents
+    clean = editor.encode(image[None]).latents
     noise = seeded_noise([edit_seed(0, 0)], clean.shape[1:], editor.device)
     alpha = editor.alphas_cumprod[editor.num_train_timesteps - 1]
     edited = pipeline(
         prompt=INSTRUCTION,
-        image=picture[None].permute(0, 3, 1, 2),
+        image=image[None].permute(0, 3, 1, 2),
         num_inference_steps=settings.diffusion_steps,
         guidance_scale=settings.guidance_scale,
         image_guidance_scale=settings.image_guidance_scale,
@@ -108,24 +104,24 @@ def diffusers_edit(
     return edited[0].permute(1, 2, 0), pipeline.scheduler.timesteps.tolist()
 
 
-def equal_listing(steps: int) -> dict[str, Any]:
-    """Diffusers' "leading" timesteps with this offset are ours if 999 is a multiple of the number of steps."""
+def equal_spacing(steps: int) -> dict[str, Any]:
+    """Scheduler options with which diffusers uses the timesteps of `timesteps`; 999 must be a multiple of the steps."""
     assert 999 % steps == 0
     return {"timestep_spacing": "leading", "steps_offset": 999 // steps}
 
 
-def compare(editor: StableDiffusionEditor, picture: torch.Tensor, settings: EditSettings) -> float:
-    """PSNR of our edit at tau 0 to diffusers' at the same timesteps, both ending on timestep 0's level."""
-    ours = replace(editor, final_alpha=editor.alphas_cumprod[0])
-    theirs, listed = diffusers_edit(ours, picture, settings, equal_listing(settings.diffusion_steps))
-    assert listed == timesteps(999, settings.diffusion_steps, 1000)
-    result = edit_image(ours, picture, INSTRUCTION, settings)
+def compare(editor: StableDiffusionEditor, image: torch.Tensor, settings: EditSettings) -> float:
+    """Return the PSNR between the edit at tau 0 and that of diffusers with equal timesteps and final level."""
+    tested = replace(editor, final_alpha=editor.alphas_cumprod[0])
+    expected, used_timesteps = diffusers_edit(tested, image, settings, equal_spacing(settings.diffusion_steps))
+    assert used_timesteps == timesteps(999, settings.diffusion_steps, 1000)
+    result = edit_image(tested, image, INSTRUCTION, settings)
     assert result.mask.all()
-    assert psnr(result.edited, picture) < 30  # there was something to get wrong
-    return psnr(result.edited, theirs)
+    assert psnr(result.edited, image) < 30  # the edit changes the image
+    return psnr(result.edited, expected)
 
 
-def toy_picture() -> torch.Tensor:
+def toy_image() -> torch.Tensor:
     from wys_nerfstudio.demo.training.evaluate_editor import INDEX, render_split
     from wys_nerfstudio.demo.world import VALIDATION_SEEDS
 
@@ -136,31 +132,31 @@ PLAIN = EditSettings(mask_threshold=0.0)
 
 
 @pytest.mark.parametrize("image_guidance_scale", [0.8, 1.5])
-def test_threshold_zero_is_diffusers_own_instruct_pix2pix_on_the_embedded_editor(image_guidance_scale):
+def test_the_embedded_editor_equals_diffusers(image_guidance_scale):
     settings = replace(PLAIN, diffusion_steps=27, image_guidance_scale=image_guidance_scale)
-    assert compare(load_editor(EMBEDDED), toy_picture(), settings) >= 40
+    assert compare(load_editor(EMBEDDED), toy_image(), settings) >= 40
 
 
-def test_diffusers_standard_timesteps_differ_by_no_more_than_rounding():
-    """100 steps, the paper's number: DDIM's "trailing" list is ours but for single units of 1000."""
-    embedded, picture = load_editor(EMBEDDED), toy_picture()
-    theirs, listed = diffusers_edit(embedded, picture, PLAIN, {"timestep_spacing": "trailing"})
-    assert max(abs(a - b) for a, b in zip(listed, timesteps(999, 100, 1000), strict=True)) == 1
-    assert psnr(edit_image(embedded, picture, INSTRUCTION, PLAIN).edited, theirs) >= 40
+def test_trailing_timesteps_of_diffusers_differ_by_rounding():
+    """With the paper's 100 steps, DDIM's "trailing" timesteps differ by at most 1."""
+    embedded, image = load_editor(EMBEDDED), toy_image()
+    expected, used_timesteps = diffusers_edit(embedded, image, PLAIN, {"timestep_spacing": "trailing"})
+    assert max(abs(a - b) for a, b in zip(used_timesteps, timesteps(999, 100, 1000), strict=True)) == 1
+    assert psnr(edit_image(embedded, image, INSTRUCTION, PLAIN).edited, expected) >= 40
 
 
-def test_threshold_zero_is_diffusers_own_instruct_pix2pix_on_stable_diffusions_blocks(tmp_path):
-    random_editor = editor_of_random_weights(tmp_path, (64, 128, 128, 128), 64, 8)
-    assert compare(random_editor, pictures(1, 64, 64)[0], replace(PLAIN, diffusion_steps=3, resolution=64)) >= 40
+def test_stable_diffusion_blocks_equal_diffusers(tmp_path):
+    random_editor = build_random_editor(tmp_path, (64, 128, 128, 128), 64, 8)
+    assert compare(random_editor, smooth_images(1, 64, 64)[0], replace(PLAIN, diffusion_steps=3, resolution=64)) >= 40
 
 
 @pytest.mark.skipif("WYS_FULL_SIZE" not in os.environ, reason="WYS_FULL_SIZE=1: 4 GB of memory, minutes on a CPU")
-def test_threshold_zero_is_diffusers_own_instruct_pix2pix_at_full_size(tmp_path):
-    full = editor_of_random_weights(tmp_path, (320, 640, 1280, 1280), 768, 8)
+def test_the_full_size_editor_equals_diffusers(tmp_path):
+    full = build_random_editor(tmp_path, (320, 640, 1280, 1280), 768, 8)
     assert sum(weights.numel() for weights in full.unet.parameters()) > 8.5e8
-    figure = compare(full, pictures(1, 64, 64)[0], replace(PLAIN, diffusion_steps=3, resolution=64))
-    print(f"PSNR to diffusers' pipeline at full size: {figure:.1f} dB")
-    assert figure >= 40
+    value = compare(full, smooth_images(1, 64, 64)[0], replace(PLAIN, diffusion_steps=3, resolution=64))
+    print(f"PSNR to diffusers' pipeline at full size: {value:.1f} dB")
+    assert value >= 40
 
 
 # ------------------------------------------------------------------------------------------------------------ local edits
@@ -168,8 +164,8 @@ def test_threshold_zero_is_diffusers_own_instruct_pix2pix_at_full_size(tmp_path)
 
 @pytest.mark.parametrize("method", ["local", "sds"])
 @pytest.mark.parametrize(("height", "width"), [(37, 45), (71, 33)])
-def test_outside_its_mask_the_edit_is_the_input_bit_for_bit(editor, method, height, width):
-    image = pictures(1, height, width)[0]
+def test_pixels_outside_the_mask_are_bit_exact(editor, method, height, width):
+    image = smooth_images(1, height, width)[0]
     result = edit_image(editor, image, INSTRUCTION, replace(FEW_STEPS, method=method))
     assert result.mask.any() and not result.mask.all()
     assert torch.equal(result.edited[~result.mask], image[~result.mask])
@@ -177,27 +173,27 @@ def test_outside_its_mask_the_edit_is_the_input_bit_for_bit(editor, method, heig
     assert float(result.edited.min()) >= 0 and float(result.edited.max()) <= 1
 
 
-def test_map_and_mask_are_the_papers_as_scenes_have_them(editor):
-    image = pictures(1, 37, 45)[0]
+def test_map_and_mask_are_computed_as_for_scenes(editor):
+    image = smooth_images(1, 37, 45)[0]
     result = edit_image(editor, image, INSTRUCTION, FEW_STEPS, seed=4)
     raw = next(relevance_maps(editor, image[None], INSTRUCTION, seeds=[edit_seed(4, -1)]))
     assert torch.equal(result.relevance, relevance.resize(relevance.normalize(raw), 37, 45)[0].clamp(0, 1))
     assert torch.equal(result.mask, result.relevance >= 0.4)
 
 
-def test_draws_and_outlier_factor_are_those_that_are_asked_for(editor):
-    image = pictures(1, 37, 45)[0]
+def test_num_samples_and_outlier_factor_are_used(editor):
+    image = smooth_images(1, 37, 45)[0]
     settings = replace(FEW_STEPS, relevance_num_samples=3, relevance_outlier_factor=0.2)
     result = edit_image(editor, image, INSTRUCTION, settings, seed=4)
     raw = next(relevance_maps(editor, image[None], INSTRUCTION, seeds=[edit_seed(4, -1)], num_samples=3))
-    wanted = relevance.upsample(raw, 37, 45, outlier_factor=0.2)[0]
-    assert torch.equal(result.relevance, wanted)
-    assert not torch.equal(wanted, relevance.upsample(raw, 37, 45)[0])
+    expected = relevance.upsample(raw, 37, 45, outlier_factor=0.2)[0]
+    assert torch.equal(result.relevance, expected)
+    assert not torch.equal(expected, relevance.upsample(raw, 37, 45)[0])
 
 
 @pytest.mark.parametrize("method", ["local", "sds"])
-def test_ones_own_mask_is_used(editor, method):
-    image = pictures(1, 37, 45)[0]
+def test_a_given_mask_is_used(editor, method):
+    image = smooth_images(1, 37, 45)[0]
     mask = torch.zeros(37, 45, dtype=torch.bool)
     mask[10:20, 5:40] = True
     result = edit_image(editor, image, INSTRUCTION, replace(FEW_STEPS, method=method), mask=mask)
@@ -207,40 +203,40 @@ def test_ones_own_mask_is_used(editor, method):
 
 
 @pytest.mark.parametrize("method", ["local", "sds"])
-def test_seeds_reproduce(editor, method):
-    image, settings = pictures(1)[0], replace(FEW_STEPS, method=method, mask_threshold=0.0)
-    first, again, other = (edit_image(editor, image, INSTRUCTION, settings, seed=seed) for seed in (3, 3, 4))
-    assert torch.equal(first.edited, again.edited) and torch.equal(first.relevance, again.relevance)
+def test_equal_seeds_give_equal_edits(editor, method):
+    image, settings = smooth_images(1)[0], replace(FEW_STEPS, method=method, mask_threshold=0.0)
+    first, repeated, other = (edit_image(editor, image, INSTRUCTION, settings, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(first.edited, repeated.edited) and torch.equal(first.relevance, repeated.relevance)
     assert not torch.equal(first.edited, other.edited) and not torch.equal(first.relevance, other.relevance)
 
 
 @pytest.mark.parametrize("method", ["local", "sds"])
-def test_progress_is_reported_to_the_end(editor, method):
+def test_progress_is_reported_until_the_end(editor, method):
     seen = []
     settings = replace(FEW_STEPS, method=method, relevance_num_samples=2)
-    edit_image(editor, pictures(1)[0], INSTRUCTION, settings, on_progress=lambda *done: seen.append(done))
+    edit_image(editor, smooth_images(1)[0], INSTRUCTION, settings, on_progress=lambda *done: seen.append(done))
     assert seen == [(3, 6), (4, 6), (5, 6), (6, 6)]
 
 
-def test_where_nothing_is_relevant_nothing_is_edited(editor):
-    image = pictures(1)[0]
+def test_an_empty_mask_returns_the_input(editor):
+    image = smooth_images(1)[0]
     result = edit_image(editor, image, INSTRUCTION, FEW_STEPS, mask=torch.zeros(32, 32, dtype=torch.bool))
     assert torch.equal(result.edited, image)
 
 
-def test_a_gradient_step_is_in_proportion_to_the_guidance_scale(editor):
-    image = pictures(1)[0]
+def test_sds_changes_nothing_at_guidance_scale_zero(editor):
+    image = smooth_images(1)[0]
     settings = replace(FEW_STEPS, method="sds", mask_threshold=0.0, guidance_scale=0.0)
-    still, little = (
+    unchanged, changed = (
         edit_image(editor, image, INSTRUCTION, replace(settings, guidance_scale=scale)).edited for scale in (0.0, 1e-3)
     )
     latents = editor.encode(image[None]).latents
-    torch.testing.assert_close(still, editor.decode(latents)[0], atol=1e-5, rtol=0)
-    assert not torch.equal(still, little)
+    torch.testing.assert_close(unchanged, editor.decode(latents)[0], atol=1e-5, rtol=0)
+    assert not torch.equal(unchanged, changed)
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"mask_threshold": 1.5}, "--mask-threshold must be between 0 and 1"),
         ({"mask_threshold": float("nan")}, "--mask-threshold must be between 0 and 1"),
@@ -251,13 +247,13 @@ def test_a_gradient_step_is_in_proportion_to_the_guidance_scale(editor):
         ({"resolution": 0}, "--resolution must be at least 1"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(editor, changes, words):
-    with pytest.raises(WysError, match=words):
-        edit_image(editor, pictures(1)[0], INSTRUCTION, replace(FEW_STEPS, **changes))
+def test_invalid_settings_are_refused(editor, changes, message):
+    with pytest.raises(WysError, match=message):
+        edit_image(editor, smooth_images(1)[0], INSTRUCTION, replace(FEW_STEPS, **changes))
 
 
-def test_an_empty_instruction_and_a_mask_of_another_size_are_refused(editor):
+def test_empty_instructions_and_wrong_mask_sizes_are_refused(editor):
     with pytest.raises(WysError, match="There is no instruction"):
-        edit_image(editor, pictures(1)[0], "  ")
+        edit_image(editor, smooth_images(1)[0], "  ")
     with pytest.raises(WysError, match="The mask has 31x32 pixels, but the image has 32x32"):
-        edit_image(editor, pictures(1)[0], INSTRUCTION, mask=torch.ones(32, 31, dtype=torch.bool))
+        edit_image(editor, smooth_images(1)[0], INSTRUCTION, mask=torch.ones(32, 31, dtype=torch.bool))

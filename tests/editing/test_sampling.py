@@ -1,4 +1,4 @@
-"""The masked denoising loop: scalar formulas, and denoisers with known results."""
+"""Masked sampling, compared with scalar formulas and on denoisers with known results."""
 
 import math
 
@@ -24,7 +24,7 @@ def level(alpha: float, time: float = 0) -> NoiseLevel:
 
 
 def stable_diffusion_alphas(length: int = 1000) -> torch.Tensor:
-    """The "scaled linear" schedule, multiplied up one by one."""
+    """Return the cumulative alphas of the "scaled linear" schedule, computed in a loop."""
     product, alphas_cumprod = 1.0, []
     for i in range(length):
         beta = (math.sqrt(0.00085) + (math.sqrt(0.012) - math.sqrt(0.00085)) * i / (length - 1)) ** 2
@@ -37,17 +37,17 @@ ALPHAS = stable_diffusion_alphas()
 
 
 def levels_of(steps: list[int], final_alpha: float = 1.0) -> list[NoiseLevel]:
-    """Levels of the given timesteps, and a final one."""
+    """Return the levels of the given timesteps, followed by the final level."""
     return [*(level(float(ALPHAS[t]), t) for t in steps), level(final_alpha)]
 
 
 def split(noise: torch.Tensor, latents: torch.Tensor, at: NoiseLevel) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clean latents and noise of an eps-prediction."""
+    """Return clean latents and noise of an eps-prediction."""
     return (latents - at.noise * noise) / at.signal, noise
 
 
 def step(latents: torch.Tensor, noise: torch.Tensor, at: NoiseLevel, following: NoiseLevel) -> torch.Tensor:
-    """One step without a mask, through the loop itself; `noise` is predicted."""
+    """Perform one step of the loop without a mask, with `noise` as the prediction."""
     return masked_denoise(
         start=(latents - at.noise * noise) / at.signal,
         reference=latents,
@@ -59,7 +59,7 @@ def step(latents: torch.Tensor, noise: torch.Tensor, at: NoiseLevel, following: 
 
 
 def toward(target: torch.Tensor):
-    """Predicts the noise that leads from the target to the latents."""
+    """Return a denoiser whose clean latents are always the target."""
 
     def denoise(latents: torch.Tensor, at: NoiseLevel) -> tuple[torch.Tensor, torch.Tensor]:
         return split((latents - at.signal * target) / at.noise, latents, at)
@@ -68,7 +68,7 @@ def toward(target: torch.Tensor):
 
 
 class Recorder:
-    """A denoiser that depends on place, value and time, and records its arguments."""
+    """A denoiser that depends on value and time and records its arguments."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[torch.Tensor, float]] = []
@@ -85,7 +85,7 @@ def random_case(seed: int = 0, batch: int = 2) -> dict:
     return {"start": start, "reference": reference, "noise": noise, "mask": mask, "target": target}
 
 
-def run(case: dict, denoise, *, mask="its own", start_timestep: int = 700, full_steps: int = 10) -> torch.Tensor:
+def run(case: dict, denoise, *, mask="from the case", start_timestep: int = 700, full_steps: int = 10) -> torch.Tensor:
     return masked_denoise(
         start=case["start"],
         reference=case["reference"],
@@ -97,11 +97,11 @@ def run(case: dict, denoise, *, mask="its own", start_timestep: int = 700, full_
 
 
 def slow_denoise(case: dict, steps: list[int], final_alpha: float) -> torch.Tensor:
-    """The loop element by element, in Python floats."""
+    """Reference of the loop, element by element in Python floats."""
     result = torch.empty_like(case["start"])
-    for place in torch.cartesian_prod(*(torch.arange(n) for n in result.shape)).tolist():
-        b, _, y, x = place
-        z, reference, noise = (float(case[k][tuple(place)]) for k in ("start", "reference", "noise"))
+    for index in torch.cartesian_prod(*(torch.arange(n) for n in result.shape)).tolist():
+        b, _, y, x = index
+        z, reference, noise = (float(case[k][tuple(index)]) for k in ("start", "reference", "noise"))
         z = math.sqrt(ALPHAS[steps[0]]) * z + math.sqrt(1 - ALPHAS[steps[0]]) * noise
         for i, t in enumerate(steps):
             a = float(ALPHAS[t])
@@ -110,9 +110,9 @@ def slow_denoise(case: dict, steps: list[int], final_alpha: float) -> torch.Tens
             clean = (z - math.sqrt(1 - a) * eps) / math.sqrt(a)
             z = math.sqrt(b_) * clean + math.sqrt(1 - b_) * eps
             if not case["mask"][b, y, x]:
-                at_the_end = i + 1 == len(steps)
-                z = reference if at_the_end else math.sqrt(b_) * reference + math.sqrt(1 - b_) * noise
-        result[tuple(place)] = z
+                is_last_step = i + 1 == len(steps)
+                z = reference if is_last_step else math.sqrt(b_) * reference + math.sqrt(1 - b_) * noise
+        result[tuple(index)] = z
     return result
 
 
@@ -123,27 +123,27 @@ def test_add_noise_equals_its_formula(z, eps, a):
     )
 
 
-def test_add_noise_has_its_limits_at_both_ends():
+def test_add_noise_returns_latents_or_noise_at_the_limits():
     z, eps = tensor(0.3, -2.0), tensor(1.0, 0.5)
     assert torch.equal(add_noise(z, eps, level(1.0)), z)
     assert torch.equal(add_noise(z, eps, level(0.0)), eps)
 
 
 @given(numbers, numbers, alphas, alphas)
-def test_a_step_of_the_loop_equals_ddims_formula(z, eps, a, b):
+def test_a_step_equals_the_ddim_formula(z, eps, a, b):
     clean = (z - math.sqrt(1 - a) * eps) / math.sqrt(a)
-    wanted = math.sqrt(b) * clean + math.sqrt(1 - b) * eps
-    assert float(step(tensor(z), tensor(eps), level(a), level(b))) == pytest.approx(wanted, abs=1e-9)
+    expected = math.sqrt(b) * clean + math.sqrt(1 - b) * eps
+    assert float(step(tensor(z), tensor(eps), level(a), level(b))) == pytest.approx(expected, abs=1e-9)
 
 
 @given(numbers, numbers, alphas, alphas)
-def test_a_step_with_the_true_noise_only_changes_the_level(x, eps, a, b):
+def test_a_step_with_the_exact_noise_changes_the_level_only(x, eps, a, b):
     noisy = add_noise(tensor(x), tensor(eps), level(a))
     stepped = step(noisy, tensor(eps), level(a), level(b))
     torch.testing.assert_close(stepped, add_noise(tensor(x), tensor(eps), level(b)), atol=1e-9, rtol=0)
 
 
-def test_a_step_equals_diffusers_ddim():
+def test_a_step_equals_diffusers_ddim_scheduler():
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler(
@@ -152,13 +152,13 @@ def test_a_step_equals_diffusers_ddim():
     scheduler.set_timesteps(10)
     z, eps = torch.randn(2, 1, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     t, following = scheduler.timesteps[3:5].tolist()
-    now, then = (level(float(scheduler.alphas_cumprod[time])) for time in (t, following))
-    theirs = scheduler.step(eps, t, z).prev_sample
-    torch.testing.assert_close(step(z, eps, now, then), theirs)
+    current, next_level = (level(float(scheduler.alphas_cumprod[time])) for time in (t, following))
+    expected = scheduler.step(eps, t, z).prev_sample
+    torch.testing.assert_close(step(z, eps, current, next_level), expected)
 
 
 @given(numbers, numbers, st.floats(0.01, 0.99), st.floats(0.0, 0.99))
-def test_a_step_equals_eulers_formula_for_flow_matching(x, velocity, s, following):
+def test_a_step_equals_the_euler_formula_for_flow_matching(x, velocity, s, following):
     # x_s = (1 - s) x_0 + s eps with v = eps - x_0, hence x_0 = x_s - s v and eps = x_s + (1 - s) v.
     flow = {"clean": x - s * velocity, "noise": x + (1 - s) * velocity}
     result = masked_denoise(
@@ -172,7 +172,7 @@ def test_a_step_equals_eulers_formula_for_flow_matching(x, velocity, s, followin
     assert float(result) == pytest.approx(x + (following - s) * velocity, abs=1e-9)
 
 
-def test_a_step_equals_diffusers_flow_matching_euler():
+def test_a_step_equals_diffusers_flow_match_scheduler():
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler()
@@ -180,10 +180,10 @@ def test_a_step_equals_diffusers_flow_matching_euler():
     x, velocity = torch.randn(2, 1, 4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     s, following = scheduler.sigmas[2:4].tolist()
     scheduler._step_index = 2
-    theirs = scheduler.step(velocity, scheduler.timesteps[2], x, return_dict=False)[0]
+    expected = scheduler.step(velocity, scheduler.timesteps[2], x, return_dict=False)[0]
     clean, noise = x - s * velocity, x + (1 - s) * velocity
-    then = NoiseLevel(1 - following, following, following)
-    torch.testing.assert_close(add_noise(clean, noise, then), theirs.double(), atol=1e-6, rtol=0)
+    next_level = NoiseLevel(1 - following, following, following)
+    torch.testing.assert_close(add_noise(clean, noise, next_level), expected.double(), atol=1e-6, rtol=0)
 
 
 def three_branches(s_t: float, s_i: float) -> list[Branch]:
@@ -195,47 +195,47 @@ def guided(values: "tuple[float, float, float]", s_t: float, s_i: float) -> torc
 
 
 @given(numbers, numbers, numbers, st.floats(0, 15), st.floats(0, 3))
-def test_guidance_of_three_branches_is_instruct_pix2pixs_formula(both, image, neither, s_t, s_i):
-    wanted = neither + s_i * (image - neither) + s_t * (both - image)
-    assert float(guided((both, image, neither), s_t, s_i)) == pytest.approx(wanted, abs=1e-9)
+def test_three_branches_give_the_instruct_pix2pix_formula(both, image, unconditional, s_t, s_i):
+    expected = unconditional + s_i * (image - unconditional) + s_t * (both - image)
+    assert float(guided((both, image, unconditional), s_t, s_i)) == pytest.approx(expected, abs=1e-9)
 
 
 @given(st.lists(st.tuples(numbers, st.floats(0, 10)), min_size=1, max_size=5))
-def test_guidance_is_a_chain_over_any_number_of_branches(values_and_scales):
+def test_guidance_supports_any_number_of_branches(values_and_scales):
     values, scales = zip(*values_and_scales)
     branches = [Branch(True, True, scale) for scale in scales]
-    wanted = values[-1] + sum(s * (a - b) for s, a, b in zip(scales, values, values[1:]))
-    assert float(apply_guidance([tensor(v) for v in values], branches)) == pytest.approx(wanted, abs=1e-9)
+    expected = values[-1] + sum(s * (a - b) for s, a, b in zip(scales, values, values[1:]))
+    assert float(apply_guidance([tensor(v) for v in values], branches)) == pytest.approx(expected, abs=1e-9)
 
 
-def test_guidance_of_one_is_the_full_condition_and_of_zero_none():
+def test_guidance_scales_of_one_and_zero_select_a_branch():
     values = (1.5, -0.25, 4.0)
     assert [float(guided(values, *scales)) for scales in ((1.0, 1.0), (0.0, 1.0), (0.0, 0.0))] == list(values)
 
 
-def test_guidance_is_bit_for_bit_the_three_way_formula_in_float32():
-    both, image, neither = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    wanted = neither + 1.5 * (image - neither) + 7.3 * (both - image)
-    assert torch.equal(apply_guidance([both, image, neither], three_branches(7.3, 1.5)), wanted)
+def test_guidance_is_bit_exact_in_fp32():
+    both, image, unconditional = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = unconditional + 1.5 * (image - unconditional) + 7.3 * (both - image)
+    assert torch.equal(apply_guidance([both, image, unconditional], three_branches(7.3, 1.5)), expected)
 
 
 @given(numbers, numbers, numbers, st.sampled_from([0.0, 1.0, 4.0]), st.sampled_from([0.0, 1.0, 1.5]))
-def test_branches_that_are_dropped_cancel_out(both, image, neither, s_t, s_i):
+def test_omitted_branches_cancel_out(both, image, unconditional, s_t, s_i):
     needed = needed_branches(three_branches(s_t, s_i))
     assert len(needed) == (3 if s_i != 1 else 2 if s_t != 1 else 1)
-    part = apply_guidance([tensor(v) for v in (both, image, neither)[: len(needed)]], needed)
-    assert float(part) == pytest.approx(float(guided((both, image, neither), s_t, s_i)), abs=1e-9)
+    reduced = apply_guidance([tensor(v) for v in (both, image, unconditional)[: len(needed)]], needed)
+    assert float(reduced) == pytest.approx(float(guided((both, image, unconditional), s_t, s_i)), abs=1e-9)
 
 
 @given(numbers, numbers, alphas)
-def test_velocity_stands_for_the_noise(x, eps, a):
+def test_v_to_epsilon_equals_its_formula(x, eps, a):
     noisy = math.sqrt(a) * x + math.sqrt(1 - a) * eps
     velocity = math.sqrt(a) * eps - math.sqrt(1 - a) * x
     assert float(v_to_epsilon(tensor(velocity), tensor(noisy), level(a))) == pytest.approx(eps, abs=1e-9)
 
 
 @given(seed=st.integers(0, 50), start_timestep=st.integers(1, 999), full_steps=st.integers(1, 30))
-def test_the_loop_ends_in_target_inside_and_reference_outside(seed, start_timestep, full_steps):
+def test_results_are_target_inside_and_reference_outside(seed, start_timestep, full_steps):
     case = random_case(seed)
     result = run(case, toward(case["target"]), start_timestep=start_timestep, full_steps=full_steps)
     inside = case["mask"][:, None].expand_as(result)
@@ -243,7 +243,7 @@ def test_the_loop_ends_in_target_inside_and_reference_outside(seed, start_timest
     assert torch.equal(result[~inside], case["reference"][~inside])
 
 
-def test_a_velocity_prediction_ends_in_the_same_target():
+def test_v_prediction_gives_the_same_result():
     case = random_case()
 
     def denoise(latents: torch.Tensor, at: NoiseLevel) -> tuple[torch.Tensor, torch.Tensor]:
@@ -255,14 +255,14 @@ def test_a_velocity_prediction_ends_in_the_same_target():
 
 
 @pytest.mark.parametrize("final_alpha", [1.0, float(ALPHAS[0])])
-def test_the_loop_equals_its_reference_element_by_element(final_alpha):
+def test_the_loop_equals_its_slow_reference(final_alpha):
     case, steps = random_case(3), timesteps(640, 8, 1000)
     arguments = {key: case[key] for key in ("start", "reference", "mask", "noise")}
     result = masked_denoise(**arguments, levels=levels_of(steps, final_alpha), denoise=Recorder())
     torch.testing.assert_close(result, slow_denoise(case, steps, final_alpha), atol=1e-9, rtol=0)
 
 
-def test_each_step_is_reported_when_it_is_done():
+def test_each_finished_step_is_reported():
     case, predictor, seen = random_case(1), Recorder(), []
     arguments = {key: case[key] for key in ("start", "reference", "mask", "noise")}
     masked_denoise(
@@ -272,18 +272,18 @@ def test_each_step_is_reported_when_it_is_done():
     assert seen == [(1, 3, 1), (2, 3, 2), (3, 3, 3)]
 
 
-def test_a_mask_of_everything_is_no_mask():
+def test_a_full_mask_equals_no_mask():
     case = random_case(1)
-    everything = torch.ones_like(case["mask"])
-    assert torch.equal(run(case, Recorder(), mask=everything), run(case, Recorder(), mask=None))
+    full_mask = torch.ones_like(case["mask"])
+    assert torch.equal(run(case, Recorder(), mask=full_mask), run(case, Recorder(), mask=None))
 
 
-def test_a_mask_of_nothing_returns_the_reference():
+def test_an_empty_mask_returns_the_reference():
     case = random_case(1)
     assert torch.equal(run(case, Recorder(), mask=torch.zeros_like(case["mask"])), case["reference"])
 
 
-def test_the_denoiser_gets_the_start_noised_to_the_first_level():
+def test_the_first_input_is_the_start_at_the_first_level():
     case, recorder = random_case(2), Recorder()
     run(case, recorder, start_timestep=700)
     latents, t = recorder.seen[0]
@@ -291,7 +291,7 @@ def test_the_denoiser_gets_the_start_noised_to_the_first_level():
     torch.testing.assert_close(latents, ALPHAS[700].sqrt() * case["start"] + (1 - ALPHAS[700]).sqrt() * case["noise"])
 
 
-def test_the_background_is_the_reference_at_the_level_just_entered():
+def test_the_background_is_the_reference_at_the_current_level():
     case, recorder = random_case(2), Recorder()
     run(case, recorder, start_timestep=700)
     outside = ~case["mask"][:, None].expand_as(case["start"])
@@ -303,29 +303,29 @@ def test_the_background_is_the_reference_at_the_level_just_entered():
         assert not torch.isclose(latents[~outside], background[~outside]).any()
 
 
-def test_images_of_a_batch_do_not_influence_each_other():
+def test_images_of_a_batch_are_independent():
     case = random_case(4, batch=3)
-    together = run(case, Recorder())
+    batch_result = run(case, Recorder())
     for i in range(3):
-        alone = run({key: value[i : i + 1] for key, value in case.items()}, Recorder())
-        assert torch.equal(together[i : i + 1], alone)
+        single_result = run({key: value[i : i + 1] for key, value in case.items()}, Recorder())
+        assert torch.equal(batch_result[i : i + 1], single_result)
 
 
-def test_nothing_that_is_handed_in_is_changed():
+def test_arguments_are_not_modified():
     case = random_case(5)
     before = {key: value.clone() for key, value in case.items()}
     run(case, Recorder())
     assert all(torch.equal(case[key], before[key]) for key in case)
 
 
-def test_seeds_of_edits_differ_and_are_in_torchs_range():
-    drawn = [edit_seed(seed, number) for seed in range(20) for number in range(-100, 400)]
-    assert len(set(drawn)) == len(drawn)
-    assert 0 <= min(drawn) <= max(drawn) < 2**63
+def test_seeds_of_edits_are_distinct_and_in_torchs_range():
+    seeds = [edit_seed(seed, number) for seed in range(20) for number in range(-100, 400)]
+    assert len(set(seeds)) == len(seeds)
+    assert 0 <= min(seeds) <= max(seeds) < 2**63
 
 
 @given(st.integers(-(2**40), 2**40), st.integers(-1000, 1000))
-def test_a_seed_depends_on_nothing_but_run_and_number(seed, number):
+def test_a_seed_depends_on_run_seed_and_number_only(seed, number):
     first = edit_seed(seed, number)
     edit_seed(seed + 1, number), edit_seed(seed, number + 1)
     assert edit_seed(seed, number) == first

@@ -1,4 +1,4 @@
-"""The gradient of eq. 13 and the descent along it, on a toy denoiser whose answers are known."""
+"""The gradient of eq. 13 and gradient descent with it, on toy denoisers with known predictions."""
 
 import math
 
@@ -21,7 +21,7 @@ def at(t: int) -> NoiseLevel:
 
 
 def toy_relevance(latents: torch.Tensor, at: NoiseLevel) -> torch.Tensor:
-    """What the instruction adds to a toy denoiser's prediction; nonlinear, so that differentiating it would show."""
+    """Signed relevance of a toy denoiser; nonlinear, so that its derivative would be detected."""
     return torch.sin(1.3 * latents + at.time / 250)
 
 
@@ -32,49 +32,49 @@ def encode(images: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("t", [20, 500, 980])
-def test_on_latents_the_gradient_is_alpha_over_sigma_times_signed_relevance(t):
+def test_the_gradient_on_latents_equals_its_formula(t):
     latents, noise = random(*LATENTS), random(*LATENTS, seed=1)
     alpha, sigma = math.sqrt(float(ALPHAS[t])), math.sqrt(1 - float(ALPHAS[t]))
-    wanted = alpha / sigma * toy_relevance(alpha * latents + sigma * noise, at(t))
+    expected = alpha / sigma * toy_relevance(alpha * latents + sigma * noise, at(t))
     result = sds_gradient(latents, lambda x: x, toy_relevance, noise, at(t))
-    torch.testing.assert_close(result, wanted, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_through_an_encoder_the_gradient_is_the_signed_relevance_times_finite_differences():
+def test_the_gradient_through_an_encoder_is_correct():
     images, noise, t, step = random(2, 6, 8, 10), random(*LATENTS, seed=1), 600, 1e-5
     alpha, sigma = math.sqrt(float(ALPHAS[t])), math.sqrt(1 - float(ALPHAS[t]))
     vector = alpha / sigma * toy_relevance(alpha * encode(images) + sigma * noise, at(t))
     result = sds_gradient(images, encode, toy_relevance, noise, at(t))
     assert result.shape == images.shape
-    for place in [(0, 0, 0, 0), (0, 3, 5, 7), (1, 2, 4, 1), (1, 5, 7, 9)]:
-        nudge = torch.zeros_like(images)
-        nudge[place] = step
-        slope = (encode(images + nudge) - encode(images - nudge)) / (2 * step)
-        assert float(result[place]) == pytest.approx(float((vector * slope).sum()), rel=1e-6, abs=1e-9)
+    for index in [(0, 0, 0, 0), (0, 3, 5, 7), (1, 2, 4, 1), (1, 5, 7, 9)]:
+        offset = torch.zeros_like(images)
+        offset[index] = step
+        slope = (encode(images + offset) - encode(images - offset)) / (2 * step)
+        assert float(result[index]) == pytest.approx(float((vector * slope).sum()), rel=1e-6, abs=1e-9)
 
 
-def test_the_gradient_neither_needs_nor_leaves_a_graph():
+def test_the_gradient_is_detached():
     with torch.no_grad():
         latents = random(*LATENTS)
         result = sds_gradient(latents, lambda x: x, toy_relevance, latents, at(500))
     assert not result.requires_grad and not latents.requires_grad
 
 
-def test_a_descent_is_its_steps_one_by_one():
+def test_optimization_equals_its_slow_reference():
     start, noise, timesteps, reports = random(*LATENTS), random(3, *LATENTS, seed=1), [900, 500, 100], []
     result = sds_optimize(
         start, None, noise, levels_of(timesteps)[:-1], toy_relevance, 0.02, lambda *done: reports.append(done)
     )
-    wanted = start.clone()
+    expected = start.clone()
     for t, step_noise in zip(timesteps, noise):
         alpha, sigma = math.sqrt(float(ALPHAS[t])), math.sqrt(1 - float(ALPHAS[t]))
-        wanted = wanted - 0.02 * alpha / sigma * toy_relevance(alpha * wanted + sigma * step_noise, at(t))
-    torch.testing.assert_close(result, wanted, rtol=1e-10, atol=1e-12)
+        expected = expected - 0.02 * alpha / sigma * toy_relevance(alpha * expected + sigma * step_noise, at(t))
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12)
     assert reports == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_the_descent_leads_from_what_the_input_shows_to_what_the_instruction_asks_for():
-    """Denoisers that know exactly two pictures: the difference of their noises points from one to the other."""
+def test_optimization_moves_the_input_to_the_target():
+    """Exact denoisers of two images: the difference of their predictions points from one image to the other."""
     start, target = random(*LATENTS), random(*LATENTS, seed=1)
     timesteps = list(range(980, 20, -20))
 
@@ -87,7 +87,7 @@ def test_the_descent_leads_from_what_the_input_shows_to_what_the_instruction_ask
     torch.testing.assert_close(result, target)
 
 
-def test_outside_the_mask_nothing_moves():
+def test_latents_outside_the_mask_do_not_change():
     start, mask = random(*LATENTS), random(2, 4, 5, seed=3) > 0
     noise = random(2, *LATENTS, seed=1)
     result = sds_optimize(start, mask, noise, levels_of([900, 300])[:-1], toy_relevance, 0.1)

@@ -1,4 +1,4 @@
-"""InstructPix2Pix of Stable Diffusion XL behind the same functions: against diffusers' own pipeline, with tiny random parts."""
+"""InstructPix2Pix of Stable Diffusion XL, with tiny random networks, compared with diffusers."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ INSTRUCTION = "turn the bear into a panda"
 
 
 def build_sdxl_folder(folder: Path, *, empty_text_is_zero: bool = True) -> Path:
-    """Writes an untrained SDXL InstructPix2Pix with the layout and class names of its repositories."""
+    """Write an untrained SDXL InstructPix2Pix with the layout and class names of the public repositories."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -56,11 +56,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_sdxl_folder(tmp_path_factory.mktemp("sdxl") / "editor")
 
 
-def diffusers_edit(folder: Path, editor: SdxlEditor, picture: torch.Tensor, settings: EditSettings) -> torch.Tensor:
+def diffusers_edit(folder: Path, editor: SdxlEditor, image: torch.Tensor, settings: EditSettings) -> torch.Tensor:
     from diffusers import DDIMScheduler, StableDiffusionXLInstructPix2PixPipeline
 
     pipeline: Any = StableDiffusionXLInstructPix2PixPipeline.from_pretrained(folder, add_watermarker=False)
-    # With this listing diffusers takes our timesteps: 999, 666, 333.
+    # With these options the timesteps are equal: 999, 666, 333.
     pipeline.scheduler = DDIMScheduler.from_config(
         pipeline.scheduler.config,
         timestep_spacing="leading",
@@ -69,11 +69,11 @@ def diffusers_edit(folder: Path, editor: SdxlEditor, picture: torch.Tensor, sett
         set_alpha_to_one=False,
     )
     pipeline.set_progress_bar_config(disable=True)
-    clean = editor.encode(picture[None]).latents
+    clean = editor.encode(image[None]).latents
     noise = seeded_noise([edit_seed(0, 0)], clean.shape[1:], editor.device)
     alpha = editor.alphas_cumprod[-1]
     edited = pipeline(
-        prompt=INSTRUCTION, image=picture[None].permute(0, 3, 1, 2), height=picture.shape[0], width=picture.shape[1],
+        prompt=INSTRUCTION, image=image[None].permute(0, 3, 1, 2), height=image.shape[0], width=image.shape[1],
         num_inference_steps=3, guidance_scale=settings.guidance_scale, image_guidance_scale=settings.image_guidance_scale,
         negative_prompt=None, latents=alpha.sqrt() * clean + (1 - alpha).sqrt() * noise, output_type="pt",
     ).images  # fmt: skip
@@ -82,30 +82,30 @@ def diffusers_edit(folder: Path, editor: SdxlEditor, picture: torch.Tensor, sett
 
 
 @pytest.mark.parametrize("empty_text_is_zero", [True, False])
-def test_threshold_zero_is_diffusers_own_sdxl_pipeline(tmp_path: Path, empty_text_is_zero: bool) -> None:
+def test_threshold_zero_equals_diffusers_sdxl_pipeline(tmp_path: Path, empty_text_is_zero: bool) -> None:
     folder = build_sdxl_folder(tmp_path / "editor", empty_text_is_zero=empty_text_is_zero)
     editor = load_editor(str(folder))
     assert isinstance(editor, SdxlEditor) and editor.empty_text_is_zero is empty_text_is_zero
-    picture = torch.rand(32, 32, 3, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(32, 32, 3, generator=torch.Generator().manual_seed(0))
     settings = EditSettings(7.5, 1.5, 3, mask_threshold=0.0)
-    ours = edit_image(editor, picture, INSTRUCTION, settings).edited
-    theirs = diffusers_edit(folder, editor, picture, settings)
-    assert psnr(ours, theirs) > 40
-    assert psnr(ours, picture) < 30, "the edit did something"
+    edited = edit_image(editor, image, INSTRUCTION, settings).edited
+    expected = diffusers_edit(folder, editor, image, settings)
+    assert psnr(edited, expected) > 40
+    assert psnr(edited, image) < 30, "the edit must change the image"
 
 
-def test_the_kinds_of_empty_text_differ_and_give_other_maps(folder: Path, tmp_path: Path) -> None:
-    pictures = torch.rand(2, 32, 32, 3, generator=torch.Generator().manual_seed(0))
+def test_zero_and_encoded_empty_text_give_different_maps(folder: Path, tmp_path: Path) -> None:
+    images = torch.rand(2, 32, 32, 3, generator=torch.Generator().manual_seed(0))
     zero, encoded = (
         load_editor(str(path)) for path in (folder, build_sdxl_folder(tmp_path / "e", empty_text_is_zero=False))
     )
     assert not zero.encode_text("").any() and encoded.encode_text("").any()
     assert torch.equal(zero.encode_text(INSTRUCTION), encoded.encode_text(INSTRUCTION))
-    first, second = (next(relevance_maps(e, pictures, INSTRUCTION, seeds=[1, 2])) for e in (zero, encoded))
+    first, second = (next(relevance_maps(e, images, INSTRUCTION, seeds=[1, 2])) for e in (zero, encoded))
     assert first.shape == (2, 8, 8) and not torch.allclose(first, second)
 
 
-def test_sizes_are_told_to_the_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_unet_is_conditioned_on_the_image_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     editor, seen = load_editor(str(folder)), []
     forward = editor.unet.forward
     monkeypatch.setattr(
@@ -119,14 +119,14 @@ def test_sizes_are_told_to_the_network(folder: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("part", ["text_encoder_2", "tokenizer_2"])
-def test_a_missing_part_is_named(folder: Path, tmp_path: Path, part: str) -> None:
+def test_a_missing_part_is_reported(folder: Path, tmp_path: Path, part: str) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
     shutil.rmtree(copy / part)
     with pytest.raises(WysError, match=f"has no {part}: --editor needs"):
         load_editor(str(copy))
 
 
-def test_without_its_model_index_an_sdxl_editor_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_an_sdxl_editor_without_model_index_is_refused(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "model_index.json").unlink()
     with pytest.raises(WysError, match="other than text .text_time.*or of SDXL with its model_index.json"):

@@ -1,4 +1,4 @@
-"""Timesteps of a Stable Diffusion denoising run, and the noise levels that come of them."""
+"""Timesteps and noise levels of Stable Diffusion sampling."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ starts = st.integers(2, 2000).flatmap(lambda total: st.tuples(st.integers(1, tot
 
 
 @given(starts, st.integers(1, 200))
-def test_timesteps_fall_strictly_from_the_start_to_at_least_one(start_and_total, full_steps):
+def test_timesteps_decrease_from_the_start_to_at_least_one(start_and_total, full_steps):
     start, total = start_and_total
     steps = timesteps(start, full_steps, total)
     assert steps[0] == start
@@ -23,7 +23,7 @@ def test_timesteps_fall_strictly_from_the_start_to_at_least_one(start_and_total,
 
 
 @given(starts, st.integers(1, 200))
-def test_the_number_of_timesteps_is_in_proportion_to_the_noise(start_and_total, full_steps):
+def test_the_number_of_timesteps_is_proportional_to_the_noise(start_and_total, full_steps):
     start, total = start_and_total
     count = len(timesteps(start, full_steps, total))
     share = full_steps * start / total
@@ -46,13 +46,13 @@ def test_timesteps_of_known_starts():
     assert timesteps(800, 4, 1000) == [800, 534, 267]
 
 
-def test_a_run_has_a_single_step_if_there_is_little_noise_or_one_step_in_all():
+def test_low_noise_or_one_step_gives_a_single_timestep():
     assert timesteps(1, 100, 1000) == [1]
     assert timesteps(10, 20, 1000) == [10]
     assert timesteps(999, 1, 1000) == [999]
 
 
-def test_more_steps_than_noise_takes_every_timestep():
+def test_excess_steps_give_every_timestep():
     assert timesteps(7, 1000, 10) == [7, 6, 5, 4, 3, 2, 1]
 
 
@@ -68,7 +68,7 @@ def test_less_than_one_diffusion_step_is_refused(full_steps):
         timesteps(500, full_steps, 1000)
 
 
-def test_noise_levels_are_those_of_the_timesteps(editor_folder: Path):
+def test_noise_levels_match_the_timesteps(editor_folder: Path):
     editor = load_editor(str(editor_folder))
     for strength, start in ((1.0, 999), (0.5, 500), (0.0, 1)):
         levels, steps = editor.noise_levels(strength, 20), timesteps(start, 20, 1000)
@@ -80,6 +80,6 @@ def test_noise_levels_are_those_of_the_timesteps(editor_folder: Path):
         assert (levels[-1].signal, levels[-1].noise) == (1, 0)
 
 
-def test_the_level_of_a_map_is_a_timestep_in_range(editor_folder: Path):
+def test_noise_levels_of_maps_are_valid_timesteps(editor_folder: Path):
     editor = load_editor(str(editor_folder))
     assert [editor.noise_level(share).time for share in (0.0001, 0.8, 0.9999)] == [0, 800, 999]
