@@ -179,16 +179,16 @@ def test_images_keep_their_size(editor, height, width):
 
 
 def test_unet_inputs_are_noised_render_and_captured_view(editor):
-    captured, render, mask, seen = smooth_images(1), smooth_images(1, seed=1), some_mask(1), []
-    hook = editor.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:1].clone()))
+    captured, render, mask, unet_inputs = smooth_images(1), smooth_images(1, seed=1), some_mask(1), []
+    hook = editor.unet.register_forward_pre_hook(lambda _, inputs: unet_inputs.append(inputs[0][:1].clone()))
     edit(editor, render, mask, reference=captured, seeds=[3])
     hook.remove()
     noise = seeded_noise([3], (4, 8, 8), editor.device)
     start, reference = editor.encode(render), editor.encode(captured)
     expected_timesteps = timesteps(700, SETTINGS.diffusion_steps, 1000)
-    assert len(seen) == len(expected_timesteps) > 2
+    assert len(unet_inputs) == len(expected_timesteps) > 2
     outside = ~relevance.latent_mask(mask, 8, 8)[:, None].expand_as(noise)
-    for i, (inputs, t) in enumerate(zip(seen, expected_timesteps)):
+    for i, (inputs, t) in enumerate(zip(unet_inputs, expected_timesteps)):
         torch.testing.assert_close(inputs[:, 4:], reference.condition, atol=1e-5, rtol=0)  # the condition is not scaled
         clean = (reference if i else start).latents
         expected = editor.alphas_cumprod[t].sqrt() * clean + (1 - editor.alphas_cumprod[t]).sqrt() * noise

@@ -212,10 +212,10 @@ def test_equal_seeds_give_equal_edits(editor, method):
 
 @pytest.mark.parametrize("method", ["local", "sds"])
 def test_progress_is_reported_until_the_end(editor, method):
-    seen = []
+    reports = []
     settings = replace(FEW_STEPS, method=method, relevance_num_samples=2)
-    edit_image(editor, smooth_images(1)[0], INSTRUCTION, settings, on_progress=lambda *done: seen.append(done))
-    assert seen == [(3, 6), (4, 6), (5, 6), (6, 6)]
+    edit_image(editor, smooth_images(1)[0], INSTRUCTION, settings, on_progress=lambda *done: reports.append(done))
+    assert reports == [(3, 6), (4, 6), (5, 6), (6, 6)]
 
 
 def test_an_empty_mask_returns_the_input(editor):

@@ -71,10 +71,10 @@ class Recorder:
     """A denoiser that depends on value and time and records its arguments."""
 
     def __init__(self) -> None:
-        self.seen: list[tuple[torch.Tensor, float]] = []
+        self.calls: list[tuple[torch.Tensor, float]] = []
 
     def __call__(self, latents: torch.Tensor, at: NoiseLevel) -> tuple[torch.Tensor, torch.Tensor]:
-        self.seen.append((latents.clone(), at.time))
+        self.calls.append((latents.clone(), at.time))
         return split(torch.sin(latents * 1.7 + at.time / 300), latents, at)
 
 
@@ -263,13 +263,13 @@ def test_the_loop_equals_its_slow_reference(final_alpha):
 
 
 def test_each_finished_step_is_reported():
-    case, predictor, seen = random_case(1), Recorder(), []
+    case, predictor, reports = random_case(1), Recorder(), []
     arguments = {key: case[key] for key in ("start", "reference", "mask", "noise")}
     masked_denoise(
         **arguments, levels=levels_of([500, 300, 1]), denoise=predictor,
-        report=lambda done, total: seen.append((done, total, len(predictor.seen))),
+        report=lambda done, total: reports.append((done, total, len(predictor.calls))),
     )  # fmt: skip
-    assert seen == [(1, 3, 1), (2, 3, 2), (3, 3, 3)]
+    assert reports == [(1, 3, 1), (2, 3, 2), (3, 3, 3)]
 
 
 def test_a_full_mask_equals_no_mask():
@@ -286,7 +286,7 @@ def test_an_empty_mask_returns_the_reference():
 def test_the_first_input_is_the_start_at_the_first_level():
     case, recorder = random_case(2), Recorder()
     run(case, recorder, start_timestep=700)
-    latents, t = recorder.seen[0]
+    latents, t = recorder.calls[0]
     assert t == 700
     torch.testing.assert_close(latents, ALPHAS[700].sqrt() * case["start"] + (1 - ALPHAS[700]).sqrt() * case["noise"])
 
@@ -295,8 +295,8 @@ def test_the_background_is_the_reference_at_the_current_level():
     case, recorder = random_case(2), Recorder()
     run(case, recorder, start_timestep=700)
     outside = ~case["mask"][:, None].expand_as(case["start"])
-    assert [t for _, t in recorder.seen] == [700, 600, 500, 400, 300, 200, 100]
-    for latents, t in recorder.seen[1:]:
+    assert [t for _, t in recorder.calls] == [700, 600, 500, 400, 300, 200, 100]
+    for latents, t in recorder.calls[1:]:
         alpha = float(ALPHAS[t])
         background = math.sqrt(alpha) * case["reference"] + math.sqrt(1 - alpha) * case["noise"]
         assert torch.equal(latents[outside], background[outside])

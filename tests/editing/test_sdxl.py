@@ -32,10 +32,10 @@ def build_sdxl_folder(folder: Path, *, empty_text_is_zero: bool = True) -> Path:
         addition_time_embed_dim=8, projection_class_embeddings_input_dim=24 + 6 * 8, use_linear_projection=True,
     ).save_pretrained(folder / "unet")  # fmt: skip
     config = json.loads((folder / "text_encoder" / "config.json").read_text())
-    known = {key: config[key] for key in ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id")}
+    shared = {key: config[key] for key in ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id")}
     sizes = {"num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
-    CLIPTextModel(CLIPTextConfig(**known, **sizes, hidden_size=32)).save_pretrained(folder / "text_encoder")
-    second = CLIPTextConfig(**known, **sizes, hidden_size=48, projection_dim=24)
+    CLIPTextModel(CLIPTextConfig(**shared, **sizes, hidden_size=32)).save_pretrained(folder / "text_encoder")
+    second = CLIPTextConfig(**shared, **sizes, hidden_size=48, projection_dim=24)
     CLIPTextModelWithProjection(second).save_pretrained(folder / "text_encoder_2")
     shutil.copytree(folder / "tokenizer", folder / "tokenizer_2")
     index = json.loads((folder / "model_index.json").read_text())
@@ -106,14 +106,14 @@ def test_zero_and_encoded_empty_text_give_different_maps(folder: Path, tmp_path:
 
 
 def test_the_unet_is_conditioned_on_the_image_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    editor, seen = load_editor(str(folder)), []
+    editor, calls = load_editor(str(folder)), []
     forward = editor.unet.forward
     monkeypatch.setattr(
-        editor.unet, "forward", lambda *args, **kwargs: (seen.append(kwargs), forward(*args, **kwargs))[1]
+        editor.unet, "forward", lambda *args, **kwargs: (calls.append(kwargs), forward(*args, **kwargs))[1]
     )
     latents = torch.zeros(2, 4, 6, 8)
     editor.predict_noise(latents, editor.noise_level(0.5), latents, editor.encode_text(INSTRUCTION).expand(2, -1, -1))
-    (kwargs,) = seen
+    (kwargs,) = calls
     assert kwargs["added_cond_kwargs"]["time_ids"].tolist() == [[24, 32, 0, 0, 24, 32]] * 2
     assert kwargs["added_cond_kwargs"]["text_embeds"].shape == (2, 24)
 

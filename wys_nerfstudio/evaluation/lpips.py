@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from wys_nerfstudio.utils.errors import WysError
 
 MIN_LPIPS_PATCH = 32
-"""Smallest side in pixels: AlexNet pools smaller images to nothing."""
+"""Minimum side length in pixels: AlexNet's pooling layers reduce smaller images to zero size."""
 
 
 class Lpips(nn.Module):

@@ -42,7 +42,7 @@ def load_latents(images: Path, codes: Path) -> Latents:
 
 
 def draw_pairs(count: int, generator: torch.Generator) -> Int[Tensor, "count 2"]:
-    """Sample two edits per scene. Every third pair recolors ball and block alike, so that only the named object differs."""
+    """Sample two edits per scene. Every third pair recolors ball and block with one color: only the object differs."""
     colors = list(NAMED_COLORS)
     others = [INDEX[s] for s in ("panda", "polar-bear", "hat", "hat", "sunglasses", "sunglasses", "snow", "night")]
     others += [NO_CHANGE, -1, -1]

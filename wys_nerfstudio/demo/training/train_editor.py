@@ -153,20 +153,20 @@ class Trainer:
         scenes = torch.randint(len(part.codes), (count,), generator=draw).repeat_interleave(2)
         edits = draw_pairs(count, draw).flatten()
         chance = torch.rand(2 * count, generator=draw)
-        no_text, no_image, nothing = chance < 0.10, (chance >= 0.10) & (chance < 0.15), chance >= 0.95
+        drop_text, drop_image, drop_both = chance < 0.10, (chance >= 0.10) & (chance < 0.15), chance >= 0.95
         variants = torch.rand(2 * count, generator=draw).tolist()
-        rows = [len(EDITS) if drop else int(e) for e, drop in zip(edits, no_text | nothing)]
+        rows = [len(EDITS) if drop else int(e) for e, drop in zip(edits, drop_text | drop_both)]
         tokens = torch.stack([self.tokens[r][int(u * len(self.tokens[r]))] for r, u in zip(rows, variants)])
         target_edits = edits
         if self.options.empty_means == "no change":
-            target_edits = torch.where(no_text, NO_CHANGE, edits)
+            target_edits = torch.where(drop_text, NO_CHANGE, edits)
         # More samples at high noise levels, where the edited region is determined and relevance is computed.
         u = torch.rand(count, generator=draw).repeat_interleave(2)
         timestep = (u**0.65 * MAX_TIMESTEP).long().clamp_max(MAX_TIMESTEP - 1)
         # Some noised latents are of the unedited image, as in a relevance map and at the start of a local edit. Then both
         # samples of a scene have the same input and differ in the instruction only.
         from_before = (torch.rand(count, generator=draw) < self.options.from_before).repeat_interleave(2)
-        from_before &= (timestep >= FROM_BEFORE_TIMESTEP) & ~no_image & ~nothing
+        from_before &= (timestep >= FROM_BEFORE_TIMESTEP) & ~drop_image & ~drop_both
 
         before = part.codes[scenes, NO_CHANGE].float()
         scale = self.vae.config["scaling_factor"]
@@ -176,7 +176,7 @@ class Trainer:
         noised = torch.where(from_before.view(-1, 1, 1, 1), before * scale, after)
         noised = alpha.sqrt() * noised + (1 - alpha).sqrt() * noise
         target = (alpha.sqrt() * noised - after) / (1 - alpha).sqrt()
-        before = torch.where((no_image | nothing).view(-1, 1, 1, 1), 0.0, before)
+        before = torch.where((drop_image | drop_both).view(-1, 1, 1, 1), 0.0, before)
         local = torch.tensor([edit.kind in LOCAL_KINDS for edit in EDITS])[edits]
         changed = part.changed[scenes, edits] & local.view(-1, 1, 1)
         # Pixels that the other edit of the pair changes get the same weight: they must stay unchanged.
@@ -189,7 +189,7 @@ class Trainer:
             target=target,
             weight=1 + 3.0 * changed[:, None],
             segmentation=torch.stack([*objects, part.changed[scenes, edits]], 1).float(),
-            complete=~(no_text | no_image | nothing),
+            complete=~(drop_text | drop_image | drop_both),
         )
 
     def train_step(self, data: Sequence[Latents], factor: float) -> float:
