@@ -351,7 +351,7 @@ def full_size() -> StableDiffusionEditor:
             latent_channels=4,
             sample_size=256,
         )
-        alphas_cumprod = torch.linspace(1, 0, 1000)
+    alphas_cumprod = torch.linspace(1, 0, 1000)
     return StableDiffusionEditor("full", unet, vae, None, None, alphas_cumprod, alphas_cumprod[0], "epsilon")
 
 
