@@ -1,8 +1,8 @@
-"""What is wrong with the input is said in one sentence at once: through the real command line, in this process.
+"""Invalid input is refused in one sentence before training starts; the real command line runs in this process.
 
     pytest tests/test_bad_input.py -rP | grep '^case'
 
-prints the table.
+prints each case with its exit code and message.
 """
 
 import json
@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
@@ -49,44 +49,57 @@ TINY = [
 SIZE = {"width": 24, "height": 20, "views": 6}
 
 
-class Began(Exception):
-    """The run came as far as its first step."""
+class TrainingStarted(Exception):
+    """Raised in place of the first training step."""
 
 
-class Desk:
-    """A user's folder, with everything in order: what a case spoils, it spoils in a copy."""
+class CliCase:
+    """A valid command line and the files that it names; a test case makes one part invalid.
 
-    def __init__(self, folder: Path, editor: Path, run: Path) -> None:
-        self.folder, self.finished = folder, run
+    Args:
+        folder: Empty folder for the files.
+        editor: Folder of a valid editor, shared by all cases.
+        finished_run: Folder of a finished run, shared by all cases.
+    """
+
+    def __init__(self, folder: Path, editor: Path, finished_run: Path) -> None:
+        self.folder, self.finished_run = folder, finished_run
         self.scene = write_ring_scene(folder / "scene", **SIZE)
         self.editor = str(editor)
-        self.instruction = "make the ball blue"
+        self.instruction: Optional[str] = "make the ball blue"
 
     def arguments(self, *extra: object) -> list[str]:
-        """A command line that works, but for what a case has done."""
+        """Return the arguments of ns-train."""
         fixed = ["wys-tiny", "--data", self.scene, "--output-dir", self.folder / "out", "--editor", self.editor, *TINY]
         typed = [] if self.instruction is None else ["--instruction", self.instruction]
         return [str(argument) for argument in (*fixed, *typed, *extra)]
 
-    # ------------------------------------------------------------------------------------------------------- spoiling
-
-    def meta(self, change: Callable[[dict], object]) -> None:
-        """Changes the scene's transforms.json."""
+    def change_scene(self, change: Callable[[dict], object]) -> None:
+        """Change the content of transforms.json."""
         path = self.scene / "transforms.json"
         meta = json.loads(path.read_text())
         change(meta)
         path.write_text(json.dumps(meta))
 
-    def picture(self, content: bytes) -> None:
+    def write_image(self, content: bytes) -> None:
+        """Replace the file of one image."""
         (self.scene / "images" / "frame_003.png").write_bytes(content)
 
-    def recipe(self, text: str) -> list[object]:
+    def write_recipe(self, text: str) -> list[object]:
+        """Write a recipe and return its arguments."""
         (self.folder / "recipe.yaml").write_text(text)
         return ["--recipe", self.folder / "recipe.yaml"]
 
-    def run(self, change: Callable[[dict[str, Any]], object] = lambda checkpoint: None, nerfacto: bool = False) -> Path:
-        """A copy of a finished run whose checkpoint is changed."""
-        run = shutil.copytree(self.finished, self.folder / "run")
+    def copy_run(
+        self, change: Callable[[dict[str, Any]], object] = lambda checkpoint: None, nerfacto: bool = False
+    ) -> Path:
+        """Copy the finished run and change its checkpoint.
+
+        Args:
+            change: Function that modifies the checkpoint.
+            nerfacto: Whether the copy is a nerfacto run.
+        """
+        run = shutil.copytree(self.finished_run, self.folder / "run")
         path = newest_checkpoint(run / "nerfstudio_models")
         assert path is not None
         checkpoint = read_checkpoint(path)
@@ -102,75 +115,85 @@ class Desk:
                 other.unlink()
         return run
 
-    def masks(self, count: int = 6) -> Path:
+    def write_masks(self, count: int = 6) -> Path:
+        """Write white masks for the first views."""
         (self.folder / "masks").mkdir()
         for i in range(count):
             Image.new("L", (24, 20), 255).save(self.folder / "masks" / f"frame_{i:03d}.png")
         return self.folder / "masks"
 
-    def own_editor(self) -> Path:
+    def copy_editor(self) -> Path:
+        """Copy the editor and use the copy."""
         self.editor = str(shutil.copytree(self.editor, self.folder / "editor"))
         return Path(self.editor)
 
 
 @pytest.fixture(scope="module")
-def finished(editor_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short run, from the same command line that is spoiled below."""
+def finished_run(editor_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run of the valid command line."""
     folder = tmp_path_factory.mktemp("finished")
-    desk = Desk(folder, editor_folder, folder)
+    cli_case = CliCase(folder, editor_folder, folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["ns-train", *desk.arguments("--timestamp=run")])
+        patch.setattr(sys, "argv", ["ns-train", *cli_case.arguments("--timestamp=run")])
         train.entrypoint()
     (run,) = folder.glob("out/*/*/run")
     return run
 
 
 @pytest.fixture
-def desk(tmp_path: Path, editor_folder: Path, finished: Path) -> Desk:
-    return Desk(tmp_path, editor_folder, finished)
+def cli_case(tmp_path: Path, editor_folder: Path, finished_run: Path) -> CliCase:
+    return CliCase(tmp_path, editor_folder, finished_run)
 
 
 @pytest.fixture
-def refused(desk: Desk, monkeypatch, capsys, request) -> Callable[[list[str]], str]:
-    """Types a command line and returns the sentence that it is refused with."""
+def no_training(monkeypatch) -> None:
+    """Training raises `TrainingStarted`."""
 
-    def began(trainer: WysTrainer) -> None:
-        raise Began
+    def start(trainer: WysTrainer) -> None:
+        raise TrainingStarted
 
-    monkeypatch.setattr(WysTrainer, "train", began)
+    monkeypatch.setattr(WysTrainer, "train", start)
 
-    def type_it(arguments: list[str]) -> str:
-        before = sorted(desk.folder.rglob("*"))
+
+@pytest.fixture
+def refusal(cli_case: CliCase, no_training, monkeypatch, capsys, request) -> Callable[[list[str]], str]:
+    """Run a command line that must be refused, and return the error message."""
+
+    def run(arguments: list[str]) -> str:
+        before = set(cli_case.folder.rglob("*"))
         monkeypatch.setattr(sys, "argv", ["ns-train", *arguments])
-        with pytest.raises(SystemExit) as ending:
+        with pytest.raises(SystemExit) as error:
             train.entrypoint()
-        said, code = capsys.readouterr().err, ending.value.code
-        assert "Traceback" not in said
-        left = {path.relative_to(desk.folder) for path in desk.folder.rglob("*")} - {
-            path.relative_to(desk.folder) for path in before
-        }
-        assert left <= {Path("out")}, f"left behind: {sorted(map(str, left))}"
-        if code == 2:  # tyro's own, about a value of another type or an option that it does not know
-            sentence = " ".join(said.replace("│", " ").split())
+        stderr, code = capsys.readouterr().err, error.value.code
+        assert "Traceback" not in stderr
+        created = set(cli_case.folder.rglob("*")) - before
+        assert created <= {cli_case.folder / "out"}, f"left behind: {sorted(map(str, created))}"
+        if code == 2:  # of tyro, for an unknown option or a value of another type
+            message = " ".join(stderr.replace("│", " ").split())
         else:
             assert isinstance(code, str) and code.startswith("wys: ") and len(code.splitlines()) == 1, code
-            sentence = code
-        print(f"case\t{request.node.callspec.id}\t{code if code == 2 else 1}\t{sentence}")
-        return sentence
+            message = code
+        print(f"case\t{request.node.callspec.id}\t{code if code == 2 else 1}\t{message}")
+        return message
 
-    return type_it
+    return run
 
 
-def test_the_command_line_that_is_spoiled_below_works(desk, monkeypatch):
-    monkeypatch.setattr(WysTrainer, "train", lambda trainer: (_ for _ in ()).throw(Began))
-    monkeypatch.setattr(sys, "argv", ["ns-train", *desk.arguments()])
-    with pytest.raises(Began):
+def test_the_unchanged_command_line_is_accepted(cli_case, no_training, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ns-train", *cli_case.arguments()])
+    with pytest.raises(TrainingStarted):
         train.entrypoint()
 
 
-def case(name: str, spoil: Callable[[Desk], object], sentence: str):
-    """A case: what is done to the desk; it may return further arguments."""
-    return pytest.param(spoil, sentence, id=name)
+def case(name: str, invalidate: Callable[[CliCase], object], message: str):
+    """Return the parameters of one case.
+
+    Args:
+        name: Test id.
+        invalidate: Function that makes one part of the command line invalid; a list that it returns holds further arguments.
+        message: Regular expression of the expected error message.
+    """
+    return pytest.param(invalidate, message, id=name)
 
 
 def frame(meta: dict) -> dict:
@@ -178,51 +201,51 @@ def frame(meta: dict) -> dict:
 
 
 SCENES = [
-    case("no scene folder", lambda d: shutil.rmtree(d.scene), 'There is no data at ".*scene": give --data'),
-    case("empty scene folder", lambda d: (shutil.rmtree(d.scene), d.scene.mkdir()) and None,
+    case("no scene folder", lambda c: shutil.rmtree(c.scene), 'There is no data at ".*scene": give --data'),
+    case("empty scene folder", lambda c: (shutil.rmtree(c.scene), c.scene.mkdir()) and None,
          'There is no ".*transforms.json": ns-process-data writes it'),
-    case("broken JSON", lambda d: (d.scene / "transforms.json").write_text("{"), "is not valid JSON"),
-    case("JSON of another kind", lambda d: (d.scene / "transforms.json").write_text("[1]"), "is not a capture"),
-    case("binary instead of JSON", lambda d: (d.scene / "transforms.json").write_bytes(b"\xff\xfe\x00"), "is not valid JSON"),
-    case("JSON too deep", lambda d: (d.scene / "transforms.json").write_text("[" * 100000), "is not valid JSON"),
-    case("no frames key", lambda d: d.meta(lambda m: m.pop("frames")), 'no list of "frames"'),
-    case("empty frames", lambda d: d.meta(lambda m: m.update(frames=[])), 'no list of "frames"'),
-    case("frame is no mapping", lambda d: d.meta(lambda m: m.update(frames=[3])), 'no list of "frames"'),
-    case("frame without file", lambda d: d.meta(lambda m: frame(m).pop("file_path")), 'frame 3 has no "file_path"'),
-    case("frame without matrix", lambda d: d.meta(lambda m: frame(m).pop("transform_matrix")),
+    case("broken JSON", lambda c: (c.scene / "transforms.json").write_text("{"), "is not valid JSON"),
+    case("JSON list", lambda c: (c.scene / "transforms.json").write_text("[1]"), "is not a capture"),
+    case("binary instead of JSON", lambda c: (c.scene / "transforms.json").write_bytes(b"\xff\xfe\x00"), "is not valid JSON"),
+    case("deeply nested JSON", lambda c: (c.scene / "transforms.json").write_text("[" * 100000), "is not valid JSON"),
+    case("no frames key", lambda c: c.change_scene(lambda m: m.pop("frames")), 'no list of "frames"'),
+    case("empty frames", lambda c: c.change_scene(lambda m: m.update(frames=[])), 'no list of "frames"'),
+    case("frame is not a mapping", lambda c: c.change_scene(lambda m: m.update(frames=[3])), 'no list of "frames"'),
+    case("frame without file", lambda c: c.change_scene(lambda m: frame(m).pop("file_path")), 'frame 3 has no "file_path"'),
+    case("frame without matrix", lambda c: c.change_scene(lambda m: frame(m).pop("transform_matrix")),
          '"transform_matrix" of images/frame_003.png is not 4 x 4 finite numbers'),
-    case("NaN in a matrix", lambda d: d.meta(lambda m: frame(m)["transform_matrix"][0].__setitem__(3, math.nan)),
+    case("NaN in a matrix", lambda c: c.change_scene(lambda m: frame(m)["transform_matrix"][0].__setitem__(3, math.nan)),
          "is not 4 x 4 finite numbers"),
-    case("infinite matrix", lambda d: d.meta(lambda m: frame(m)["transform_matrix"][0].__setitem__(3, math.inf)),
+    case("infinite matrix", lambda c: c.change_scene(lambda m: frame(m)["transform_matrix"][0].__setitem__(3, math.inf)),
          "is not 4 x 4 finite numbers"),
-    case("3 x 3 matrix", lambda d: d.meta(lambda m: frame(m).update(transform_matrix=[[1, 0, 0]] * 3)),
+    case("3 x 3 matrix", lambda c: c.change_scene(lambda m: frame(m).update(transform_matrix=[[1, 0, 0]] * 3)),
          "is not 4 x 4 finite numbers"),
-    case("no focal length", lambda d: d.meta(lambda m: m.pop("fl_x")), 'neither the top level nor the frame .* has "fl_x"'),
-    case("focal length of zero", lambda d: d.meta(lambda m: m.update(fl_y=0)), '"fl_y" of .* has the invalid value 0'),
-    case("focal length is a word", lambda d: d.meta(lambda m: m.update(fl_x="50mm")), '"fl_x" of .* has the invalid value "50mm"'),
-    case("NaN distortion", lambda d: d.meta(lambda m: m.update(k1=math.nan)), '"k1" of .* has the invalid value NaN'),
-    case("negative width", lambda d: d.meta(lambda m: m.update(w=-24)), '"w" of .* has the invalid value -24'),
-    case("unknown camera", lambda d: d.meta(lambda m: m.update(camera_model="PINHOLE9")), "unknown camera_model PINHOLE9. Supported: "),
-    case("missing picture", lambda d: (d.scene / "images" / "frame_003.png").unlink(), "no image .*frame_003.png"),
-    case("empty picture", lambda d: d.picture(b""), r'frame_003.png" \(0 bytes\) cannot be read as an image'),
-    case("text instead of a picture", lambda d: d.picture(b"no picture"), r"\(10 bytes\) cannot be read as an image"),
-    case("half a picture", lambda d: d.picture((d.scene / "images" / "frame_002.png").read_bytes()[:100]),
+    case("no focal length", lambda c: c.change_scene(lambda m: m.pop("fl_x")), 'neither the top level nor the frame .* has "fl_x"'),
+    case("focal length of zero", lambda c: c.change_scene(lambda m: m.update(fl_y=0)), '"fl_y" of .* has the invalid value 0'),
+    case("focal length is text", lambda c: c.change_scene(lambda m: m.update(fl_x="50mm")), '"fl_x" of .* has the invalid value "50mm"'),
+    case("NaN distortion", lambda c: c.change_scene(lambda m: m.update(k1=math.nan)), '"k1" of .* has the invalid value NaN'),
+    case("negative width", lambda c: c.change_scene(lambda m: m.update(w=-24)), '"w" of .* has the invalid value -24'),
+    case("unknown camera model", lambda c: c.change_scene(lambda m: m.update(camera_model="PINHOLE9")), "unknown camera_model PINHOLE9. Supported: "),
+    case("missing image", lambda c: (c.scene / "images" / "frame_003.png").unlink(), "no image .*frame_003.png"),
+    case("empty image", lambda c: c.write_image(b""), r'frame_003.png" \(0 bytes\) cannot be read as an image'),
+    case("text instead of an image", lambda c: c.write_image(b"plain text"), r"\(10 bytes\) cannot be read as an image"),
+    case("truncated image", lambda c: c.write_image((c.scene / "images" / "frame_002.png").read_bytes()[:100]),
          r'frame_003.png" \(100 bytes\) cannot be read as an image'),
-    case("pictures of two sizes",
-         lambda d: Image.new("RGB", (12, 10)).save(d.scene / "images" / "frame_003.png"), "All views must have one size"),
-    case("no downscaled pictures", lambda d: ["nerfstudio-data", "--downscale-factor", "2"],
+    case("images of two sizes",
+         lambda c: Image.new("RGB", (12, 10)).save(c.scene / "images" / "frame_003.png"), "All views must have one size"),
+    case("no downscaled images", lambda c: ["nerfstudio-data", "--downscale-factor", "2"],
          "There is no image .*images_2/frame_000.png"),
-    case("masks for some frames only", lambda d: d.meta(lambda m: frame(m).update(mask_path="images/frame_003.png")),
+    case("masks for some frames only", lambda c: c.change_scene(lambda m: frame(m).update(mask_path="images/frame_003.png")),
          "The data at .* cannot be read .AssertionError: Different number of image and mask"),
-    case("split that names no frame", lambda d: d.meta(lambda m: m.update(train_filenames=["nothing.png"])),
+    case("split without frames", lambda c: c.change_scene(lambda m: m.update(train_filenames=["nothing.png"])),
          "The data at .* cannot be read .RuntimeError: Some filenames for split train were not found"),
-    case("another format", lambda d: ["blender-data", "--data", d.scene], "The data at .* cannot be read"),
+    case("scene of another format", lambda c: ["blender-data", "--data", c.scene], "The data at .* cannot be read"),
 ]  # fmt: skip
 
 MASKS = ["--localization", "masks", "--pipeline.masks-dir"]
 OPTIONS = [
     *(
-        case(f"{option} {value}", lambda d, option=option, value=value: [f"--{option}", value], f"--{option} must be")
+        case(f"{option} {value}", lambda c, option=option, value=value: [f"--{option}", value], f"--{option} must be")
         for option, values in {
             "guidance-scale": ["nan", "inf", "-1"],
             "image-guidance-scale": ["nan", "-0.5"],
@@ -256,187 +279,182 @@ OPTIONS = [
         }.items()
         for value in values
     ),
-    case("near above far", lambda d: ["--pipeline.model.near-plane=9", "--pipeline.model.far-plane=3"], "must be below"),
-    case("noise levels the wrong way round", lambda d: ["--pipeline.min-strength=0.9", "--pipeline.max-strength=0.2"],
+    case("near above far", lambda c: ["--pipeline.model.near-plane=9", "--pipeline.model.far-plane=3"], "must be below"),
+    case("minimum strength above maximum", lambda c: ["--pipeline.min-strength=0.9", "--pipeline.max-strength=0.2"],
          "swap them"),
-    case("too few samplings", lambda d: ["--pipeline.model.num-proposal-iterations=2"], "needs 2 numbers, one per"),
-    case("threshold is a word", lambda d: ["--mask-threshold", "abc"], "mask-threshold"),
-    case("unknown option", lambda d: ["--mask-treshold", "0.5"], "mask-treshold"),
-    case("unknown localization", lambda d: ["--localization", "magic"], "localization"),
-    case("field without localising", lambda d: ["--pipeline.localize-steps=0"], "needs --pipeline.localize-steps above 0"),
-    case("patches larger than views", lambda d: ["--pipeline.model.lpips-loss-mult=1", "--pipeline.model.lpips-weights",
-         d.folder / "none.pth", "--pipeline.datamanager.edit-patch-size=8"], "edit-patch-size must be at least 32"),
-    case("two devices", lambda d: ["--machine.num-devices=2"], "num-devices is 2, but this machine has 0 CUDA devices"),
-    case("no device", lambda d: ["--machine.num-devices=0"], "num-devices is 0, but this machine has 0 CUDA devices"),
-    case("two machines", lambda d: ["--machine.num-machines=2"], "A scene is trained on one machine"),
-    case("editor device that is not there", lambda d: ["--pipeline.editor-device=cuda:7"], 'no device "cuda:7": --pipeline.editor-device can be cpu'),
-    case("editor device of no kind", lambda d: ["--pipeline.editor-device=gpu"], 'no device "gpu": --pipeline.editor-device can be cpu'),
-    case("one caption", lambda d: ["--pipeline.caption-after", "a panda"], "go together"),
-    case("normals", lambda d: ["--pipeline.model.predict-normals=True"], "is not supported"),
-    case("not all views in memory", lambda d: ["--pipeline.datamanager.train-num-images-to-sample-from=2"],
+    case("too few proposal samples", lambda c: ["--pipeline.model.num-proposal-iterations=2"], "needs 2 numbers, one per"),
+    case("threshold is text", lambda c: ["--mask-threshold", "abc"], "mask-threshold"),
+    case("unknown option", lambda c: ["--mask-treshold", "0.5"], "mask-treshold"),
+    case("unknown localization", lambda c: ["--localization", "magic"], "localization"),
+    case("field without localize steps", lambda c: ["--pipeline.localize-steps=0"], "needs --pipeline.localize-steps above 0"),
+    case("patches larger than views", lambda c: ["--pipeline.model.lpips-loss-mult=1", "--pipeline.model.lpips-weights",
+         c.folder / "none.pth", "--pipeline.datamanager.edit-patch-size=8"], "edit-patch-size must be at least 32"),
+    case("two devices on a machine without any", lambda c: ["--machine.num-devices=2"], "num-devices is 2, but this machine has 0 CUDA devices"),
+    case("zero devices", lambda c: ["--machine.num-devices=0"], "num-devices is 0, but this machine has 0 CUDA devices"),
+    case("two machines", lambda c: ["--machine.num-machines=2"], "A scene is trained on one machine"),
+    case("missing editor device", lambda c: ["--pipeline.editor-device=cuda:7"], 'no device "cuda:7": --pipeline.editor-device can be cpu'),
+    case("unknown kind of editor device", lambda c: ["--pipeline.editor-device=gpu"], 'no device "gpu": --pipeline.editor-device can be cpu'),
+    case("one caption", lambda c: ["--pipeline.caption-after", "a panda"], "go together"),
+    case("normals", lambda c: ["--pipeline.model.predict-normals=True"], "is not supported"),
+    case("not all views in memory", lambda c: ["--pipeline.datamanager.train-num-images-to-sample-from=2"],
          "All views are edited"),
-    case("masks without a folder", lambda d: ["--localization=masks"], "go together"),
-    case("folder without masks", lambda d: ["--pipeline.masks-dir", d.scene], "go together"),
-    case("masks folder that is not there", lambda d: [*MASKS, d.folder / "none"], "no mask for the view frame_000.png"),
-    case("a mask is missing", lambda d: [*MASKS, d.masks(3)], "no mask for the view frame_003.png"),
-    case("a mask is no picture", lambda d: ((d.masks() / "frame_003.png").write_bytes(b"x"), [*MASKS, d.folder / "masks"])[1],
+    case("masks without a folder", lambda c: ["--localization=masks"], "go together"),
+    case("folder without masks", lambda c: ["--pipeline.masks-dir", c.scene], "go together"),
+    case("missing masks folder", lambda c: [*MASKS, c.folder / "none"], "no mask for the view frame_000.png"),
+    case("missing mask", lambda c: [*MASKS, c.write_masks(3)], "no mask for the view frame_003.png"),
+    case("mask is not an image", lambda c: ((c.write_masks() / "frame_003.png").write_bytes(b"x"), [*MASKS, c.folder / "masks"])[1],
          r'masks/frame_003.png" \(1 bytes\) cannot be read as an image'),
-    case("no instruction", lambda d: setattr(d, "instruction", None), "There is no instruction"),
-    case("blank instruction", lambda d: setattr(d, "instruction", " \t "), "There is no instruction"),
-    case("instruction too long", lambda d: setattr(d, "instruction", " ".join(WORDS * 3)),
+    case("no instruction", lambda c: setattr(c, "instruction", None), "There is no instruction"),
+    case("blank instruction", lambda c: setattr(c, "instruction", " \t "), "There is no instruction"),
+    case("instruction too long", lambda c: setattr(c, "instruction", " ".join(WORDS * 3)),
          r"The instruction has \d+ tokens, but the text encoder of .* takes at most 40: shorten it"),
-    case("non-Latin words for the embedded editor", lambda d: (setattr(d, "editor", "embedded"),
-         setattr(d, "instruction", "снег")) and None, "has words that the editor .embedded. was not trained on"),
-    case("prompt and instruction", lambda d: ["--prompt", "make it red"], "--prompt and --instruction are the same option"),
+    case("unknown words for the embedded editor", lambda c: (setattr(c, "editor", "embedded"),
+         setattr(c, "instruction", "снег")) and None, "has words that the editor .embedded. was not trained on"),
+    case("prompt and instruction", lambda c: ["--prompt", "make it red"], "--prompt and --instruction are the same option"),
 ]  # fmt: skip
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefghi", "bcdefghij")
 )
 RECIPES = [
-    case("no recipe", lambda d: ["--recipe", d.folder / "none.yaml"], "cannot be read: give --recipe a YAML file"),
-    case("recipe is a folder", lambda d: ["--recipe", d.scene], "cannot be read: give --recipe a YAML file"),
-    case("recipe is no YAML", lambda d: d.recipe("a: [1"), "is not valid YAML"),
-    case("recipe is a list", lambda d: d.recipe("- a\n- b"), 'must consist of lines "option: value"'),
-    case("recipe is empty", lambda d: d.recipe(""), 'must consist of lines "option: value"'),
-    case("recipe with an unknown option", lambda d: d.recipe("mask-treshold: 0.5"), "has an unknown option of ns-train"),
-    case("recipe with a value of another type", lambda d: d.recipe("mask-threshold: high"), "or an invalid value"),
-    case("recipe out of range", lambda d: ["--recipe", _range_recipe(d)], "--pipeline.edit-every must be at least 1, not 0"),
-    case("recipe with a nested value", lambda d: d.recipe("mask-threshold: {a: 1}"), 'must consist of lines "option: value"'),
-    case("recipe that names a recipe", lambda d: d.recipe("recipe: other.yaml"), "refers to another recipe"),
-    case("YAML bomb", lambda d: d.recipe(BOMB), 'must consist of lines "option: value"'),
-    case("YAML that would run code", lambda d: d.recipe('a: !!python/object/apply:os.mkdir ["/tmp/x"]'), "is not valid YAML"),
-    case("YAML too deep", lambda d: d.recipe("[" * 20000), "is not valid YAML"),
+    case("missing recipe", lambda c: ["--recipe", c.folder / "none.yaml"], "cannot be read: give --recipe a YAML file"),
+    case("recipe is a folder", lambda c: ["--recipe", c.scene], "cannot be read: give --recipe a YAML file"),
+    case("recipe is not YAML", lambda c: c.write_recipe("a: [1"), "is not valid YAML"),
+    case("recipe is a list", lambda c: c.write_recipe("- a\n- b"), 'must consist of lines "option: value"'),
+    case("recipe is empty", lambda c: c.write_recipe(""), 'must consist of lines "option: value"'),
+    case("recipe with an unknown option", lambda c: c.write_recipe("mask-treshold: 0.5"), "has an unknown option of ns-train"),
+    case("recipe with a value of another type", lambda c: c.write_recipe("mask-threshold: high"), "or an invalid value"),
+    case("recipe with a value out of range", lambda c: c.write_recipe("pipeline.edit-every: 0"), "--pipeline.edit-every must be at least 1, not 0"),
+    case("recipe with a nested value", lambda c: c.write_recipe("mask-threshold: {a: 1}"), 'must consist of lines "option: value"'),
+    case("recipe with a recipe", lambda c: c.write_recipe("recipe: other.yaml"), "refers to another recipe"),
+    case("YAML bomb", lambda c: c.write_recipe(BOMB), 'must consist of lines "option: value"'),
+    case("YAML with a Python call", lambda c: c.write_recipe('a: !!python/object/apply:os.mkdir ["/tmp/x"]'), "is not valid YAML"),
+    case("deeply nested YAML", lambda c: c.write_recipe("[" * 20000), "is not valid YAML"),
 ]  # fmt: skip
 
 
-def _range_recipe(desk: Desk) -> Path:
-    (desk.folder / "range.yaml").write_text("pipeline.edit-every: 0\n")
-    return desk.folder / "range.yaml"
+def base(cli_case: CliCase, change: Callable[[dict[str, Any]], object], nerfacto: bool = True) -> list[object]:
+    return ["--base-run", cli_case.copy_run(change, nerfacto)]
 
 
-def base(desk: Desk, change: Callable[[dict[str, Any]], object], nerfacto: bool = True) -> list[object]:
-    return ["--base-run", desk.run(change, nerfacto)]
-
-
-def rename(checkpoint: dict[str, Any]) -> None:
+def rename_weight(checkpoint: dict[str, Any]) -> None:
     key = next(key for key in checkpoint["pipeline"] if "mlp_head" in key)
     checkpoint["pipeline"][key.replace("mlp_head", "head_mlp")] = checkpoint["pipeline"].pop(key)
 
 
-def fewer_views(checkpoint: dict[str, Any]) -> None:
+def drop_view(checkpoint: dict[str, Any]) -> None:
     key = next(key for key in checkpoint["pipeline"] if "embedding_appearance" in key)
     checkpoint["pipeline"][key] = checkpoint["pipeline"][key][:-1]
 
 
-def other_backend(checkpoint: dict[str, Any]) -> None:
+def use_tiny_cuda_nn(checkpoint: dict[str, Any]) -> None:
     checkpoint["pipeline"]["_model.field.mlp_base.model.params"] = torch.zeros(10)
 
 
-def other_method(checkpoint: dict[str, Any]) -> None:
+def use_splatfacto(checkpoint: dict[str, Any]) -> None:
     checkpoint["pipeline"] = {"_model.gauss_params.means": torch.zeros(5, 3)}
 
 
-def half(desk: Desk, everything: bool) -> list[object]:
-    run = shutil.copytree(desk.finished, desk.folder / "run")
+def truncate(cli_case: CliCase, length: int) -> Path:
+    """Truncate all checkpoints of a run."""
+    run = shutil.copytree(cli_case.finished_run, cli_case.folder / "run")
     for path in (run / "nerfstudio_models").glob("*.ckpt"):
-        path.write_bytes(path.read_bytes()[: 1000 if everything else 0])
-    return ["--load-dir" if everything else "--base-run", run]
+        path.write_bytes(path.read_bytes()[:length])
+    return run
 
 
-def without_poses(desk: Desk) -> list[object]:
-    run = desk.run()
+def change_scale(cli_case: CliCase) -> list[object]:
+    run = cli_case.copy_run()
     file = run / "dataparser_transforms.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "scale": 9.0}))
     return ["--base-run", run]
 
 
 RUNS = [
-    case("base run that is not there", lambda d: ["--base-run", d.folder / "none"], "No checkpoint found in .*--base-run takes"),
-    case("base run without a checkpoint", lambda d: ["--base-run", d.scene], "No checkpoint found in .*--base-run takes"),
-    case("base run of another method", lambda d: base(d, other_method), "is not a scene of this shape"),
-    case("base run of other views", lambda d: base(d, fewer_views), "trained on 5 views and this data has 6"),
-    case("base run of another backend", lambda d: base(d, other_backend), "with tiny-cuda-nn, whose weights only"),
-    case("base run with renamed keys", lambda d: base(d, rename), "is not a scene of this shape: .*head"),
-    case("base run that saw other poses", without_poses, "has its cameras in another place or scale"),
+    case("missing base run", lambda c: ["--base-run", c.folder / "none"], "No checkpoint found in .*--base-run takes"),
+    case("base run without a checkpoint", lambda c: ["--base-run", c.scene], "No checkpoint found in .*--base-run takes"),
+    case("base run of another method", lambda c: base(c, use_splatfacto), "is not a scene of this shape"),
+    case("base run of other views", lambda c: base(c, drop_view), "trained on 5 views and this data has 6"),
+    case("base run of another backend", lambda c: base(c, use_tiny_cuda_nn), "with tiny-cuda-nn, whose weights only"),
+    case("base run with renamed keys", lambda c: base(c, rename_weight), "is not a scene of this shape: .*head"),
+    case("base run with another scale", change_scale, "has its cameras in another place or scale"),
     case("base run with edited views of other data",
-         lambda d: base(d, lambda c: c["wys"]["views"].update(size=[9, 9]), nerfacto=False), "edited views of that run"),
-    case("base run of an empty checkpoint", lambda d: half(d, everything=False), "could not be read"),
-    case("half a checkpoint to resume", lambda d: half(d, everything=True), "could not be read"),
-    case("resume without a state", lambda d: ["--load-dir", d.run(lambda c: c.pop("wys"))], "cannot be resumed from"),
-    case("resume with a damaged state", lambda d: ["--load-dir", d.run(lambda c: c["wys"].update(plan=3))],
+         lambda c: base(c, lambda checkpoint: checkpoint["wys"]["views"].update(size=[9, 9]), nerfacto=False), "edited views of that run"),
+    case("base run of an empty checkpoint", lambda c: ["--base-run", truncate(c, 0)], "could not be read"),
+    case("resume from a truncated checkpoint", lambda c: ["--load-dir", truncate(c, 1000)], "could not be read"),
+    case("resume without a state", lambda c: ["--load-dir", c.copy_run(lambda checkpoint: checkpoint.pop("wys"))], "cannot be resumed from"),
+    case("resume with a damaged state", lambda c: ["--load-dir", c.copy_run(lambda checkpoint: checkpoint["wys"].update(schedule=3))],
          "cannot be resumed from"),
-    case("resume of a step that is not there", lambda d: ["--load-dir", d.finished, "--load-step=3"],
+    case("resume from a missing step", lambda c: ["--load-dir", c.finished_run, "--load-step=3"],
          "No checkpoint of step 3 found in .*--load-step can be 4"),
-    case("resume of a finished run", lambda d: ["--load-dir", d.finished], "The run is finished: it has 5 of 5 steps"),
-    case("resume with another instruction", lambda d: (setattr(d, "instruction", "make it snow"),
-         ["--load-dir", d.finished])[1], "resumes a run whose instruction is"),
-    case("nerfacto to resume and a base", lambda d: ["--load-dir", d.run(nerfacto=True), "--base-run", d.finished],
+    case("resume of a finished run", lambda c: ["--load-dir", c.finished_run], "The run is finished: it has 5 of 5 steps"),
+    case("resume with another instruction", lambda c: (setattr(c, "instruction", "make it snow"),
+         ["--load-dir", c.finished_run])[1], "resumes a run whose instruction is"),
+    case("resume from nerfacto with a base run", lambda c: ["--load-dir", c.copy_run(nerfacto=True), "--base-run", c.finished_run],
          "give one of them"),
 ]  # fmt: skip
 
 
-def shorten(desk: Desk, part: str) -> None:
-    (weights,) = (desk.own_editor() / part).glob("*.safetensors")
+def truncate_weights(cli_case: CliCase, part: str) -> None:
+    (weights,) = (cli_case.copy_editor() / part).glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:1000])
 
 
-def pickle_only(desk: Desk) -> None:
-    (weights,) = (desk.own_editor() / "unet").glob("*.safetensors")
+def rename_to_pickle(cli_case: CliCase) -> None:
+    (weights,) = (cli_case.copy_editor() / "unet").glob("*.safetensors")
     weights.rename(weights.with_suffix(".bin"))
 
 
 EDITORS = [
-    case("editor folder that is not there", lambda d: setattr(d, "editor", str(d.folder / "none")), "no editor folder"),
-    case("editor without a part", lambda d: shutil.rmtree(d.own_editor() / "vae"), 'has no vae: --editor needs'),
-    case("editor with an empty part", lambda d: [p.unlink() for p in (d.own_editor() / "unet").iterdir()] and None,
+    case("missing editor folder", lambda c: setattr(c, "editor", str(c.folder / "none")), "no editor folder"),
+    case("editor without a part", lambda c: shutil.rmtree(c.copy_editor() / "vae"), 'has no vae: --editor needs'),
+    case("editor with an empty part", lambda c: [p.unlink() for p in (c.copy_editor() / "unet").iterdir()] and None,
          "could not be loaded from its folder"),
-    case("editor half downloaded", lambda d: shorten(d, "unet"), "could not be loaded from its folder"),
-    case("text encoder half downloaded", lambda d: shorten(d, "text_encoder"), "could not be loaded from its folder"),
-    case("editor with pickled weights", pickle_only, "as a pickle .* only: .*--pipeline.editor-allow-pickle"),
-    case("editor with a broken config", lambda d: (d.own_editor() / "unet" / "config.json").write_text("{") and None,
+    case("editor with truncated weights", lambda c: truncate_weights(c, "unet"), "could not be loaded from its folder"),
+    case("text encoder with truncated weights", lambda c: truncate_weights(c, "text_encoder"), "could not be loaded from its folder"),
+    case("editor with pickled weights", rename_to_pickle, "as a pickle .* only: .*--pipeline.editor-allow-pickle"),
+    case("editor with a broken config", lambda c: (c.copy_editor() / "unet" / "config.json").write_text("{") and None,
          "could not be loaded from its folder"),
-    case("editor without a vocabulary", lambda d: [p.unlink() for p in (d.own_editor() / "tokenizer").iterdir()] and None,
+    case("editor without a vocabulary", lambda c: [p.unlink() for p in (c.copy_editor() / "tokenizer").iterdir()] and None,
          "is incomplete: it has "),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("spoil", "sentence"), [*SCENES, *OPTIONS, *RECIPES, *RUNS, *EDITORS])
-def test_what_is_wrong_is_said_in_one_sentence_before_anything_begins(desk, refused, spoil, sentence):
-    extra = spoil(desk)
-    said = refused(desk.arguments(*(extra if isinstance(extra, list) else [])))
-    assert re.search(sentence, said), said
+@pytest.mark.parametrize(("invalidate", "message"), [*SCENES, *OPTIONS, *RECIPES, *RUNS, *EDITORS])
+def test_invalid_input_is_refused_before_training_starts(cli_case, refusal, invalidate, message):
+    extra = invalidate(cli_case)
+    printed = refusal(cli_case.arguments(*(extra if isinstance(extra, list) else [])))
+    assert re.search(message, printed), printed
 
 
-def in_the_way(desk: Desk) -> list[object]:
-    (desk.folder / "file").touch()
-    return ["--output-dir", desk.folder / "file" / "out"]
+def file_as_output_folder(cli_case: CliCase) -> list[object]:
+    (cli_case.folder / "file").touch()
+    return ["--output-dir", cli_case.folder / "file" / "out"]
 
 
-def existing(desk: Desk) -> list[object]:
-    folder = desk.folder / "out" / "scene" / "wys-tiny" / "run"
-    shutil.copytree(desk.finished, folder)
+def existing_run(cli_case: CliCase) -> list[object]:
+    shutil.copytree(cli_case.finished_run, cli_case.folder / "out" / "scene" / "wys-tiny" / "run")
     return ["--timestamp=run"]
 
 
 @pytest.mark.parametrize(
-    ("spoil", "sentence"),
+    ("invalidate", "message"),
     [
-        case("output folder that cannot be made", in_the_way, "folder .* cannot be written: .*--output-dir"),
+        case("output folder cannot be created", file_as_output_folder, "folder .* cannot be written: .*--output-dir"),
         case(
-            "a run of this name is there", existing, 'There is a run in ".*run" already: to resume, type .*--load-dir'
+            "run of this name exists", existing_run, 'There is a run in ".*run" already: to resume, type .*--load-dir'
         ),
     ],
 )
-def test_an_output_folder_that_will_not_do_is_refused(desk, refused, spoil, sentence):
-    extra = spoil(desk)
-    before = {path: path.read_bytes() for path in (desk.folder / "out").rglob("*") if path.is_file()}
-    assert re.search(sentence, refused(desk.arguments(*extra)))
+def test_unusable_output_folders_are_refused_and_not_changed(cli_case, refusal, invalidate, message):
+    extra = invalidate(cli_case)
+    before = {path: path.read_bytes() for path in (cli_case.folder / "out").rglob("*") if path.is_file()}
+    assert re.search(message, refusal(cli_case.arguments(*extra)))
     assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         (["none.png", "make it red"], "none.png"),
         (["empty.png", "make it red"], "empty.png"),
@@ -448,31 +466,29 @@ def test_an_output_folder_that_will_not_do_is_refused(desk, refused, spoil, sent
         (["good.png", "make it red", "--diffusion-steps", "0"], "diffusion-steps"),
     ],
 )
-def test_what_is_wrong_with_a_picture_is_said_in_one_sentence(
-    arguments, sentence, editor_folder, tmp_path, monkeypatch, capsys
-):
+def test_invalid_image_edits_are_refused(arguments, message, editor_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (24, 20)).save("good.png")
     Path("empty.png").touch()
     rest = ["-o", "out.png", *([] if "--editor" in arguments else ["--editor", str(editor_folder)])]
     monkeypatch.setattr(sys, "argv", ["wys", "edit-image", *arguments, *rest])
-    with pytest.raises(SystemExit) as ending:
+    with pytest.raises(SystemExit) as error:
         main.entrypoint()
-    code = str(ending.value.code)
-    assert code.startswith("wys: ") and len(code.splitlines()) == 1 and sentence in code, code
+    code = str(error.value.code)
+    assert code.startswith("wys: ") and len(code.splitlines()) == 1 and message in code, code
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.png", "good.png"]
     assert "Traceback" not in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------- properties
 
-PARTS = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
-                     lambda part: st.lists(part, max_size=3) | st.dictionaries(st.text(max_size=4), part, max_size=3),
-                     max_leaves=6)  # fmt: skip
+JSON_VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+                           lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=4), values, max_size=3),
+                           max_leaves=6)  # fmt: skip
 
 
-@given(text=st.text(alphabet="ab:-[]{}&*!#|>%@ \n\t'\"0129.,?~\0é", max_size=40) | PARTS.map(yaml.safe_dump))
-def test_whatever_a_recipe_holds_it_is_arguments_or_refused(tmp_path_factory, text):
+@given(text=st.text(alphabet="ab:-[]{}&*!#|>%@ \n\t'\"0129.,?~\0é", max_size=40) | JSON_VALUES.map(yaml.safe_dump))
+def test_a_recipe_gives_arguments_or_is_refused(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     path.write_text(text, "utf8")
     try:
@@ -485,25 +501,26 @@ def test_whatever_a_recipe_holds_it_is_arguments_or_refused(tmp_path_factory, te
 
 
 @pytest.fixture(scope="module")
-def whole_scene(tmp_path_factory) -> Path:
-    return write_ring_scene(tmp_path_factory.mktemp("whole") / "scene", **SIZE)
+def valid_scene(tmp_path_factory) -> Path:
+    """A scene whose transforms.json stays valid; changed ones are written beside it."""
+    return write_ring_scene(tmp_path_factory.mktemp("valid") / "scene", **SIZE)
 
 
-@given(part=PARTS, key=st.sampled_from(["frames", "fl_x", "cx", "w", "k1", "camera_model", "file_path", "transform_matrix"]),
+@given(value=JSON_VALUES, key=st.sampled_from(["frames", "fl_x", "cx", "w", "k1", "camera_model", "file_path", "transform_matrix"]),
        into_frame=st.booleans(), drop=st.booleans())  # fmt: skip
-def test_whatever_a_capture_holds_it_is_taken_or_refused(whole_scene, part, key, into_frame, drop):
-    meta = json.loads((whole_scene / "transforms.json").read_text())
-    place = frame(meta) if into_frame else meta
+def test_a_capture_is_loadable_or_refused(valid_scene, value, key, into_frame, drop):
+    meta = json.loads((valid_scene / "transforms.json").read_text())
+    mapping = frame(meta) if into_frame else meta
     if drop:
-        place.pop(key, None)
+        mapping.pop(key, None)
     else:
-        place[key] = part
-    file = whole_scene / "changed.json"
+        mapping[key] = value
+    file = valid_scene / "changed.json"
     file.write_text(json.dumps(meta))
     try:
         check_capture(file)
     except WysError as error:
         assert len(str(error).splitlines()) == 1
-    else:  # nerfstudio takes it, too
+    else:  # what the check accepts, nerfstudio can load
         config = NerfstudioDataParserConfig(data=file)
         assert len(config.setup().get_dataparser_outputs("train").image_filenames) == SIZE["views"]

@@ -1,4 +1,4 @@
-"""The model: whose gradient reaches what in which phase, the extra outputs, and nerfacto's losses."""
+"""The model: gradients in each phase, losses, outputs of rendered views, proposal networks."""
 
 import matplotlib
 import pytest
@@ -37,13 +37,13 @@ def build(phase: Phase = Phase.EDIT, **changes) -> WysModel:
     model = WysModelConfig(**{**SIZES, "lpips_loss_mult": 0.0, **changes}).setup(
         scene_box=SCENE_BOX, num_train_data=VIEWS, metadata={}
     )
-    _roughen(model)
+    _randomize(model)
     model.phase = phase
     return model
 
 
-def _roughen(model: torch.nn.Module) -> None:
-    """Out of the flat start, so that places differ; poses off their start, so that they matter."""
+def _randomize(model: torch.nn.Module) -> None:
+    """Scale the hash tables, whose initial values are nearly constant over space, and perturb the poses."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "hash_table" in name:
@@ -76,8 +76,8 @@ def losses_of(model: NerfactoModel, data: dict) -> dict[str, torch.Tensor]:
     return model.get_loss_dict(outputs, data, model.get_metrics_dict(outputs, data))
 
 
-def touched(model: WysModel) -> set[str]:
-    """The parts of the model that a gradient has reached."""
+def parts_with_gradient(model: WysModel) -> set[str]:
+    """Return the parts of the model with a nonzero gradient."""
     return {
         name.split(".")[0] if not name.startswith("field.") else ".".join(name.split(".")[:2])
         for name, p in model.named_parameters()
@@ -91,16 +91,16 @@ def touched(model: WysModel) -> set[str]:
 @INPUTS
 @pytest.mark.parametrize("phase", [Phase.LOCALIZE, Phase.EDIT])
 @pytest.mark.parametrize("poses", ["off", "SO3xR3"])
-def test_the_relevance_loss_trains_the_relevance_head_and_nothing_else(relevance_input, phase, poses):
+def test_the_relevance_loss_trains_the_relevance_head_alone(relevance_input, phase, poses):
     model = build(phase, relevance_input=relevance_input, camera_optimizer=CameraOptimizerConfig(mode=poses)).train()
     losses_of(model, batch())["relevance_loss"].backward()
-    assert touched(model) == {"field.mlp_relevance"}
+    assert parts_with_gradient(model) == {"field.mlp_relevance"}
     head = {id(p) for p in model.field.relevance_parameters()}
     assert all(p.grad is None for p in model.parameters() if id(p) not in head)
 
 
 @INPUTS
-def test_a_step_of_localisation_leaves_every_weight_of_the_scene_bit_for_bit(relevance_input):
+def test_localize_steps_change_no_weight_of_the_scene(relevance_input):
     model = build(Phase.LOCALIZE, relevance_input=relevance_input).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
@@ -113,11 +113,16 @@ def test_a_step_of_localisation_leaves_every_weight_of_the_scene_bit_for_bit(rel
 
 
 @INPUTS
-def test_edited_views_train_the_scene_but_no_camera(relevance_input):
+def test_edit_steps_train_the_scene_but_no_camera(relevance_input):
     model = build(relevance_input=relevance_input, camera_optimizer=CameraOptimizerConfig(mode="SO3xR3")).train()
     losses = losses_of(model, batch())
     (losses["rgb_loss"] + losses["interlevel_loss"] + losses["distortion_loss"]).backward()
-    assert touched(model) == {"field.embedding_appearance", "field.mlp_base", "field.mlp_head", "proposal_networks"}
+    assert parts_with_gradient(model) == {
+        "field.embedding_appearance",
+        "field.mlp_base",
+        "field.mlp_head",
+        "proposal_networks",
+    }
 
 
 def test_the_relevance_loss_changes_no_gradient_of_the_scene():
@@ -137,33 +142,33 @@ def test_reconstruction_trains_the_scene_and_the_cameras():
     model = build(Phase.RECONSTRUCT, camera_optimizer=CameraOptimizerConfig(mode="SO3xR3")).train()
     sum(losses_of(model, batch()).values()).backward()
     scene = {"field.embedding_appearance", "field.mlp_base", "field.mlp_head", "proposal_networks"}
-    assert touched(model) == scene | {"camera_optimizer"}
+    assert parts_with_gradient(model) == scene | {"camera_optimizer"}
 
 
 # ------------------------------------------------------------------------------------------------------------------- losses
 
 
 @pytest.mark.parametrize("poses", ["off", "SO3xR3"])
-def test_reconstruction_losses_and_metrics_are_nerfactos(poses, alexnet_file, tmp_path, monkeypatch):
+def test_reconstruction_losses_and_metrics_equal_nerfactos(poses, alexnet_file, tmp_path, monkeypatch):
     from torchvision.models import alexnet
 
-    # Nerfacto builds its LPIPS from torch's cache.
+    # Nerfacto loads its LPIPS weights from torch's cache.
     cache = tmp_path / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     torch.save(alexnet(weights=None).state_dict(), cache / "alexnet-owt-7be5be79.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     optimizer = CameraOptimizerConfig(mode=poses)
-    ours = build(Phase.RECONSTRUCT, camera_optimizer=optimizer).train()
-    theirs = NerfactoModelConfig(**SIZES, camera_optimizer=optimizer).setup(
+    wys = build(Phase.RECONSTRUCT, camera_optimizer=optimizer).train()
+    nerfacto = NerfactoModelConfig(**SIZES, camera_optimizer=optimizer).setup(
         scene_box=SCENE_BOX, num_train_data=VIEWS, metadata={}
     )
-    missing, _ = theirs.load_state_dict(
-        {k: v for k, v in ours.state_dict().items() if not k.startswith(("field.mlp_rel", "field.relevance"))},
+    missing, _ = nerfacto.load_state_dict(
+        {k: v for k, v in wys.state_dict().items() if not k.startswith(("field.mlp_rel", "field.relevance"))},
         strict=False,
     )
     assert all(key.startswith("lpips.") for key in missing)
 
-    def everything(model: NerfactoModel) -> dict[str, torch.Tensor]:
+    def losses_and_metrics(model: NerfactoModel) -> dict[str, torch.Tensor]:
         torch.manual_seed(1)
         outputs = model(rays())
         metrics = model.get_metrics_dict(outputs, batch())
@@ -173,20 +178,20 @@ def test_reconstruction_losses_and_metrics_are_nerfactos(poses, alexnet_file, tm
             **{f"metric {k}": torch.as_tensor(v) for k, v in metrics.items()},
         }
 
-    result, wanted = everything(ours), everything(theirs.train())
-    assert result.keys() == wanted.keys()
-    for name in wanted:
-        torch.testing.assert_close(result[name], wanted[name], rtol=1e-6, atol=1e-8)
+    result, expected = losses_and_metrics(wys), losses_and_metrics(nerfacto.train())
+    assert result.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(result[name], expected[name], rtol=1e-6, atol=1e-8)
 
 
-def weighted_squares(pairs: list[tuple[float, float]], agreement: float) -> float:
-    """Sum of the squared differences of rendered and wanted relevance; what is rendered too high weighs more."""
-    return sum(2 * (agreement if a > b else 1 - agreement) * (a - b) ** 2 for a, b in pairs)
+def expectile_sum(pairs: list[tuple[float, float]], expectile: float) -> float:
+    """Return the sum of the expectile loss over pairs of rendered and target relevance."""
+    return sum(2 * (expectile if a > b else 1 - expectile) * (a - b) ** 2 for a, b in pairs)
 
 
-@pytest.mark.parametrize("agreement", [0.5, 0.9])
-def test_localisation_has_the_disagreement_with_the_maps_as_its_only_loss(agreement):
-    model = build(Phase.LOCALIZE, relevance_loss_mult=3.0, relevance_expectile=agreement).train()
+@pytest.mark.parametrize("expectile", [0.5, 0.9])
+def test_the_localize_phase_has_the_expectile_loss_alone(expectile):
+    model = build(Phase.LOCALIZE, relevance_loss_mult=3.0, relevance_expectile=expectile).train()
     data = batch()
     torch.manual_seed(1)
     outputs = model(rays())
@@ -196,10 +201,10 @@ def test_localisation_has_the_disagreement_with_the_maps_as_its_only_loss(agreem
     pairs = list(zip(outputs["relevance"].flatten().tolist(), data["relevance"].flatten().tolist()))
     assert len({a > b for a, b in pairs}) == 2
     assert set(losses) == {"relevance_loss"}
-    assert float(losses["relevance_loss"]) == pytest.approx(3 * weighted_squares(pairs, agreement) / 32, rel=1e-5)
+    assert float(losses["relevance_loss"]) == pytest.approx(3 * expectile_sum(pairs, expectile) / 32, rel=1e-5)
 
 
-def test_edited_views_are_compared_by_their_absolute_difference():
+def test_the_edit_phase_has_an_absolute_color_loss():
     model, data = build().train(), batch()
     outputs = model(rays())
     losses = model.get_loss_dict(outputs, data, model.get_metrics_dict(outputs, data))
@@ -208,26 +213,26 @@ def test_edited_views_are_compared_by_their_absolute_difference():
     assert set(losses) == {"relevance_loss", "rgb_loss", "interlevel_loss", "distortion_loss"}
 
 
-def test_while_views_are_edited_some_rays_train_the_relevance_head_as_all_do_in_localisation():
+def test_every_fourth_ray_trains_relevance_in_the_edit_phase():
     model, data = build(relevance_loss_mult=3.0, relevance_expectile=0.9).train(), batch()
     torch.manual_seed(1)
     outputs = model(rays())
     model.phase = Phase.LOCALIZE
     torch.manual_seed(1)
-    everywhere = model(rays())["relevance"]
-    assert len(everywhere) == 32
-    torch.testing.assert_close(outputs["relevance"], everywhere[::4])
+    relevance = model(rays())["relevance"]
+    assert len(relevance) == 32
+    torch.testing.assert_close(outputs["relevance"], relevance[::4])
     model.phase = Phase.EDIT
     loss = model.get_loss_dict(outputs, data, model.get_metrics_dict(outputs, data))["relevance_loss"]
-    pairs = list(zip(everywhere.flatten().tolist(), data["relevance"].flatten().tolist()))[::4]
-    assert float(loss) == pytest.approx(3 * weighted_squares(pairs, 0.9) / 8, rel=1e-5)
+    pairs = list(zip(relevance.flatten().tolist(), data["relevance"].flatten().tolist()))[::4]
+    assert float(loss) == pytest.approx(3 * expectile_sum(pairs, 0.9) / 8, rel=1e-5)
 
 
-def test_edited_views_without_relevance_maps_have_no_relevance_loss():
+def test_no_relevance_loss_without_relevance_maps():
     assert "relevance_loss" not in losses_of(build().train(), {"image": batch()["image"]})
 
 
-def test_the_perceptual_loss_sees_the_batch_as_patches(alexnet_file):
+def test_the_perceptual_loss_is_computed_on_patches(alexnet_file):
     from wys_nerfstudio.evaluation.lpips import Lpips
 
     model = build(lpips_loss_mult=2.0, lpips_weights=alexnet_file).train()
@@ -237,7 +242,7 @@ def test_the_perceptual_loss_sees_the_batch_as_patches(alexnet_file):
     patches = [x.detach().reshape(2, 32, 32, 3).permute(0, 3, 1, 2) for x in (outputs["rgb"], data["image"])]
     assert float(losses["lpips_loss"]) == pytest.approx(2 * float(Lpips(alexnet_file)(*patches)), rel=1e-4)
     losses["lpips_loss"].backward()
-    assert "field.mlp_head" in touched(model)
+    assert "field.mlp_head" in parts_with_gradient(model)
 
 
 def test_lpips_is_neither_saved_nor_trained(alexnet_file):
@@ -264,7 +269,7 @@ def test_parameter_groups_cover_every_parameter_once():
 
 
 @pytest.mark.parametrize("phase", list(Phase))
-def test_eval_outputs_have_the_localisation_in_every_phase(phase):
+def test_relevance_outputs_are_rendered_in_every_phase(phase):
     outputs = build(phase).render_view(cameras(), 1)
     for name in ("rgb", "relevance", "relevance_overlay", "edit_mask"):
         assert outputs[name].shape == (HEIGHT, WIDTH, 3)
@@ -281,11 +286,11 @@ def test_the_edit_mask_follows_the_threshold():
     assert float(relevance.min()) < middle < float(relevance.max())
     for threshold in (0.0, middle, 1.0):
         model.mask_threshold = threshold
-        wanted = (relevance >= threshold).float().expand(-1, -1, 3)
-        assert torch.equal(model.render_view(cameras(), 0)["edit_mask"], wanted)
+        expected = (relevance >= threshold).float().expand(-1, -1, 3)
+        assert torch.equal(model.render_view(cameras(), 0)["edit_mask"], expected)
 
 
-def test_without_localisation_everything_is_to_be_edited():
+def test_the_edit_mask_is_full_without_localization():
     model = build()
     model.localized, model.mask_threshold = False, 0.9
     outputs = model.render_view(cameras(), 0)
@@ -293,25 +298,25 @@ def test_without_localisation_everything_is_to_be_edited():
     assert bool((outputs["relevance_value"] == 1).all())
 
 
-def test_in_eval_mode_rays_are_as_relevant_as_the_surface_or_the_air_before_it():
+def test_eval_relevance_is_the_maximum_of_surface_and_free_space():
     model, bundle = build().eval(), rays()
     with torch.no_grad():
         surface = model(bundle)["relevance"]
         model.field.relevance_hull.relevance.copy_(torch.rand(model.field.relevance_hull.relevance.shape) ** 40)
-        seen = model(bundle)["relevance"]
+        combined = model(bundle)["relevance"]
         samples, weights, _ = model.proposal_sampler(bundle, density_fns=model.density_fns)
         weights = samples.get_weights(model.field.get_density(samples)[0])
-        air = model.field.free_space_relevance(samples, weights)
-    assert torch.equal(seen, torch.maximum(surface, air))
-    assert (air > surface).any() and (air < surface).any()
+        free_space = model.field.free_space_relevance(samples, weights)
+    assert torch.equal(combined, torch.maximum(surface, free_space))
+    assert (free_space > surface).any() and (free_space < surface).any()
     model.localized = False
     assert model(bundle)["relevance"].eq(1).all()
 
 
 @pytest.mark.parametrize("background", ["last_sample", "black", "white", "random"])
 @pytest.mark.parametrize("mode", ["localize", "edit", "eval"])
-def test_relevance_has_the_background_that_colours_have(background, mode, monkeypatch):
-    """Nerfacto shows plain ground as the colour of a ray's last sample, with hardly any density; relevance must follow."""
+def test_relevance_has_the_background_of_the_colors(background, mode, monkeypatch):
+    """Nerfacto fills background with the color of a ray's last sample, almost without density; relevance must follow."""
     model = build(Phase.LOCALIZE if mode == "localize" else Phase.EDIT, background_color=background)
     model.train(mode != "eval")
     values, weights = [], []
@@ -322,13 +327,13 @@ def test_relevance_has_the_background_that_colours_have(background, mode, monkey
     (value,), weight = values, weights[-1]
     weight = weight[:: len(weight) // len(value)]
     shown = "last_sample" if background == "last_sample" else "black"
-    wanted = RGBRenderer(shown).eval()(value.expand(-1, -1, 3), weight)[:, :1].detach()
-    torch.testing.assert_close(relevance, wanted, atol=1e-6, rtol=0)
-    assert float(weight.sum(dim=1).min()) < 0.9  # there is a background to be seen
+    expected = RGBRenderer(shown).eval()(value.expand(-1, -1, 3), weight)[:, :1].detach()
+    torch.testing.assert_close(relevance, expected, atol=1e-6, rtol=0)
+    assert float(weight.sum(dim=1).min()) < 0.9  # some rays see the background
 
 
 @pytest.mark.parametrize("phase", [Phase.LOCALIZE, Phase.EDIT])
-def test_what_the_relevance_head_is_trained_on_knows_nothing_of_the_air(phase):
+def test_training_ignores_free_space_relevance(phase):
     seen = []
     for value in (-1.0, 1.0):
         model = build(phase).train()
@@ -338,16 +343,16 @@ def test_what_the_relevance_head_is_trained_on_knows_nothing_of_the_air(phase):
     assert torch.equal(*seen)
 
 
-def test_relevance_has_colours_of_a_fixed_scale():
-    """Equal numbers have equal colours, whatever else is in the picture."""
+def test_the_relevance_colormap_has_a_fixed_scale():
+    """Equal values have equal colors, whatever the range of the image."""
     model = build()
     outputs = model.render_view(cameras(), 0)
-    for value, colour in zip(outputs["relevance_value"].flatten().tolist(), outputs["relevance"].flatten(0, 1)):
-        wanted = matplotlib.colormaps["inferno"].colors[int(value * 255)]
-        assert colour.tolist() == pytest.approx(wanted, abs=1e-5)
+    for value, color in zip(outputs["relevance_value"].flatten().tolist(), outputs["relevance"].flatten(0, 1)):
+        expected = matplotlib.colormaps["inferno"].colors[int(value * 255)]
+        assert color.tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_overlay_draws_the_masks_border_and_tints_what_is_within():
+def test_the_overlay_outlines_the_mask_and_tints_its_inside():
     model = build()
     model.mask_threshold = float(model.render_view(cameras(), 0)["relevance_value"].median())
     outputs = model.render_view(cameras(), 0)
@@ -359,12 +364,12 @@ def test_the_overlay_draws_the_masks_border_and_tints_what_is_within():
                 continue
             around = mask[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2]
             inner += bool(around.all())
-            wanted = 0.5 * (outputs["rgb"][y, x] + outputs["relevance"][y, x]) if around.all() else torch.ones(3)
-            torch.testing.assert_close(outputs["relevance_overlay"][y, x], wanted)
+            expected = 0.5 * (outputs["rgb"][y, x] + outputs["relevance"][y, x]) if around.all() else torch.ones(3)
+            torch.testing.assert_close(outputs["relevance_overlay"][y, x], expected)
     assert 0 < inner < int(mask.sum())
 
 
-def test_the_overlay_darkens_what_stays():
+def test_the_overlay_darkens_pixels_outside_the_mask():
     model = build()
     model.mask_threshold = float(model.render_view(cameras(), 0)["relevance_value"].median())
     outputs = model.render_view(cameras(), 0)
@@ -374,7 +379,7 @@ def test_the_overlay_darkens_what_stays():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_rendering_a_view_puts_the_mode_back(training):
+def test_rendering_a_view_restores_the_mode(training):
     model = build().train(training)
     model.render_view(cameras(), 2)
     assert model.training is training
@@ -382,7 +387,7 @@ def test_rendering_a_view_puts_the_mode_back(training):
     assert model.field.appearance_index is None
 
 
-def test_the_mode_is_put_back_after_an_error_too():
+def test_the_mode_is_restored_after_an_error():
     model = build().train()
     with pytest.raises(RuntimeError, match="on purpose"), model.eval_as_view(1):
         assert not model.training
@@ -392,7 +397,7 @@ def test_the_mode_is_put_back_after_an_error_too():
     assert model.field.appearance_index is None
 
 
-def test_a_view_is_rendered_with_its_own_appearance_and_no_jitter():
+def test_a_view_is_rendered_with_its_appearance_and_no_jitter():
     model = build().train()
     same = cameras()
     same.camera_to_worlds = same.camera_to_worlds[:1].repeat(VIEWS, 1, 1)
@@ -415,8 +420,8 @@ def test_a_view_is_rendered_at_its_learned_pose():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_no_ray_begins_before_the_near_plane(training, monkeypatch):
-    """What lies nearer is trained by no ray of this camera, and would be drawn as clouds."""
+def test_rays_start_at_the_near_plane(training, monkeypatch):
+    """No ray of a camera trains what is nearer; it would develop floaters near the camera."""
     model, seen = build(near_plane=0.3).train(training), []
     render = model.get_outputs
     monkeypatch.setattr(model, "get_outputs", lambda bundle: (seen.append(bundle.nears), render(bundle))[1])
@@ -430,10 +435,10 @@ def _with_index(camera: Cameras, view: int) -> Cameras:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 1.0])
-def test_some_pixels_of_a_view_are_those_of_its_render(share):
+def test_rendered_pixels_equal_those_of_the_whole_view(share):
     model = build(camera_optimizer=CameraOptimizerConfig(mode="SO3xR3"))
     where = torch.rand(HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1)) < share
-    where[0, 0] |= 0 < share < 0.1  # at least a single one
+    where[0, 0] |= 0 < share < 0.1  # at least one pixel
     whole = model.render_view(cameras(), 1)
     rgb, relevance, depth = model.render_pixels(cameras(), 1, where)
     assert rgb.shape == (int(where.sum()), 3) and relevance.shape == depth.shape == (int(where.sum()),)
@@ -442,7 +447,7 @@ def test_some_pixels_of_a_view_are_those_of_its_render(share):
     torch.testing.assert_close(depth, whole["depth"][where][:, 0], atol=1e-6, rtol=0)
 
 
-def test_only_the_wanted_pixels_are_computed(monkeypatch):
+def test_only_the_requested_pixels_are_rendered(monkeypatch):
     model, computed = build(), []
     render = model.get_outputs
     monkeypatch.setattr(model, "get_outputs", lambda bundle: (computed.append(len(bundle)), render(bundle))[1])
@@ -452,7 +457,7 @@ def test_only_the_wanted_pixels_are_computed(monkeypatch):
     assert computed == [12]
 
 
-def test_pixels_of_a_coarser_picture_are_those_at_the_middle_of_its_own():
+def test_coarse_pixels_are_rendered_at_their_centers():
     model = build()
     (fine, relevance, _), (coarse, coarse_relevance, _) = (
         model.render_pixels(cameras(), 1, torch.ones(size, dtype=torch.bool))
@@ -465,27 +470,27 @@ def test_pixels_of_a_coarser_picture_are_those_at_the_middle_of_its_own():
 
 
 @pytest.mark.parametrize("kind", ["whole", "pixels"])
-def test_rendering_leaves_the_cameras_as_they_are(kind):
-    given, model = cameras(), build(camera_optimizer=CameraOptimizerConfig(mode="SO3xR3"))
-    before = given.camera_to_worlds.clone()
+def test_rendering_does_not_change_the_cameras(kind):
+    views, model = cameras(), build(camera_optimizer=CameraOptimizerConfig(mode="SO3xR3"))
+    before = views.camera_to_worlds.clone()
     if kind == "whole":
-        model.render_view(given, 2)
+        model.render_view(views, 2)
     else:
-        model.render_pixels(given, 2, torch.ones(HEIGHT // 2, WIDTH // 2, dtype=torch.bool))
-    assert torch.equal(given.camera_to_worlds, before)
-    assert int(given.width[2]) == WIDTH and float(given.fx[2]) == 20
-    assert given.metadata is None
+        model.render_pixels(views, 2, torch.ones(HEIGHT // 2, WIDTH // 2, dtype=torch.bool))
+    assert torch.equal(views.camera_to_worlds, before)
+    assert int(views.width[2]) == WIDTH and float(views.fx[2]) == 20
+    assert views.metadata is None
 
 
-def test_image_metrics_have_lpips_where_its_weights_are_at_hand(alexnet_file, tmp_path, monkeypatch):
+def test_image_metrics_include_lpips_if_its_weights_exist(alexnet_file, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     truth = {"image": torch.rand(64, 64, 3)}
-    for weights, wanted in ((None, {"psnr", "ssim"}), (alexnet_file, {"psnr", "ssim", "lpips"})):
+    for weights, expected in ((None, {"psnr", "ssim"}), (alexnet_file, {"psnr", "ssim", "lpips"})):
         model = build(lpips_weights=weights)
         outputs = {"rgb": torch.rand(64, 64, 3), "depth": torch.rand(64, 64, 1), "accumulation": torch.rand(64, 64, 1)}
         outputs |= {"relevance": torch.rand(64, 64, 3), "relevance_overlay": torch.rand(64, 64, 3)}
         metrics, images = model.get_image_metrics_and_images(outputs, truth)
-        assert set(metrics) == wanted
+        assert set(metrics) == expected
         squared = (outputs["rgb"] - truth["image"]) ** 2
         assert metrics["psnr"] == pytest.approx(-10 * float(squared.mean().log10()), rel=1e-4)
         assert set(images) >= {"img", "depth", "relevance", "relevance_overlay"}
@@ -501,7 +506,7 @@ def run_callbacks(model: WysModel, step: int) -> None:
             callback.run_callback_at_location(step, place)
 
 
-def test_trained_proposal_networks_start_past_their_warm_up():
+def test_pretrained_proposal_networks_skip_the_warmup():
     fresh, trained = build(), build()
     trained.proposals_pretrained = True
     for model in (fresh, trained):
@@ -513,13 +518,13 @@ def test_trained_proposal_networks_start_past_their_warm_up():
 
 
 @pytest.mark.parametrize("step", [0, 1, 777, 2500, 5000, 90000])
-def test_proposal_networks_are_updated_as_often_as_nerfactos(step):
+def test_proposal_networks_are_updated_on_nerfactos_schedule(step):
     import numpy as np
 
     config = build().config
     nerfactos = np.interp(step, [0, config.proposal_warmup], [0, config.proposal_update_every])
-    wanted = float(np.clip(nerfactos, 1, config.proposal_update_every))
-    assert build().proposal_sampler.update_sched(step) == pytest.approx(wanted)
+    expected = float(np.clip(nerfactos, 1, config.proposal_update_every))
+    assert build().proposal_sampler.update_sched(step) == pytest.approx(expected)
 
 
 def test_a_proposal_network_can_be_shared():
@@ -530,7 +535,7 @@ def test_a_proposal_network_can_be_shared():
     assert bool(torch.isfinite(model.render_view(cameras(), 0)["rgb"]).all())
 
 
-def test_the_uniform_sampler_is_used_if_it_is_asked_for():
+def test_the_uniform_sampler_can_be_selected():
     from nerfstudio.model_components.ray_samplers import UniformSampler
 
     assert isinstance(build(proposal_initial_sampler="uniform").proposal_sampler.initial_sampler, UniformSampler)
