@@ -37,7 +37,7 @@ QUIET = ["--vis=tensorboard", "--machine.device-type=cpu"]
 def command(
     module: str, *arguments: object, check: bool = True, folder: Path | None = None, **extra: str
 ) -> "subprocess.CompletedProcess[str]":
-    """Runs one of nerfstudio's scripts in a process of its own, as its console script would."""
+    """Run one of nerfstudio's scripts in a process of its own, as its console script does."""
     done = run_script(module, [str(argument) for argument in arguments], folder, **extra)
     if check:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -48,8 +48,8 @@ def train(method: str, scene: Path, output: Path, *arguments: object, **kwargs) 
     return command("train", method, "--data", scene, "--output-dir", output, *QUIET, *arguments, **kwargs)
 
 
-def the_run(output: Path) -> Path:
-    """The newest run in an output folder."""
+def newest_run(output: Path) -> Path:
+    """Return the newest run in an output folder."""
     return max(output.glob("*/*/*/config.yml"), key=lambda path: path.stat().st_mtime).parent
 
 
@@ -63,22 +63,22 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def finished_run(ring_scene: Path, editor_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`ns-train wys-tiny`, photographs to edited scene."""
+    """A run of `ns-train wys-tiny` from captured views to the edited scene."""
     output = tmp_path_factory.mktemp("finished")
     done = train("wys-tiny", ring_scene, output, *SMALL_MODEL, *SHORT, "--instruction", "make the ball blue",
                  "--editor", editor_folder, "--pipeline.edit-every=5", "--mask-threshold=0.3",
                  "--pipeline.edit-count=2", "--pipeline.clip-model", "None")  # fmt: skip
     assert [f"Phase: {phase}." in done.stdout for phase in ("reconstruct", "localize", "edit")] == [True] * 3
-    return the_run(output)
+    return newest_run(output)
 
 
-def test_run_folder_holds_what_the_readme_lists(finished_run: Path) -> None:
+def test_a_finished_run_has_all_its_files(finished_run: Path) -> None:
     folder = finished_run / "wys"
     edits = records(finished_run)
     assert [edit["step"] for edit in edits] == [12, 12, 17, 17, 22, 22, 27, 27, 32, 32]
     assert [edit["edit"] for edit in edits] == list(range(10))
     edited = {edit["view"] for edit in edits if edit["mask_fraction"] > 0}
-    assert len({edit["view"] for edit in edits}) == 10, "a view was edited twice before all had their turn"
+    assert len({edit["view"] for edit in edits}) == 10, "each view is edited once before any is edited twice"
     assert {path.stem for path in (folder / "edits").glob("*.png")} == edited
     assert {path.stem for path in (folder / "masks").glob("*.png")} == {edit["view"] for edit in edits}
     assert len(list((folder / "relevance").glob("*.png"))) == 13
@@ -94,7 +94,7 @@ def test_run_folder_holds_what_the_readme_lists(finished_run: Path) -> None:
     assert len(events.Images(tag)) == 5 and events.Images(tag)[0].width == 5 * 40
 
 
-def test_edited_views_are_the_captured_ones_outside_their_masks(finished_run: Path, ring_scene: Path) -> None:
+def test_edited_views_equal_the_captured_ones_outside_masks(finished_run: Path, ring_scene: Path) -> None:
     compared = 0
     last = {edit["view"]: edit for edit in records(finished_run)}
     for path in (finished_run / "wys" / "edits").glob("*.png"):
@@ -114,7 +114,7 @@ def test_edited_views_are_the_captured_ones_outside_their_masks(finished_run: Pa
     assert compared > 0
 
 
-def test_config_records_resolved_values(finished_run: Path) -> None:
+def test_config_has_the_resolved_values(finished_run: Path) -> None:
     from nerfstudio.engine.trainer import TrainerConfig
 
     config = yaml.load((finished_run / "config.yml").read_text(), Loader=yaml.Loader)
@@ -137,7 +137,7 @@ runpy.run_module("nerfstudio.scripts.SCRIPT", run_name="__main__", alter_sys=Tru
 
 
 def editorless(module: str, *arguments: object) -> list[str]:
-    """A command line that runs a script where importing any part of an editor is an error."""
+    """Return a command line that runs a script in which the import of any part of an editor is an error."""
     return [sys.executable, "-W", "ignore", "-c", NO_EDITOR.replace("SCRIPT", module), *map(str, arguments)]
 
 
@@ -199,19 +199,19 @@ def test_export_needs_no_editor(finished_run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "point_cloud.ply").stat().st_size > 1000
 
 
-def test_compare_puts_runs_beside_each_other(finished_run: Path, tmp_path: Path, monkeypatch) -> None:
+def test_compare_tabulates_several_runs(finished_run: Path, tmp_path: Path, monkeypatch) -> None:
     again = shutil.copytree(finished_run, tmp_path / "again")
     run_wys(monkeypatch, "compare", finished_run, again, "-o", tmp_path / "out")
     results = list(json.loads((tmp_path / "out" / "comparison.json").read_text())["metrics"].values())
     assert len(results) == 2 and results[0] == results[1] and results[0]["edit_psnr"] > 0
-    for picture in ("contact_sheet.png", "chart.png", "relevance_A.png", "relevance_B.png"):
-        assert Image.open(tmp_path / "out" / picture).width > 300
+    for image in ("contact_sheet.png", "chart.png", "relevance_A.png", "relevance_B.png"):
+        assert Image.open(tmp_path / "out" / image).width > 300
 
 
 def test_compare_shows_the_relevance_field_of_a_single_run(finished_run: Path, tmp_path: Path, monkeypatch) -> None:
     run_wys(monkeypatch, "compare", finished_run, "-o", tmp_path / "out")
     sheet = np.asarray(Image.open(tmp_path / "out" / "relevance_A.png").convert("RGB")).astype(int)
-    # Four columns of cells with a gap of four pixels: captured, render, relevance field, overlay.
+    # Four columns with a gap of four pixels: captured view, render, relevance field, overlay.
     cells = np.split(sheet[18 : 18 + 160, 4:], 4, axis=1)
     assert all(cell.std() > 3 for cell in cells), "no cell is blank"
     assert all((cells[i] != cells[k]).any() for i in range(4) for k in range(i))
@@ -241,14 +241,14 @@ def test_viewer_serves_a_finished_run_without_editor(finished_run: Path) -> None
         viewer.wait()
 
 
-def test_resume_goes_on_where_the_run_stopped(ring_scene: Path, editor_folder: Path, tmp_path: Path) -> None:
-    same = [*SMALL_MODEL, *SHORT, "--editor", editor_folder, "--pipeline.edit-every=5", "--mask-threshold=0.3"]
-    train("wys-tiny", ring_scene, tmp_path / "a", *same, "--instruction", "make the ball blue",
+def test_a_resumed_run_continues_its_edits(ring_scene: Path, editor_folder: Path, tmp_path: Path) -> None:
+    options = [*SMALL_MODEL, *SHORT, "--editor", editor_folder, "--pipeline.edit-every=5", "--mask-threshold=0.3"]
+    train("wys-tiny", ring_scene, tmp_path / "a", *options, "--instruction", "make the ball blue",
           "--max-num-iterations=23")  # fmt: skip
-    stopped = the_run(tmp_path / "a")
+    stopped = newest_run(tmp_path / "a")
     assert [edit["step"] for edit in records(stopped)] == [12, 17, 22]
-    done = train("wys-tiny", ring_scene, tmp_path / "b", *same, "--load-dir", stopped / "nerfstudio_models")
-    resumed = the_run(tmp_path / "b")
+    done = train("wys-tiny", ring_scene, tmp_path / "b", *options, "--load-dir", stopped / "nerfstudio_models")
+    resumed = newest_run(tmp_path / "b")
     assert [edit["edit"] for edit in records(resumed)] == [0, 1, 2, 3, 4]
     assert [edit["step"] for edit in records(resumed)] == [12, 17, 22, 27, 32]
     assert (resumed / "nerfstudio_models" / "step-000000032.ckpt").is_file()
@@ -260,27 +260,29 @@ def test_resume_goes_on_where_the_run_stopped(ring_scene: Path, editor_folder: P
     assert first and all(kept[name] == data for name, data in first.items() if Path(name).stem not in again)
 
 
-def test_resuming_a_finished_run_or_another_instruction_is_explained(finished_run: Path, ring_scene: Path,
-                                                                     editor_folder: Path, tmp_path: Path) -> None:  # fmt: skip
-    same = [*SMALL_MODEL, *SHORT, "--editor", editor_folder, "--load-dir", finished_run / "nerfstudio_models"]
-    done = train("wys-tiny", ring_scene, tmp_path / "a", *same, check=False)
+def test_a_finished_run_is_not_resumed(
+    finished_run: Path, ring_scene: Path, editor_folder: Path, tmp_path: Path
+) -> None:
+    options = [*SMALL_MODEL, *SHORT, "--editor", editor_folder, "--load-dir", finished_run / "nerfstudio_models"]
+    done = train("wys-tiny", ring_scene, tmp_path / "a", *options, check=False)
     assert done.returncode == 1 and "The run is finished: it has 33 of 33 steps" in done.stderr
-    done = train("wys-tiny", ring_scene, tmp_path / "b", *same, "--instruction", "make it snow", check=False)
+    done = train("wys-tiny", ring_scene, tmp_path / "b", *options, "--instruction", "make it snow", check=False)
     assert done.returncode == 1 and "--base-run" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_wys_run_as_base_is_edited_without_reconstruction(finished_run: Path, ring_scene: Path, editor_folder: Path,
-                                                          tmp_path: Path) -> None:  # fmt: skip
+def test_a_wys_base_run_is_edited_without_reconstruction(
+    finished_run: Path, ring_scene: Path, editor_folder: Path, tmp_path: Path
+) -> None:
     done = train("wys-tiny", ring_scene, tmp_path, *SMALL_MODEL, *SHORT, "--editor", editor_folder, "--instruction",
                  "paint the block red", "--base-run", finished_run)  # fmt: skip
-    run = the_run(tmp_path)
+    run = newest_run(tmp_path)
     assert "Phase: reconstruct." not in done.stdout
     assert (run / "nerfstudio_models" / "step-000000024.ckpt").is_file()
     base, start = weights(finished_run), read_checkpoint(run / "wys" / "history" / "001.ckpt")["pipeline"]
-    assert all(torch.equal(base[key], start[key]) for key in base), "Undo returns to the base"
+    assert all(torch.equal(base[key], start[key]) for key in base), "Undo restores the base run"
     for name in ("captured.ckpt", "history/001.ckpt"):
         assert (run / "wys" / name).is_file(), name
-    # The edited views of the base are what is edited now.
+    # Edits start from the edited views of the base run.
     edited = finished_run / "wys" / "edits"
     reference = {path.name: path.read_bytes() for path in (run / "wys" / "reference").iterdir()}
     assert len(reference) == 13 and all(reference[path.name] == path.read_bytes() for path in edited.iterdir())
@@ -291,14 +293,15 @@ def test_wys_run_as_base_is_edited_without_reconstruction(finished_run: Path, ri
     ]
 
 
-def test_the_captured_scene_of_a_wys_run_is_a_base_without_its_edits(finished_run: Path, ring_scene: Path,
-                                                                     editor_folder: Path, tmp_path: Path) -> None:  # fmt: skip
+def test_the_captured_scene_of_a_wys_run_is_a_base(
+    finished_run: Path, ring_scene: Path, editor_folder: Path, tmp_path: Path
+) -> None:
     train("wys-tiny", ring_scene, tmp_path, *SMALL_MODEL, *SHORT, "--editor", editor_folder, "--instruction",
           "paint the block red", "--base-run", finished_run / "wys" / "captured.ckpt")  # fmt: skip
-    run = the_run(tmp_path)
+    run = newest_run(tmp_path)
     base, start = (read_checkpoint(folder / "wys" / "captured.ckpt")["pipeline"] for folder in (finished_run, run))
     scene = [key for key in base if "relevance" not in key and base[key].is_floating_point()]
-    assert scene and all(torch.equal(base[key], start[key]) for key in scene), "localising must not move the scene"
+    assert scene and all(torch.equal(base[key], start[key]) for key in scene), "localization does not change the scene"
     assert any(not torch.equal(base[key], start[key]) for key in base if "mlp_relevance" in key)
     assert not (run / "wys" / "reference").exists()
     assert len(json.loads((run / "wys" / "history.json").read_text())) == 1

@@ -1,4 +1,4 @@
-"""Whole runs through `ns-train`: on nerfacto's scenes, on captures of all kinds, with every localisation, without a network."""
+"""Whole runs through `ns-train`: on nerfacto's scenes, on captures of all kinds, with every localization, without a network."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import torch
 from conftest import as_blender_scene, as_colmap_scene, write_ring_scene
 from pages import PAGES, commands
 from PIL import Image
-from test_entry_points import QUIET, SHORT, SMALL_MODEL, command, records, the_run, train, weights
+from test_entry_points import QUIET, SHORT, SMALL_MODEL, command, newest_run, records, train, weights
 
 from wys_nerfstudio.training.checkpoint import read_checkpoint
 
@@ -21,12 +21,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("torch_home")]
 
 @pytest.fixture(scope="module")
 def nerfacto_run(ring_scene: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few steps of nerfacto with its own default shapes."""
+    """A run of a few steps of nerfacto in its default size."""
     output = tmp_path_factory.mktemp("nerfacto")
     train("nerfacto", ring_scene, output, "--max-num-iterations=3", "--pipeline.model.implementation=torch",
           "--pipeline.datamanager.train-num-rays-per-batch=64", "--pipeline.model.num-proposal-samples-per-ray", "8", "8",
           "--pipeline.model.num-nerf-samples-per-ray=8", TORCH_HOME=os.environ["TORCH_HOME"])  # fmt: skip
-    return the_run(output)
+    return newest_run(output)
 
 
 FULL_SIZE = [
@@ -40,12 +40,13 @@ FULL_SIZE = [
 
 
 @pytest.mark.parametrize(("method", "option"), [("wys", "--base-run"), ("wys-small", "--load-dir")])
-def test_nerfacto_run_is_a_base(nerfacto_run: Path, ring_scene: Path, editor_folder: Path, tmp_path: Path,
-                                method: str, option: str) -> None:  # fmt: skip
-    given = nerfacto_run if option == "--base-run" else nerfacto_run / "nerfstudio_models"
+def test_a_nerfacto_run_is_a_base(
+    nerfacto_run: Path, ring_scene: Path, editor_folder: Path, tmp_path: Path, method: str, option: str
+) -> None:
+    base_path = nerfacto_run if option == "--base-run" else nerfacto_run / "nerfstudio_models"
     done = train(method, ring_scene, tmp_path, *SMALL_MODEL, *FULL_SIZE, "--editor", editor_folder, "--instruction",
-                 "make the ball blue", "--mask-threshold=0", option, given)  # fmt: skip
-    run = the_run(tmp_path)
+                 "make the ball blue", "--mask-threshold=0", option, base_path)  # fmt: skip
+    run = newest_run(tmp_path)
     assert "Phase: localize." in done.stdout and "Phase: reconstruct." not in done.stdout
     assert (run / "nerfstudio_models" / "step-000000004.ckpt").is_file()
     base, start = weights(nerfacto_run), read_checkpoint(run / "wys" / "captured.ckpt")["pipeline"]
@@ -54,8 +55,9 @@ def test_nerfacto_run_is_a_base(nerfacto_run: Path, ring_scene: Path, editor_fol
     assert not any("lpips" in key for key in start)
 
 
-def test_base_of_another_shape_is_refused_with_the_flags_to_type(nerfacto_run: Path, ring_scene: Path,
-                                                                 editor_folder: Path, tmp_path: Path) -> None:  # fmt: skip
+def test_a_base_of_another_shape_is_refused_with_its_options(
+    nerfacto_run: Path, ring_scene: Path, editor_folder: Path, tmp_path: Path
+) -> None:
     done = train("wys-tiny", ring_scene, tmp_path, *SMALL_MODEL, "--editor", editor_folder, "--instruction",
                  "make the ball blue", "--base-run", nerfacto_run, check=False)  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -71,7 +73,7 @@ def test_other_captures_run_to_the_end(size, extra, editor_folder: Path, tmp_pat
     scene = write_ring_scene(tmp_path / "scene", width=size[0], height=size[1], **extra)
     train("wys-tiny", scene, tmp_path / "out", *SMALL_MODEL, *SHORT, "--editor", editor_folder, "--instruction",
           "make the ball blue", "--mask-threshold=0.3")  # fmt: skip
-    run = the_run(tmp_path / "out")
+    run = newest_run(tmp_path / "out")
     sizes = {Image.open(path).size for path in (run / "wys" / "edits").glob("*.png")}
     assert sizes == {size}
 
@@ -83,7 +85,7 @@ def test_downscaled_views_run_to_the_end(editor_folder: Path, tmp_path: Path) ->
         Image.open(path).resize((32, 24)).save(scene / "images_2" / path.name)
     train("wys-tiny", scene, tmp_path / "out", *SMALL_MODEL, *SHORT, "--editor", editor_folder, "--instruction",
           "make the ball blue", "--mask-threshold=0.3", "nerfstudio-data", "--downscale-factor", "2")  # fmt: skip
-    run = the_run(tmp_path / "out")
+    run = newest_run(tmp_path / "out")
     assert {Image.open(path).size for path in (run / "wys" / "edits").glob("*.png")} == {(32, 24)}
 
 
@@ -101,19 +103,19 @@ def test_other_localizations_run_to_the_end(
         extra = ["--pipeline.masks-dir", tmp_path / "masks"]
     train("wys-tiny", ring_scene, tmp_path / "out", *SMALL_MODEL, *SHORT, "--editor", editor_folder, "--instruction",
           "make the ball blue", "--localization", localization, *extra)  # fmt: skip
-    run = the_run(tmp_path / "out")
+    run = newest_run(tmp_path / "out")
     fractions = {edit["mask_fraction"] for edit in records(run)}
     if localization == "masks":
         assert fractions == {80 / (40 * 32)}
     if localization == "none":
         assert fractions == {1.0}
-        assert (run / "nerfstudio_models" / "step-000000028.ckpt").is_file(), "nothing to localise"
+        assert (run / "nerfstudio_models" / "step-000000028.ckpt").is_file(), "there is no localize phase"
 
 
 NO_NETWORK = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
 
 
-def test_editor_that_cannot_be_had_is_told_before_the_first_step(ring_scene: Path, tmp_path: Path) -> None:
+def test_an_unavailable_editor_is_refused_before_the_first_step(ring_scene: Path, tmp_path: Path) -> None:
     done = train("wys", ring_scene, tmp_path, "--instruction", "make the ball blue", "--pipeline.model.lpips-loss-mult=0",
                  "--editor", "nobody/no-such-editor", check=False, HF_HOME=str(tmp_path), **NO_NETWORK)  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr and "Phase:" not in done.stdout
@@ -121,8 +123,9 @@ def test_editor_that_cannot_be_had_is_told_before_the_first_step(ring_scene: Pat
     assert sentence.startswith('wys: The editor "nobody/no-such-editor"') and "--editor embedded" in sentence
 
 
-def test_perceptual_weights_that_cannot_be_had_are_told_before_the_first_step(ring_scene: Path, editor_folder: Path,
-                                                                              tmp_path: Path) -> None:  # fmt: skip
+def test_unavailable_lpips_weights_are_refused_at_the_start(
+    ring_scene: Path, editor_folder: Path, tmp_path: Path
+) -> None:
     done = train("wys", ring_scene, tmp_path, "--instruction", "make the ball blue", "--editor", editor_folder,
                  "--pipeline.datamanager.edit-num-rays-per-batch=1024", check=False, TORCH_HOME=str(tmp_path / "empty"),
                  **NO_NETWORK)  # fmt: skip
@@ -136,7 +139,7 @@ def test_other_formats_run_to_the_end(parser, convert, ring_scene: Path, editor_
     command("train", "wys-tiny", "--output-dir", tmp_path / "out", *QUIET, *SMALL_MODEL, *SHORT, "--editor",
             editor_folder, "--instruction", "make the ball blue", "--mask-threshold=0.3", parser, "--data",
             scene)  # fmt: skip
-    run = the_run(tmp_path / "out")
+    run = newest_run(tmp_path / "out")
     assert list((run / "wys" / "edits").glob("*.png")) and (run / "wys" / "contact_sheet.png").is_file()
 
 
@@ -144,7 +147,7 @@ FOCAL_LENGTH = 288.0
 
 
 def write_photographs(folder: Path, count: int, width: int, height: int) -> None:
-    """A corner of a room with speckled walls, in which COLMAP finds its way, from an arc around it."""
+    """Write views from an arc around the corner of a room, whose speckled walls COLMAP can match."""
     folder.mkdir()
     draw = np.random.default_rng(0)
     walls = [sum(np.kron(draw.random((n, n)), np.ones((512 // n,) * 2)) for n in (8, 32, 128)) / 3 for _ in range(3)]
@@ -158,23 +161,23 @@ def write_photographs(folder: Path, count: int, width: int, height: int) -> None
         rays = u[..., None] * right + v[..., None] * np.cross(forward, right) + FOCAL_LENGTH * forward
         distance = np.where(rays < 0, -eye / np.minimum(rays, -1e-9), np.inf)
         hit = eye + distance.min(-1)[..., None] * rays
-        picture = np.zeros((height, width, 3))
+        image = np.zeros((height, width, 3))
         for axis, wall in enumerate(walls):
-            here = distance.argmin(-1) == axis
-            a, b = np.clip(128 * np.delete(hit[here], axis, 1), 0, 511).astype(int).T
-            picture[here] = wall[a, b, None] * (0.6, 0.8, 1.0)[axis]
-        Image.fromarray((255 * picture).astype(np.uint8)).save(folder / f"photograph_{number}.png")
+            on_wall = distance.argmin(-1) == axis
+            a, b = np.clip(128 * np.delete(hit[on_wall], axis, 1), 0, 511).astype(int).T
+            image[on_wall] = wall[a, b, None] * (0.6, 0.8, 1.0)[axis]
+        Image.fromarray((255 * image).astype(np.uint8)).save(folder / f"photograph_{number}.png")
 
 
 @pytest.mark.skipif(shutil.which("colmap") is None, reason="ns-process-data needs the colmap program for photographs")
 def test_photographs_are_processed_and_edited(editor_folder: Path, tmp_path: Path) -> None:
     write_photographs(tmp_path / "photos", 8, 320, 240)
     (readme,) = {line for line in commands(PAGES["README.md"]) if line.startswith("ns-process-data images")}
-    # A distribution's COLMAP has no CUDA, and nerfstudio's default of matching is a download.
+    # Debian's COLMAP has no CUDA, and nerfstudio's default matching downloads a vocabulary tree.
     command("process_data", *shlex.split(readme)[1:], "--no-gpu", "--matching-method", "exhaustive", folder=tmp_path)
-    found = json.loads((tmp_path / "scene" / "transforms.json").read_text())
-    assert len(found["frames"]) == 8 and found["fl_x"] == pytest.approx(FOCAL_LENGTH, rel=0.05)
+    transforms = json.loads((tmp_path / "scene" / "transforms.json").read_text())
+    assert len(transforms["frames"]) == 8 and transforms["fl_x"] == pytest.approx(FOCAL_LENGTH, rel=0.05)
     train("wys-tiny", tmp_path / "scene", tmp_path / "out", *SMALL_MODEL, *SHORT, "--editor", editor_folder, "--instruction",
           "make the ball blue", "--mask-threshold=0.3", "nerfstudio-data", "--downscale-factor", "4")  # fmt: skip
-    edited = (the_run(tmp_path / "out") / "wys" / "edits").glob("*.png")
+    edited = (newest_run(tmp_path / "out") / "wys" / "edits").glob("*.png")
     assert {Image.open(path).size for path in edited} == {(80, 60)}

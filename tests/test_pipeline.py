@@ -80,31 +80,31 @@ def trained(checkpoint: Path, ring_scene: Path, editor_folder: Path, tmp_path: P
     return build_trainer(config)
 
 
-def test_a_render_of_a_view_is_closest_to_that_view_among_all(trained: WysTrainer) -> None:
-    """Wrong poses, or another view's appearance, would make another view the closest: each has a tint of its own."""
+def test_a_render_of_a_view_is_closest_to_that_view(trained: WysTrainer) -> None:
+    """With wrong poses or another view's appearance another view would be closest: each has its own tint."""
     data, model = trained.pipeline.datamanager, trained.pipeline.scene_model
     for view in range(data.num_views):
         rgb = model.render_view(data.train_dataset.cameras, view)["rgb"]
-        likeness = [psnr(rgb, data.captured_views([other])[0]) for other in range(data.num_views)]
-        assert max(range(data.num_views), key=likeness.__getitem__) == view
+        similarity = [psnr(rgb, data.captured_views([other])[0]) for other in range(data.num_views)]
+        assert max(range(data.num_views), key=similarity.__getitem__) == view
 
 
-def test_a_render_of_a_view_uses_the_rays_that_training_uses(trained: WysTrainer, monkeypatch) -> None:
+def test_a_render_of_a_view_uses_the_training_rays(trained: WysTrainer, monkeypatch) -> None:
     data, model = trained.pipeline.datamanager, trained.pipeline.scene_model
     assert model.camera_optimizer.pose_adjustment.abs().max() > 1e-4, "poses were learned"
-    seen, render = [], model.get_outputs
-    monkeypatch.setattr(model, "get_outputs", lambda bundle: (seen.append(bundle), render(bundle))[1])
+    bundles, render = [], model.get_outputs
+    monkeypatch.setattr(model, "get_outputs", lambda bundle: (bundles.append(bundle), render(bundle))[1])
     model.render_view(data.train_dataset.cameras, 4)
     height, width = data.view_size
     indices = torch.stack([torch.full((height * width,), 4), *torch.arange(height * width).view(1, -1).div(
         torch.tensor([[width], [1]]), rounding_mode="floor").remainder(torch.tensor([[height], [width]]))], dim=-1)  # fmt: skip
     bundle = data.train_ray_generator(indices)
     model.camera_optimizer.apply_to_raybundle(bundle)
-    torch.testing.assert_close(torch.cat([b.origins for b in seen]), bundle.origins, atol=1e-5, rtol=0)
-    torch.testing.assert_close(torch.cat([b.directions for b in seen]), bundle.directions, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cat([b.origins for b in bundles]), bundle.origins, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cat([b.directions for b in bundles]), bundle.directions, atol=1e-5, rtol=0)
 
 
-def test_localising_trains_the_relevance_head_alone(trained: WysTrainer) -> None:
+def test_localization_trains_the_relevance_head_only(trained: WysTrainer) -> None:
     model = trained.pipeline.scene_model
     before = {key: value.clone() for key, value in model.state_dict().items()}
     losses = [step(trained, number) for number in range(200, 203)]
@@ -114,7 +114,7 @@ def test_localising_trains_the_relevance_head_alone(trained: WysTrainer) -> None
     assert changed and all("mlp_relevance" in key for key in changed)
 
 
-def test_editing_starts_with_an_edit_that_training_sees_and_moves_no_camera(trained: WysTrainer) -> None:
+def test_the_edit_phase_starts_with_an_edit_and_fixed_cameras(trained: WysTrainer) -> None:
     pipeline = trained.pipeline
     for number in range(200, 203):
         step(trained, number)
@@ -132,23 +132,23 @@ def test_editing_starts_with_an_edit_that_training_sees_and_moves_no_camera(trai
     assert pipeline.datamanager.get_train_rays_per_batch() == 128
 
 
-def test_the_air_is_searched_from_where_the_views_were_taken(trained: WysTrainer, monkeypatch) -> None:
-    """The hull is carved from maps, as they are and unclamped, with learned poses and the depths in the cells of the latents."""
+def test_the_hull_is_built_with_corrected_poses(trained: WysTrainer, monkeypatch) -> None:
+    """The hull is built from clamped and unclamped maps, corrected poses, and one depth per latent."""
     pipeline, model = trained.pipeline, trained.pipeline.scene_model
-    data, hull, given = pipeline.datamanager, model.field.relevance_hull, []
+    data, hull, calls = pipeline.datamanager, model.field.relevance_hull, []
     for number in range(200, 204):
         step(trained, number)
-    assert hull.known  # since editing began
+    assert hull.known
     monkeypatch.setattr(type(hull), "known", False)
-    monkeypatch.setattr(hull, "build", lambda *arguments: given.append(arguments))
+    monkeypatch.setattr(hull, "build", lambda *arguments: calls.append(arguments))
     monkeypatch.setattr(pipeline.config, "edit_resolution", 40)
     before, unclamped_maps = (data.relevance_maps, data.unclamped_maps), torch.rand(data.num_views, 4, 5)
     data.set_relevance(before[0], unclamped_maps)
     pipeline.session.edit_loop.build_visual_hull()
     data.set_relevance(*before)
-    ((to_world, cameras, maps, found, depths),) = given
-    places = torch.rand(9, 3)
-    torch.testing.assert_close(model.field.to_unit_cube(to_world(places)), places, atol=1e-4, rtol=0)
+    ((to_world, cameras, maps, unclamped, depths),) = calls
+    positions = torch.rand(9, 3)
+    torch.testing.assert_close(model.field.to_unit_cube(to_world(positions)), positions, atol=1e-4, rtol=0)
     corrected = torch.cat(
         [
             model.pose_corrected_camera(data.train_dataset.cameras, view).camera_to_worlds
@@ -158,31 +158,29 @@ def test_the_air_is_searched_from_where_the_views_were_taken(trained: WysTrainer
     assert torch.equal(cameras.camera_to_worlds, corrected)
     assert not torch.equal(corrected, data.train_dataset.cameras.camera_to_worlds)
     assert torch.equal(maps, before[0])
-    assert torch.equal(found, relevance.resize(unclamped_maps, *data.view_size))
+    assert torch.equal(unclamped, relevance.resize(unclamped_maps, *data.view_size))
     factor = 32 // pipeline.editor().latent_size(32, 40)[0]
     middle = slice(factor // 2, None, factor)
     for view in (0, 5):
         render = model.render_view(data.train_dataset.cameras, view)["depth"]
         assert depths.shape == (data.num_views, 32 // factor, 40 // factor)
-        # A cell's middle lies between pixels: within their neighbours' range.
+        # The center of a latent lies between pixels: within the range of its neighbors.
         near = torch.nn.functional.unfold(render.permute(2, 0, 1)[None], 3, padding=1)
         near = near.view(9, *render.shape[:2])[:, middle, middle]
         low, high = near.amin(dim=0), near.amax(dim=0)
         assert float(((depths[view] >= low - 0.05) & (depths[view] <= high + 0.05)).float().mean()) > 0.9
 
 
-def test_the_air_is_searched_when_editing_begins_and_anew_for_another_instruction(
-    ring_scene: Path, editor_folder: Path, tmp_path: Path
-) -> None:
+def test_the_hull_is_built_once_per_instruction(ring_scene: Path, editor_folder: Path, tmp_path: Path) -> None:
     trainer = build_trainer(small_config(ring_scene, editor_folder, tmp_path, reconstruct_steps=0, localize_steps=1))
     pipeline, hull = trainer.pipeline, trainer.pipeline.scene_model.field.relevance_hull
     with trainer.train_lock:
         pipeline.session.enter_phase(Phase.LOCALIZE)
-        assert not hull.known  # the relevance head has not learned yet what surfaces explain
+        assert not hull.known  # the relevance head is not trained yet
         pipeline.session.enter_phase(Phase.EDIT)
         assert hull.known
         hull.relevance.fill_(0.25)
-        pipeline.session.enter_phase(Phase.EDIT)  # as a resumed run does, whose scene is not as captured any more
+        pipeline.session.enter_phase(Phase.EDIT)  # as in a resumed run, whose scene is edited already
         assert bool((hull.relevance == 0.25).all())
         pipeline.session.apply("make the ball red", on_top=False, step=5)
         assert not hull.known
@@ -190,9 +188,7 @@ def test_the_air_is_searched_when_editing_begins_and_anew_for_another_instructio
         assert hull.known and not bool((hull.relevance == 0.25).all())
 
 
-def test_nothing_is_searched_where_edits_are_not_confined(
-    ring_scene: Path, editor_folder: Path, tmp_path: Path
-) -> None:
+def test_no_hull_is_built_without_localization(ring_scene: Path, editor_folder: Path, tmp_path: Path) -> None:
     options = {"reconstruct_steps": 0, "localization": "none"}
     trainer = build_trainer(small_config(ring_scene, editor_folder, tmp_path, **options))
     with trainer.train_lock:
@@ -212,8 +208,8 @@ def test_a_view_with_an_empty_mask_is_not_edited(trained: WysTrainer) -> None:
     assert pipeline.datamanager.edited_views == edited
 
 
-def test_edits_are_the_same_whatever_was_drawn_before(ring_scene: Path, editor_folder: Path, tmp_path: Path) -> None:
-    """An edit depends on the run's seed and its own number, not on how often anything else drew from a generator."""
+def test_edits_do_not_depend_on_global_random_state(ring_scene: Path, editor_folder: Path, tmp_path: Path) -> None:
+    """An edit depends on the run's seed and its number only."""
     edits = []
     for run in range(2):
         options = {"reconstruct_steps": 0, "localize_steps": 1, "mask_threshold": 0.0, "seed": 5}
@@ -228,43 +224,43 @@ def test_edits_are_the_same_whatever_was_drawn_before(ring_scene: Path, editor_f
 
 
 @pytest.mark.parametrize("localization", ["relevance-field", "relevance-map", "none"])
-def test_an_edit_begins_as_if_the_whole_view_had_been_rendered(
+def test_partial_renders_equal_the_whole_render_in_the_mask(
     trained: WysTrainer, localization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Mask and colours within it are those of the whole picture; beyond its margin the view is as captured."""
+    """Mask and colors are those of the whole render, although only pixels near the mask are rendered."""
     pipeline = trained.pipeline
     model, data, view = pipeline.scene_model, pipeline.datamanager, 3
     monkeypatch.setattr(pipeline.config, "edit_resolution", 40)
     pipeline.settings.update(localization=localization, mask_threshold=0.5)
     render, computed = model.get_outputs, []
 
-    def with_a_relevant_ball(rays: RayBundle) -> dict[str, torch.Tensor]:
+    def render_relevant_ball(rays: RayBundle) -> dict[str, torch.Tensor]:
         computed.append(len(rays))
         distance = torch.linalg.cross(rays.origins, rays.directions).norm(dim=-1, keepdim=True)
         return {**render(rays), "relevance": (1 - 2 * distance).clamp(0, 1)}
 
-    monkeypatch.setattr(model, "get_outputs", with_a_relevant_ball)
+    monkeypatch.setattr(model, "get_outputs", render_relevant_ball)
     whole = model.render_view(data.train_dataset.cameras, view)
-    wanted = torch.ones(data.view_size, dtype=torch.bool)
+    expected = torch.ones(data.view_size, dtype=torch.bool)
     if localization != "none":
-        wanted = whole["relevance_value"][..., 0] >= 0.5
+        expected = whole["relevance_value"][..., 0] >= 0.5
     maps = torch.zeros(data.num_views, *data.view_size, 1)
     if localization == "relevance-map":
-        maps[view, ..., 0] = wanted.float()
+        maps[view, ..., 0] = expected.float()
     data.set_relevance(maps[..., 0])
 
     computed.clear()
     start = pipeline.session.edit_loop.prepare_edit(view)
-    assert torch.equal(start.mask, wanted) and wanted.any()
-    torch.testing.assert_close(start.render[wanted], whole["rgb"][wanted], atol=1e-5, rtol=0)
-    torch.testing.assert_close(start.relevance[wanted], whole["relevance_value"][..., 0][wanted], atol=1e-5, rtol=0)
-    pixels, latents = wanted.numel(), math.prod(pipeline.editor().latent_size(*wanted.shape))
+    assert torch.equal(start.mask, expected) and expected.any()
+    torch.testing.assert_close(start.render[expected], whole["rgb"][expected], atol=1e-5, rtol=0)
+    torch.testing.assert_close(start.relevance[expected], whole["relevance_value"][..., 0][expected], atol=1e-5, rtol=0)
+    pixels, latents = expected.numel(), math.prod(pipeline.editor().latent_size(*expected.shape))
     assert sum(computed) == int(start.rendered.sum()) + latents
     assert (localization == "none") == (sum(computed) > pixels)
 
 
 @pytest.mark.parametrize(("resolution", "rendered"), [(24, (16, 24)), (40, (32, 40)), (80, (32, 40))])
-def test_edits_start_from_renders_no_finer_than_they_are_made(
+def test_renders_for_edits_are_at_most_the_editing_size(
     ring_scene: Path, editor_folder: Path, tmp_path: Path, resolution: int, rendered: tuple[int, int]
 ) -> None:
     options = {"edit_resolution": resolution, "reconstruct_steps": 0, "localization": "relevance-map"}
@@ -288,45 +284,43 @@ def test_edits_start_from_renders_no_finer_than_they_are_made(
     assert torch.equal(data.current_views([view])[0][~mask], data.captured_views([view])[0][~mask])
 
 
-def test_the_viewer_can_draw_while_relevance_maps_are_made(
+def test_the_viewer_renders_while_relevance_maps_are_made(
     ring_scene: Path, editor_folder: Path, tmp_path: Path
 ) -> None:
     options = {"relevance_batch_size": 1, "reconstruct_steps": 0}
     trainer = build_trainer(small_config(ring_scene, editor_folder, tmp_path, **options))
-    made, drawn = [], []
+    maps, renders = [], []
 
-    def draw() -> None:
+    def render() -> None:
         with trainer.train_lock:
-            drawn.append(len(made))
+            renders.append(len(maps))
 
-    viewer = threading.Thread(target=draw)
+    viewer = threading.Thread(target=render)
 
     def report(text: str) -> None:
-        made.append(text)
-        if len(made) == 1:
+        maps.append(text)
+        if len(maps) == 1:
             viewer.start()
             viewer.join(timeout=60)
 
     trainer.pipeline.report = report
     trainer._train_step(0)
-    assert drawn == [1] and len(made) == trainer.pipeline.datamanager.num_views
+    assert renders == [1] and len(maps) == trainer.pipeline.datamanager.num_views
 
 
-def test_the_first_steps_of_editing_do_not_throw_the_scene_out_of_place(
-    ring_scene: Path, editor_folder: Path, tmp_path: Path
-) -> None:
-    """With reconstruction's tiny second moments kept, Adam's first step on an absolute error is a blow."""
+def test_the_first_edit_steps_keep_the_scene(ring_scene: Path, editor_folder: Path, tmp_path: Path) -> None:
+    """With the small second moments of the reconstruction, Adam's first steps on an absolute error would be too large."""
     options = {"reconstruct_steps": 150, "localize_steps": 1, "mask_threshold": 1.0}
     trainer = build_trainer(small_config(ring_scene, editor_folder, tmp_path, **options))
     for number in range(151):
         step(trainer, number)
     data, model = trainer.pipeline.datamanager, trainer.pipeline.scene_model
 
-    def likeness() -> float:
+    def similarity() -> float:
         return psnr(model.render_view(data.train_dataset.cameras, 0)["rgb"], data.captured_views([0])[0])
 
-    before = likeness()
+    before = similarity()
     assert trainer.optimizers.optimizers["fields"].state, "reconstruction has filled the optimizer"
     for number in range(151, 171):
         step(trainer, number)
-        assert likeness() > before - 1.5
+        assert similarity() > before - 1.5

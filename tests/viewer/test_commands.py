@@ -104,7 +104,7 @@ def finished(trainer: WysTrainer) -> bool:
 OPTIONS = {"reconstruct_steps": 20, "localize_steps": 4, "edit_steps": 11, "edit_every": 2, "mask_threshold": 0.2}
 
 
-def test_apply_undo_and_reset_on_a_finished_run_and_after_a_restart(
+def test_apply_undo_and_reset_after_the_end_and_a_restart(
     ring_scene: Path, editor_folder: Path, tmp_path: Path
 ) -> None:
     observed: dict[str, tuple[torch.Tensor, ...]] = {}
@@ -212,7 +212,7 @@ def test_refused_commands_are_explained_in_the_status_line(
         pass
 
 
-def test_without_relevance_localization_changes_with_the_next_apply(
+def test_without_maps_localization_changes_with_the_next_apply(
     ring_scene: Path, editor_folder: Path, tmp_path: Path
 ) -> None:
     def then(trainer: WysTrainer) -> None:
