@@ -59,7 +59,7 @@ def test_the_table_shows_mean_and_range_over_seeds() -> None:
     rows = [line.split("│")[1:-1] for line in console.file.getvalue().splitlines() if line.startswith("│")]
     assert [cell.strip() for cell in rows[0]] == ["before", "37.5", "-"]
     assert [cell.strip() for cell in rows[1]] == ["relevance field", "36.5 (36.0 to 37.0)", "0.62 (0.50 to 0.75)"]
-    assert [cell.strip() for cell in rows[2]] == ["ground-truth masks", "37.0", "1.00"]
+    assert [cell.strip() for cell in rows[2]] == ["true masks", "37.0", "1.00"]
 
 
 def test_psnr_outside_measures_changes_outside_the_masks(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_all_variants_are_run_from_one_reconstruction(tmp_path: Path, monkeypatc
     assert all(run["view_psnr_outside"] == float("inf") for run in metrics["masks"])
     assert all(10 < run["view_psnr_outside"] < 60 for run in metrics["none"])
     assert all(0 < run["mask_iou"] < 0.3 for run in metrics["none"])
-    assert (tmp_path / "contact_sheet.png").is_file() and "ground-truth masks" in capsys.readouterr().out
+    assert (tmp_path / "contact_sheet.png").is_file() and "true masks" in capsys.readouterr().out
 
     monkeypatch.setattr(sys, "argv", ablate)
     main.entrypoint()  # reuses the finished runs

@@ -29,7 +29,7 @@ from wys_nerfstudio.utils.visualization import contact_sheet, evenly_spaced, rea
 
 VARIANTS = {
     "none": "nothing (Instruct-NeRF2NeRF)",
-    "masks": "ground-truth masks",
+    "masks": "true masks",
     "relevance-map": "2D relevance maps",
     "relevance-field": "relevance field",
 }
