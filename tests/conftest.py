@@ -34,6 +34,16 @@ SMALL_FIELD = {
 WORDS = "a the make turn paint give it bear ball block hat red blue green panda polar snow night into of photo".split()
 
 
+@pytest.fixture(autouse=True)
+def torch_state() -> Iterator[None]:
+    """Fail tests that leave gradients switched off or another default dtype: they would change the tests after them."""
+    before = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
+    yield
+    after = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
+    torch.set_grad_enabled(before[0])
+    assert after == before
+
+
 def run_wys(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     """Run the `wys` command in this process."""
     from wys_nerfstudio.cli import main

@@ -66,5 +66,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    main(tyro.cli(Options))
+    with torch.no_grad():
+        main(tyro.cli(Options))
