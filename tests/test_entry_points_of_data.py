@@ -12,9 +12,7 @@ import torch
 from conftest import as_blender_scene, as_colmap_scene, write_ring_scene
 from pages import PAGES, commands
 from PIL import Image
-from test_entry_points import QUIET, SHORT, SMALL_MODEL, command, newest_run, records, train, weights
-
-from wys_nerfstudio.training.checkpoint import read_checkpoint
+from test_entry_points import QUIET, SHORT, SMALL_MODEL, command, newest_run, records, tensors, train, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("torch_home")]
 
@@ -49,7 +47,7 @@ def test_a_nerfacto_run_is_a_base(
     run = newest_run(tmp_path)
     assert "Phase: localize." in done.stdout and "Phase: reconstruct." not in done.stdout
     assert (run / "nerfstudio_models" / "step-000000004.ckpt").is_file()
-    base, start = weights(nerfacto_run), read_checkpoint(run / "wys" / "captured.ckpt")["pipeline"]
+    base, start = weights(nerfacto_run), tensors(run / "wys" / "captured.ckpt")
     shared = [key for key in base if "lpips" not in key and base[key].is_floating_point()]
     assert shared and all(torch.equal(base[key], start[key]) for key in shared)
     assert not any("lpips" in key for key in start)

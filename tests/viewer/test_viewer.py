@@ -181,7 +181,7 @@ def test_a_preview_appears_and_an_invalid_value_is_refused(page: Any) -> None:
     set_threshold(page, 0.0)  # after so few steps nothing may be relevant
     page.get_by_role("button", name="Preview").click()
     page.locator("img[alt=preview]").wait_for(timeout=60000)
-    every = page.get_by_text("Edit every").locator("xpath=following::input[1]")
+    every = page.get_by_text("Edit every", exact=True).locator("xpath=following::input[1]")
     every.fill("0")
     wait(lambda: "Edit every must be at least 1, not 0" in panel_text(page), 60)
     wait(lambda: every.input_value() == "5", 60)
@@ -202,7 +202,7 @@ def test_two_outputs_are_shown_side_by_side(page: Any) -> None:
 
 
 def test_a_typed_instruction_stays_until_it_is_applied(page: Any) -> None:
-    box = page.get_by_text("Instruction").locator("xpath=following::input[1]")
+    box = page.get_by_text("Instruction", exact=True).locator("xpath=following::input[1]")
     box.fill("make the ball red")
     box.press("Enter")
     set_threshold(page, 0.25)
@@ -214,7 +214,7 @@ def test_apply_and_undo(page: Any, live_run: Path) -> None:
     wait(lambda: "finished" in panel_text(page))
     choose_output(page, "rgb")
     before = settled_render(page)
-    box = page.get_by_text("Instruction").locator("xpath=following::input[1]")
+    box = page.get_by_text("Instruction", exact=True).locator("xpath=following::input[1]")
     box.fill("make the ball blue")
     box.press("Enter")
     page.wait_for_timeout(1000)
