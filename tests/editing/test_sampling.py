@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wys_nerfstudio.editing.editor import Branch, NoiseLevel
-from wys_nerfstudio.editing.sampling import add_noise, apply_guidance, edit_seed, masked_denoise, needed_branches
+from wys_nerfstudio.editing.sampling import (
+    add_noise,
+    apply_guidance,
+    edit_seed,
+    masked_denoise,
+    needed_branches,
+    seeded_noise,
+)
 from wys_nerfstudio.editing.stable_diffusion import timesteps, v_to_epsilon
 
 alphas = st.floats(0.01, 0.999)
@@ -334,3 +341,14 @@ def test_a_seed_depends_on_run_seed_and_number_only(seed, number):
 def test_seeds_of_edits_are_fixed_across_versions():
     # A resumed run must repeat the edits of the uninterrupted one.
     assert edit_seed(0, 0) == 2220271774497122242
+
+
+def test_noise_of_an_image_depends_on_its_seed_only():
+    batch = seeded_noise([3, 4, 3], (2, 5, 6), torch.device("cpu"))
+    assert batch.shape == (3, 2, 5, 6)
+    assert torch.equal(batch[1], torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(4)))
+    assert torch.equal(batch[0], batch[2]) and not torch.equal(batch[0], batch[1])
+
+
+def test_noise_is_put_on_the_requested_device():
+    assert seeded_noise([0], (1, 2, 2), torch.device("meta")).device.type == "meta"

@@ -20,7 +20,12 @@ from wys_nerfstudio.relevance.visual_hull import (
 )
 
 WIDTH, HEIGHT = 24, 18
-DISTORTIONS = {"none": None, "some": (0.05, -0.02, 0.01, 0.0, 0.02, -0.03), "barrel": (-0.12, 0.01, 0, 0, 0, 0)}
+DISTORTIONS = {
+    "none": None,
+    "some": (0.05, -0.02, 0.01, 0.0, 0.02, -0.03),
+    "barrel": (-0.12, 0.01, 0, 0, 0, 0),
+    "high orders": (0.02, 0.01, 0.2, 0.3, 0, 0),
+}
 
 
 def ring(views: int, distance: float = 1.0, lens: CameraType = CameraType.PERSPECTIVE, distortion=None) -> Cameras:
