@@ -249,6 +249,27 @@ def test_patches_that_do_not_fit_are_refused(ring_scene, options):
 # ----------------------------------------------------------------------------------------------------------- relevance maps
 
 
+def test_relevance_maps_that_are_not_finite_are_refused(data, editor_folder, tmp_path):
+    editor = load_editor(str(editor_folder))
+    forward = editor.unet.forward
+    calls = []
+
+    def fail_in_second_batch(*arguments, **named):
+        output = forward(*arguments, **named)
+        calls.append(len(arguments[0]))
+        if len(calls) == 2:
+            output.sample[1] = float("nan")
+        return output
+
+    editor.unet.forward = fail_in_second_batch
+    sentence = (
+        f"the relevance map of {data.view_names[3]} became NaN or Inf. Start with --pipeline.editor-dtype float32"
+    )
+    with pytest.raises(WysError, match=sentence):
+        data.make_relevance_maps(editor, request(), "view", 1.5, tmp_path, 2)
+    assert data.relevance_maps is None and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("normalization", ["view", "scene"])
 def test_relevance_maps_are_those_of_the_captured_views(data, editor, tmp_path, normalization):
     data.set_view(3, torch.zeros(HEIGHT, WIDTH, 3))  # edits must not influence the maps

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from wys_nerfstudio import relevance
 from wys_nerfstudio.editing import Editor, EditSettings, edit_images, relevance_maps
+from wys_nerfstudio.editing.edit import check_finite
 from wys_nerfstudio.editing.editor import resize_images
 from wys_nerfstudio.editing.sampling import edit_seed
 from wys_nerfstudio.relevance.cache import RelevanceRequest, find_maps, save_maps
@@ -272,7 +273,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
     def _raw_maps(
         self, editor: Editor, views: Sequence[int], request: RelevanceRequest, batch_size: int
     ) -> Iterator[Float[Tensor, "n lh lw"]]:
-        return relevance_maps(
+        raw = relevance_maps(
             editor,
             self.reference_views(views),
             request.instruction,
@@ -282,6 +283,12 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             resolution=request.resolution,
             batch_size=batch_size,
         )
+        names = [f"the relevance map of {self.view_names[view]}" for view in views]
+        first = 0
+        for part in raw:
+            check_finite(part, names[first : first + len(part)], "Start with --pipeline.editor-dtype float32.")
+            first += len(part)
+            yield part
 
     def set_relevance(
         self, maps: Float[Tensor, "n h w"], unclamped_maps: Optional[Float[Tensor, "n mh mw"]] = None

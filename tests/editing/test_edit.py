@@ -300,8 +300,8 @@ def test_extreme_noise_levels_give_finite_maps(editor):
 
 
 def test_maps_have_latent_size_at_the_editing_resolution(editor):
-    assert compute_maps(editor, smooth_images(1, 37, 61)).shape == (1, 4, 8)
-    assert compute_maps(editor, smooth_images(1, 61, 37), resolution=64).shape == (1, 16, 10)
+    assert compute_maps(editor, smooth_images(1, 37, 61)).shape == (1, 5, 8)
+    assert compute_maps(editor, smooth_images(1, 61, 37), resolution=64).shape == (1, 15, 9)
 
 
 @pytest.mark.parametrize("scales, branches", [((1.0, 1.0), 1), ((4.0, 1.0), 2), ((4.0, 1.5), 3), ((1.0, 1.5), 3)])
@@ -320,3 +320,14 @@ def test_branches_that_cancel_out_are_not_evaluated(editor, scales, branches, mo
     near = edit(editor, images, full_mask(images), settings=EditSettings(scales[0] + 1e-4, scales[1] + 1e-4, 6))
     assert set(batches[len(batches) // 2 :]) == {6}
     assert (exact - near).abs().max() < 1e-2
+
+
+def test_pixels_are_scaled_before_they_are_rounded_to_half_precision(editor_folder):
+    """Gray is 0 in [-1, 1], where half precision is finest; rounded before, grays would be 1/256 apart."""
+    editor, received = load_editor(str(editor_folder), dtype="bfloat16"), []
+    images = torch.linspace(0.49, 0.51, 32 * 32 * 3).view(1, 32, 32, 3)
+    encode = editor.vae.encode
+    editor.vae.encode = lambda pixels: (received.append(pixels), encode(pixels))[1]
+    editor.encode(images)
+    expected = (images.permute(0, 3, 1, 2) * 2 - 1).to(torch.bfloat16)
+    assert torch.equal(received[0], expected)

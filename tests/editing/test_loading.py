@@ -3,13 +3,16 @@
 import json
 import os
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import build_editor_folder
+from hypothesis import given
+from hypothesis import strategies as st
 
-from wys_nerfstudio.editing import EMBEDDED, Editor, load_editor
+from wys_nerfstudio.editing import EMBEDDED, Editor, EditSettings, edit_image, load_editor
 from wys_nerfstudio.editing.loading import FAMILIES, editor_source, resolve_dtype
 from wys_nerfstudio.editing.stable_diffusion import PARTS, SCHEDULERS, StableDiffusionEditor
 from wys_nerfstudio.utils.errors import WysError
@@ -357,38 +360,79 @@ def full_size() -> StableDiffusionEditor:
 
 def test_the_full_size_editor_has_stable_diffusions_geometry(full_size):
     assert sum(p.numel() for p in full_size.unet.parameters()) == 859_532_484
-    assert (full_size.latent_factor, full_size.side_multiple, full_size.native_resolution) == (8, 64, 512)
+    assert (full_size.latent_factor, full_size.native_resolution) == (8, 512)
     assert full_size.num_train_timesteps == 1000
 
 
 @pytest.mark.parametrize(
     ("height", "width", "expected"),
     [
-        (1080, 1920, (256, 512)),
-        (1920, 1080, (512, 256)),
+        (1080, 1920, (288, 512)),
+        (1920, 1080, (512, 288)),
         (512, 512, (512, 512)),
         (994, 738, (512, 384)),
-        (100, 4000, (64, 512)),
+        (100, 4000, (16, 512)),
     ],
 )
 def test_editing_sizes_of_the_full_size_editor(full_size, height, width, expected):
     assert full_size.editing_size(height, width, full_size.native_resolution) == expected
 
 
-def test_shapes_of_the_full_size_networks(full_size):
+ASPECT_RATIOS = [(16, 9), (3, 2), (4, 3), (9, 16), (1, 1), (21, 9)]
+
+
+@pytest.mark.parametrize(("width", "height"), ASPECT_RATIOS)
+@pytest.mark.parametrize(
+    ("size", "resolution"),
+    [("embedded", 80), ("embedded", 128), ("full", 256), ("full", 512), ("full", 768), ("full", 1024)],
+)
+def test_editing_sizes_keep_common_proportions(full_size, width, height, size, resolution):
+    editor = full_size if size == "full" else load_embedded()
+    edited_height, edited_width = editor.editing_size(120 * height, 120 * width, resolution)
+    squeeze = (edited_width / edited_height) / (width / height)
+    assert max(squeeze, 1 / squeeze) <= 1.02
+    assert edited_height % editor.latent_factor == edited_width % editor.latent_factor == 0
+    assert resolution * 7 // 8 - editor.latent_factor <= max(edited_height, edited_width) <= resolution
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(8, 1024))
+def test_editing_sizes_are_whole_latents_within_the_resolution(height, width, resolution):
+    editor = load_embedded()
+    edited_height, edited_width = editor.editing_size(height, width, resolution)
+    assert edited_height % 4 == edited_width % 4 == 0 and min(edited_height, edited_width) >= 4
+    assert max(edited_height, edited_width) <= max(4, resolution + 2)
+    assert (edited_height >= edited_width) == (height >= width) or edited_height == edited_width
+
+
+@cache
+def load_embedded() -> StableDiffusionEditor:
+    return load_editor(EMBEDDED)  # type: ignore
+
+
+@pytest.mark.parametrize(("width", "height"), ASPECT_RATIOS)
+def test_shapes_of_the_full_size_networks(full_size, width, height):
+    height, width = full_size.editing_size(120 * height, 120 * width, 512)
     with torch.device("meta"):
-        latents = full_size.encode(torch.rand(2, 256, 512, 3)).latents
-        assert latents.shape == (2, 4, 32, 64)
+        latents = full_size.encode(torch.rand(2, height, width, 3)).latents
+        assert latents.shape == (2, 4, height // 8, width // 8)
         noise = full_size.predict_noise(latents, full_size.noise_level(0.5), latents, torch.rand(2, 77, 768))
-        assert noise.shape == (2, 4, 32, 64)
-        assert full_size.decode(latents).shape == (2, 256, 512, 3)
+        assert noise.shape == latents.shape
+        assert full_size.decode(latents).shape == (2, height, width, 3)
     assert noise.device.type == "meta"
 
 
-def test_sizes_of_a_unet_with_two_sample_sizes(full_size):
+@pytest.mark.parametrize(("width", "height"), ASPECT_RATIOS)
+def test_the_embedded_editor_edits_common_proportions(width, height):
+    image = torch.rand(12 * height, 12 * width, 3, generator=torch.Generator().manual_seed(0))
+    settings = EditSettings(diffusion_steps=2, mask_threshold=0.0)
+    output = edit_image(load_embedded(), image, "turn the bear into a panda", settings)
+    assert output.edited.shape == image.shape and (output.edited != image).any()
+
+
+def test_the_native_resolution_is_the_longer_sample_size(full_size):
     from dataclasses import replace
     from types import SimpleNamespace
 
     config = SimpleNamespace(sample_size=(48, 80), block_out_channels=(1, 1, 1))
     editor = replace(full_size, unet=SimpleNamespace(config=config))
-    assert (editor.native_resolution, editor.side_multiple) == (640, 32)
+    assert editor.native_resolution == 640

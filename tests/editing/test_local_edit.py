@@ -257,3 +257,24 @@ def test_empty_instructions_and_wrong_mask_sizes_are_refused(editor):
         edit_image(editor, smooth_images(1)[0], "  ")
     with pytest.raises(WysError, match="The mask has 31x32 pixels, but the image has 32x32"):
         edit_image(editor, smooth_images(1)[0], INSTRUCTION, mask=torch.ones(32, 31, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("part", "sentence"),
+    [
+        ("unet", "The editor failed: the relevance map became NaN or Inf. Run it on the CPU"),
+        ("vae", "The editor failed: the edit became NaN or Inf. Lower the guidance scales"),
+    ],
+)
+def test_results_that_are_not_finite_are_refused(editor_folder, part, sentence):
+    editor = load_editor(str(editor_folder))
+    network = editor.unet.conv_out if part == "unet" else editor.vae.decoder.conv_out
+    torch.nn.init.constant_(network.bias, float("nan"))
+    with pytest.raises(WysError, match=sentence):
+        edit_image(editor, smooth_images(1)[0], INSTRUCTION, replace(FEW_STEPS, mask_threshold=0.0))
+
+
+def test_extreme_guidance_is_refused_instead_of_black_pixels(editor):
+    settings = replace(FEW_STEPS, guidance_scale=1e38, mask_threshold=0.0)
+    with pytest.raises(WysError, match="the edit became NaN or Inf. Lower the guidance scales"):
+        edit_image(editor, smooth_images(1)[0], INSTRUCTION, settings)

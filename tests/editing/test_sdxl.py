@@ -105,6 +105,15 @@ def test_zero_and_encoded_empty_text_give_different_maps(folder: Path, tmp_path:
     assert first.shape == (2, 8, 8) and not torch.allclose(first, second)
 
 
+@pytest.mark.parametrize(("height", "width"), [(36, 64), (20, 28), (64, 36)])
+def test_sides_are_whole_latents(folder: Path, height: int, width: int) -> None:
+    editor = load_editor(str(folder))
+    assert editor.editing_size(height, width, max(height, width)) == (height, width)
+    image = torch.rand(height, width, 3, generator=torch.Generator().manual_seed(0))
+    output = edit_image(editor, image, INSTRUCTION, EditSettings(diffusion_steps=2, mask_threshold=0.0, resolution=64))
+    assert output.edited.shape == image.shape and (output.edited != image).any()
+
+
 def test_the_unet_is_conditioned_on_the_image_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     editor, calls = load_editor(str(folder)), []
     forward = editor.unet.forward

@@ -319,6 +319,23 @@ def test_an_error_of_the_editor_reaches_the_training_loop(make_stub, tmp_path, m
         stub.loop.edit(1, tmp_path)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_edits_that_are_not_finite_change_no_view(make_stub, tmp_path, monkeypatch, value, overlap):
+    stub = make_stub(overlap=overlap)
+    name = stub.views.view_names[stub.next_view()]
+    edit_views = stub.views.edit_views
+    monkeypatch.setattr(stub.views, "edit_views", lambda *a, **named: edit_views(*a, **named).fill_(value))
+    sentence = f"the edit of {name} became NaN or Inf. Resume with --pipeline.editor-dtype float32"
+    with pytest.raises(WysError, match=sentence):
+        stub.loop.edit(0, tmp_path)
+        stub.loop.commit(1, tmp_path)
+    with pytest.raises(WysError, match="the edit of view_1 became NaN or Inf"):
+        stub.loop.preview(1, INSTRUCTION)
+    assert torch.equal(stub.views.current, stub.views.captured)
+    assert not (tmp_path / "edits.jsonl").exists()
+
+
 def test_preview_changes_nothing(make_stub):
     stub = make_stub()
     before, mask, edited = stub.loop.preview(1, INSTRUCTION)

@@ -258,8 +258,8 @@ def edit_image(
         The edited image, its relevance map and its mask, on the image's device.
 
     Raises:
-        WysError: If a setting is invalid, the instruction is empty or not supported by the editor, or the mask's size
-            differs from the image's.
+        WysError: If a setting is invalid, the instruction is empty or not supported by the editor, the mask's size differs
+            from the image's, or the result is NaN or infinite.
     """
     settings = settings or EditSettings()
     settings.check()
@@ -279,8 +279,9 @@ def edit_image(
         seeds=[edit_seed(seed, -1)],
         resolution=settings.resolution,
     )
-    factor = settings.relevance_outlier_factor
-    relevance_map = relevance.upsample(next(raw), height, width, outlier_factor=factor)[0].to(image.device)
+    factor, raw_map = settings.relevance_outlier_factor, next(raw)
+    check_finite(raw_map, ["the relevance map"], "Run it on the CPU, where the editor has full precision.")
+    relevance_map = relevance.upsample(raw_map, height, width, outlier_factor=factor)[0].to(image.device)
     if mask is None:
         mask = relevance.threshold(relevance_map, settings.mask_threshold)
     if not mask.any():
@@ -307,7 +308,26 @@ def edit_image(
             seeds=seeds,
             on_progress=step_done,
         )
+    check_finite(
+        edited, ["the edit"], "Lower the guidance scales, or run it on the CPU, where the editor has full precision."
+    )
     return ImageEditOutput(edited[0], relevance_map, mask)
+
+
+def check_finite(values: Float[Tensor, "b ..."], names: Sequence[str], remedy: str) -> None:
+    """Refuse results of an editor that are NaN or infinite, which half precision or extreme guidance can cause.
+
+    Args:
+        values: One result per name.
+        names: What the results are, such as "the edit of view_1".
+        remedy: What to change.
+
+    Raises:
+        WysError: For the first such result.
+    """
+    finite = values.flatten(1).isfinite().all(dim=1).tolist()
+    if not all(finite):
+        raise WysError(f"The editor failed: {names[finite.index(False)]} became NaN or Inf. {remedy}")
 
 
 def guided_denoiser(editor: Editor, encoding: ImageEncoding, instruction: str, settings: EditSettings) -> Denoiser:

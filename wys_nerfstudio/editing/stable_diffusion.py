@@ -45,6 +45,9 @@ SCHEDULERS = (
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 """Supported meanings of the UNet's output."""
 
+MAX_SQUEEZE = 0.02
+"""Largest change of an image's proportions by the size at which it is edited."""
+
 
 @dataclass
 class StableDiffusionEditor:
@@ -99,21 +102,26 @@ class StableDiffusionEditor:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
-    def side_multiple(self) -> int:
-        """Sides of edited images are multiples of this, so that every level of the UNet divides evenly."""
-        return self.latent_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-
-    @property
     def native_resolution(self) -> int:
         """Longer side, in pixels, of the images that the editor was trained on."""
         size = self.unet.config.sample_size
         return self.latent_factor * (size if isinstance(size, int) else max(size))
 
     def editing_size(self, height: int, width: int, resolution: int) -> tuple[int, int]:
-        """Height and width at which an image is edited: its own proportions, rounded to multiples of `side_multiple`."""
-        scale = resolution / max(height, width)
-        multiple = self.side_multiple
-        return max(1, round(height * scale / multiple)) * multiple, max(1, round(width * scale / multiple)) * multiple
+        """Height and width at which an image is edited: its own proportions, in whole latents.
+
+        The longer side is at most `resolution`, and shorter by up to an eighth where that keeps the proportions within
+        `MAX_SQUEEZE`. diffusers' UNet takes latents of any size.
+        """
+        factor, aspect = self.latent_factor, min(height, width) / max(height, width)
+        longest = max(1, round(resolution / factor))
+        sizes = [
+            (longer, max(1, round(longer * aspect))) for longer in range(longest, max(1, longest * 7 // 8) - 1, -1)
+        ]
+        squeezes = [max(shorter / longer / aspect, longer * aspect / shorter) - 1 for longer, shorter in sizes]
+        within = [size for size, squeeze in zip(sizes, squeezes) if squeeze <= MAX_SQUEEZE]
+        longer, shorter = within[0] if within else sizes[squeezes.index(min(squeezes))]
+        return (shorter * factor, longer * factor) if height <= width else (longer * factor, shorter * factor)
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the latents of images of an editing size."""
@@ -170,7 +178,7 @@ class StableDiffusionEditor:
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b h w 3"]) -> ImageEncoding:
         """Mode of the VAE, float32: scaled as clean latents, unscaled as the UNet's image condition."""
-        pixels = images.permute(0, 3, 1, 2).to(self.device, self.vae.dtype) * 2 - 1
+        pixels = (images.permute(0, 3, 1, 2).to(self.device) * 2 - 1).to(self.vae.dtype)
         mode = self.vae.encode(pixels).latent_dist.mode().float()
         return ImageEncoding(mode * self.vae.config.scaling_factor, mode)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from wys_nerfstudio import relevance
 from wys_nerfstudio.editing import Editor, EditSettings
+from wys_nerfstudio.editing.edit import check_finite
 from wys_nerfstudio.editing.sampling import edit_seed
 from wys_nerfstudio.relevance.localizer import Localizer
 from wys_nerfstudio.training import schedule
@@ -24,6 +25,11 @@ from wys_nerfstudio.training.scene import EditInput, EditOptions, Scene, Trainin
 from wys_nerfstudio.training.settings import Settings
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.visualization import contact_sheet, evenly_spaced, save_png
+
+NOT_FINITE_REMEDY = (
+    "Resume with --pipeline.editor-dtype float32, and with lower guidance scales if that does not suffice."
+)
+"""Advice for edits that are NaN or infinite."""
 
 
 @dataclass
@@ -213,6 +219,7 @@ class EditLoop:
                 strength=batch.strength,
                 seeds=[edit_seed(self._options.seed, batch.numbers[i]) for i in chosen],
             )
+            self._check_edits(edited, [batch.inputs[i].view for i in chosen])
             images = dict(zip(chosen, edited.cpu()))
         levels = self._editor().noise_levels(batch.strength, batch.settings.diffusion_steps)
         seconds = (batch.seconds + time.perf_counter() - began) / max(1, len(batch.inputs))
@@ -222,6 +229,10 @@ class EditLoop:
             )
             for i, (number, edit_input) in enumerate(zip(batch.numbers, batch.inputs))
         ]
+
+    def _check_edits(self, edited: Float[Tensor, "b h w 3"], views: Sequence[int]) -> None:
+        names = [f"the edit of {self._views.view_names[view]}" for view in views]
+        check_finite(edited, names, NOT_FINITE_REMEDY)
 
     def _strength(self, edit_number: int) -> float:
         options = self._options
@@ -259,6 +270,7 @@ class EditLoop:
             strength=self._strength(self.edits),
             seeds=[edit_seed(options.seed, self.edits)],
         )
+        self._check_edits(edited, [view])
         return views.reference_views([view])[0].cpu(), edit_input.mask.cpu(), edited[0].cpu()
 
     # ------------------------------------------------------------------------------------------------------- renders
