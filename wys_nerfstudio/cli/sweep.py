@@ -4,10 +4,10 @@ Reproduces Fig. 6, 12 and 13 of the paper, which compare masks with image guidan
 with `edit_image`; the metrics are those of InstructPix2Pix.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Literal, Optional, TypeVar
 
 import torch
 import tyro
@@ -22,25 +22,27 @@ from wys_nerfstudio.evaluation.clip import ClipEncoder, load_clip
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.image_io import provenance, read_image, write_image
 
+T = TypeVar("T")
+Hidden = Annotated[T, tyro.conf.Fixed, tyro.conf.Suppress]
+"""A setting without a flag."""
+
 
 @dataclass
-class SweepSettings:
-    """The grid and the settings of its edits. The defaults are those of the paper's Fig. 12."""
+class SweepSettings(EditSettings):
+    """Settings of the edits, and the grid of the two that are varied. The grid's defaults are those of the paper's Fig. 12."""
 
     mask_thresholds: tuple[float, ...] = (0.0, 0.3, 0.4, 0.5, 0.6)
     """Values of tau, one curve each; 0 is plain InstructPix2Pix."""
     image_guidance_scales: tuple[float, ...] = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2)
     """Values of S_I, the points of each curve."""
-    guidance_scale: float = EditSettings.guidance_scale
-    """How strongly edits follow the instruction (S_T)."""
-    diffusion_steps: int = EditSettings.diffusion_steps
-    """Denoising steps of an edit."""
-    relevance_num_samples: int = EditSettings.relevance_num_samples
-    """Number of noise samples averaged in a relevance map; more samples reduce noise."""
-    relevance_outlier_factor: float = EditSettings.relevance_outlier_factor
-    """Relevance is clamped at Q3 + this many interquartile ranges; higher values suit editors with clean maps."""
+    mask_threshold: Hidden[float] = EditSettings.mask_threshold
+    """Varied by the grid."""
+    image_guidance_scale: Hidden[float] = EditSettings.image_guidance_scale
+    """Varied by the grid."""
+    method: Hidden[Literal["local", "sds"]] = "local"
+    """Image guidance does not apply to SDS."""
 
-    def check(self) -> None:
+    def check_grid(self) -> None:
         """Validate the grid and the settings of its edits.
 
         Raises:
@@ -57,14 +59,9 @@ class SweepSettings:
 
     def edit(self, mask_threshold: float, image_guidance_scale: float) -> EditSettings:
         """Return the settings of one edit of the grid."""
-        return EditSettings(
-            guidance_scale=self.guidance_scale,
-            image_guidance_scale=image_guidance_scale,
-            mask_threshold=mask_threshold,
-            diffusion_steps=self.diffusion_steps,
-            relevance_num_samples=self.relevance_num_samples,
-            relevance_outlier_factor=self.relevance_outlier_factor,
-        )
+        values = {option.name: getattr(self, option.name) for option in fields(EditSettings)}
+        varied = {"mask_threshold": mask_threshold, "image_guidance_scale": image_guidance_scale}
+        return EditSettings(**{**values, **varied})
 
 
 @dataclass
@@ -131,7 +128,7 @@ def run_sweep(
     Raises:
         WysError: If an argument is invalid; captions and instructions are checked before the first edit.
     """
-    settings.check()
+    settings.check_grid()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     cases = read_cases(list_file)

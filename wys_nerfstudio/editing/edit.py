@@ -47,7 +47,7 @@ class EditSettings:
     diffusion_steps: int = 100
     """Denoising steps."""
     resolution: Optional[int] = None
-    """Longer side in pixels at which the picture is edited; by default the editor's own (512 for InstructPix2Pix)."""
+    """Longer side in pixels at which the image is edited; by default the editor's own (512 for InstructPix2Pix)."""
     mask_threshold: float = 0.4
     """Pixels of at least this relevance are edited (tau); 0 edits everything, which is plain InstructPix2Pix."""
     relevance_noise_level: float = 0.8
@@ -57,7 +57,7 @@ class EditSettings:
     relevance_outlier_factor: float = relevance.OUTLIER_FACTOR
     """Relevance is clamped at Q3 + this many interquartile ranges; more suits editors whose maps are clean and small."""
     method: Literal["local", "sds"] = "local"
-    """Denoise under the mask, or descend along the signed relevance (supplement E; worse pictures)."""
+    """Denoise under the mask, or descend along the signed relevance (supplement E; lower quality)."""
 
     def size_for(self, editor: Editor, height: int, width: int) -> tuple[int, int]:
         """Height and width at which an image of the given size is edited."""
