@@ -121,6 +121,23 @@ def test_a_run_on_the_emulated_gpu_equals_the_cpu(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mixed_precision", ["False", "True"])
+def test_a_run_is_resumed_in_another_precision(
+    mixed_precision: str, ring_scene: Path, editor_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    other = "True" if mixed_precision == "False" else "False"
+    shared = ["--machine.device-type", "cuda", "--mask-threshold", "0"]
+    with emulated_gpu():
+        first = ["--mixed-precision", mixed_precision, "--max-num-iterations", "7", *shared]
+        stopped = ns_train(monkeypatch, ring_scene, editor_folder, tmp_path / "a", *first)
+        assert bool(read_checkpoint(find_checkpoint(stopped, "--load-dir"))["scalers"]) == (mixed_precision == "True")
+        second = ["--mixed-precision", other, "--load-dir", stopped, *shared]
+        resumed = ns_train(monkeypatch, ring_scene, editor_folder, tmp_path / "b", *second)
+    checkpoint = read_checkpoint(find_checkpoint(resumed, "--load-dir"))
+    assert checkpoint["step"] == 9 and bool(checkpoint["scalers"]) == (other == "True")
+
+
+@pytest.mark.slow
 def test_half_precision_trains_the_scene(ring_scene: Path, editor_folder: Path, tmp_path: Path, monkeypatch) -> None:
     """The precision of `wys` on a GPU. nerfstudio disables it on the CPU."""
     arguments = ["--machine.device-type", "cuda", "--mixed-precision", "True", "--mask-threshold", "0"]

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,17 @@ def test_the_hull_is_built_once_per_instruction(ring_scene: Path, editor_folder:
         assert not hull.known
         pipeline.session.enter_phase(Phase.EDIT)
         assert hull.known and not bool((hull.relevance == 0.25).all())
+
+
+def test_a_released_editor_leaves_no_network_in_memory(ring_scene: Path, editor_folder: Path, tmp_path: Path) -> None:
+    pipeline = build_trainer(small_config(ring_scene, editor_folder, tmp_path)).pipeline
+    editor = pipeline.editor()
+    networks = [weakref.ref(network) for network in (editor.unet, editor.vae, editor.text_encoder)]
+    del editor
+    assert all(network() is not None for network in networks)
+    pipeline.release_editor()
+    assert all(network() is None for network in networks)
+    assert pipeline.editor().encode_text("make the ball blue").ndim == 3
 
 
 def test_no_hull_is_built_without_localization(ring_scene: Path, editor_folder: Path, tmp_path: Path) -> None:

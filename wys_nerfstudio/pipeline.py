@@ -4,6 +4,7 @@ A run has three phases (see `training.schedule`). Edits happen in one callback b
 without an autograd graph in memory.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -325,7 +326,7 @@ class WysPipeline(VanillaPipeline):
             self._masks = read_masks(config.masks_dir, data.train_dataset.image_filenames, *data.view_size)
         if self.session.schedule.reconstruct_steps > 0 and torch.device(self.editor_device).type == "cuda":
             # Reconstruction should have the GPU's memory to itself; loading again takes seconds.
-            self._editor = None
+            self.release_editor()
             torch.cuda.empty_cache()
 
     @property
@@ -341,6 +342,11 @@ class WysPipeline(VanillaPipeline):
                 config.editor, self.editor_device, config.editor_dtype, config.editor_allow_pickle
             )
         return self._editor
+
+    def release_editor(self) -> None:
+        """Free the editor's memory; `editor` loads it again."""
+        self._editor = None
+        gc.collect()  # diffusers' networks are in reference cycles
 
     def _make_relevance_maps(self, folder: Path) -> None:
         """Compute or find the relevance maps of all views; given masks replace them.

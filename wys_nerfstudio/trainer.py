@@ -391,7 +391,8 @@ class WysTrainer(Trainer):
         self.optimizers.load_optimizers(checkpoint["optimizers"])
         if self.config.load_scheduler:
             self.optimizers.load_schedulers(checkpoint["schedulers"])
-        self.grad_scaler.load_state_dict(checkpoint["scalers"])
+        if checkpoint["scalers"]:  # empty after full precision; mixed precision then starts with a new scale
+            self.grad_scaler.load_state_dict(checkpoint["scalers"])
 
     def save_checkpoint(self, step: int) -> None:
         """Save weights, optimizers, edited views and the run's state in one file, so that a run which is killed at any moment
