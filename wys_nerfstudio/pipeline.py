@@ -346,7 +346,7 @@ class WysPipeline(VanillaPipeline):
     def release_editor(self) -> None:
         """Free the editor's memory; `editor` loads it again."""
         self._editor = None
-        gc.collect()  # diffusers' networks are in reference cycles
+        gc.collect()  # the first load in a process leaves the networks in reference cycles
 
     def _make_relevance_maps(self, folder: Path) -> None:
         """Compute or find the relevance maps of all views; given masks replace them.
