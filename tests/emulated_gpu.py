@@ -2,10 +2,12 @@
 
 Operations between tensors on different devices, and `numpy()` of a GPU tensor, raise the errors of a real GPU. As on a real GPU, a
 zero-dimensional CPU tensor may be combined with a GPU tensor, and indices may be on the CPU. Autocast is that of the CPU with the
-GPU's precision. Memory, streams and speed are not emulated.
+GPU's precision. `memory` counts the bytes of all tensors on the emulated GPU. Streams and speed are not emulated.
 """
 
+import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,16 +24,88 @@ CROSS_DEVICE = {"copy_", "_to_copy"}
 """Operations between tensors on different devices that are allowed."""
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 """Operations whose indices may be on the CPU."""
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
+"""Operations whose result the program waits for."""
+FROM_MEMORY = {torch.tensor, torch.as_tensor}
+"""Functions that copy values from main memory to the device that they are given."""
 UNWRAPPED = {torch.Tensor.quantile, torch.quantile}
 """Functions that are called with plain CPU tensors: their C++ code creates intermediate tensors on a device of its own choice."""
+
+
+class Memory:
+    """Bytes of the tensors on the emulated GPU; tensors that share storage count once."""
+
+    def __init__(self) -> None:
+        self.allocated = self.peak = 0
+        self._tensors: dict[int, int] = {}
+
+    def add(self, tensor: "OnGpu") -> None:
+        """Count a new tensor until it is deleted."""
+        storage = tensor.inner.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        self._tensors[key] = self._tensors.get(key, 0) + 1
+        if self._tensors[key] == 1:
+            self.allocated += size
+            self.peak = max(self.peak, self.allocated)
+        weakref.finalize(tensor, self._remove, key, size).atexit = False
+
+    def _remove(self, key: int, size: int) -> None:
+        self._tensors[key] -= 1
+        if self._tensors[key] == 0:
+            self.allocated -= size
+
+    def reset_peak(self) -> None:
+        """Forget earlier peaks."""
+        self.peak = self.allocated
+
+
+memory = Memory()
+
+
+class Transfers:
+    """Record of copies between main memory and the emulated GPU, and of results that the program waits for."""
+
+    def __init__(self) -> None:
+        self._packages: tuple[str, ...] = ()
+        self.places: set[str] = set()
+        """Module, function and kind of each transfer."""
+
+    @contextmanager
+    def recorded(self, *packages: str) -> Iterator[set[str]]:
+        """Context manager that records transfers.
+
+        Args:
+            packages: Packages whose innermost function is recorded.
+        """
+        self._packages, self.places = packages, set()
+        try:
+            yield self.places
+        finally:
+            self._packages = ()
+
+    def add(self, kind: str) -> None:
+        """Record a transfer under the function that caused it."""
+        frame = sys._getframe() if self._packages else None
+        while frame is not None:
+            module = frame.f_globals.get("__name__", "")
+            if module.split(".")[0] in self._packages:
+                self.places.add(
+                    f"{module}.{frame.f_code.co_qualname if sys.version_info >= (3, 11) else frame.f_code.co_name}: {kind}"
+                )
+                return
+            frame = frame.f_back
+
+
+transfers = Transfers()
 STUBS: dict[str, Any] = {
     "is_available": lambda: True,
     "device_count": lambda: 1,
     "current_device": lambda: 0,
     "is_bf16_supported": lambda *_, **__: True,
     "get_rng_state_all": list,
-    "max_memory_allocated": lambda *_: 0,
-    **dict.fromkeys(["set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"]),
+    "max_memory_allocated": lambda *_: memory.peak,
+    "reset_peak_memory_stats": lambda *_: memory.reset_peak(),
+    **dict.fromkeys(["set_device", "synchronize", "empty_cache"]),
     **dict.fromkeys(["manual_seed", "manual_seed_all", "set_rng_state_all"]),
 }
 
@@ -57,6 +131,7 @@ class OnGpu(Tensor):
 
     def __init__(self, inner: Tensor) -> None:
         self.inner = inner
+        memory.add(self)
 
     __torch_function__ = torch._C._disabled_torch_function_impl
     device = property(lambda self: GPU)  # type: ignore
@@ -80,6 +155,14 @@ class OnGpu(Tensor):
             on_cpu = [t for t in args[2:3] if isinstance(t, Tensor) and not isinstance(t, OnGpu)]
         if any(t.dim() > 0 for t in on_cpu) and name not in CROSS_DEVICE:
             raise RuntimeError(f"Expected all tensors to be on the same device: {name} of cuda:0 and cpu")
+        if name in WAITING or (name in INDEXING and any(_is_mask(t) for t in tree_leaves(args[1:2]))):
+            transfers.add("wait")
+        elif any(
+            t.dim() > 0
+            for t in tree_leaves((args[1:2] if name in INDEXING else args, kwargs))
+            if isinstance(t, Tensor) and not isinstance(t, OnGpu)
+        ):
+            transfers.add("copy")
         result = func(*tree_map(to_cpu, args), **tree_map(to_cpu, kwargs))
         if name == "copy_" and not isinstance(args[0], OnGpu):
             return args[0]
@@ -112,10 +195,16 @@ def to_cpu(value: Any) -> Any:
     return value.inner if isinstance(value, OnGpu) else value
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bool
+
+
+def _moved(value: Any, device: torch.device, asynchronous: bool = False) -> Any:
     if not isinstance(value, Tensor) or isinstance(value, OnGpu) == (device.type == "cuda"):
         return value
     assert value.device.type != "meta", "a meta tensor has no values to move"
+    if not asynchronous:
+        transfers.add("copy" if device.type == "cuda" else "wait")
     return (_ToGpu if device.type == "cuda" else _ToCpu).apply(value)
 
 
@@ -140,6 +229,7 @@ class _Devices(TorchFunctionMode):
         if func is torch.Tensor.pin_memory:
             return first
         if func is torch.Tensor.tolist:
+            transfers.add("wait")
             return to_cpu(first).tolist()
         if func in (torch.Tensor.numpy, torch.Tensor.__array__) and isinstance(first, OnGpu):
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
@@ -153,7 +243,9 @@ class _Devices(TorchFunctionMode):
         kwargs["device"] = "cpu"
         if func in (torch.tensor, torch.as_tensor) and not isinstance(first, Tensor):
             args = (tree_map(to_cpu, first), *args[1:])
-        return tree_map(lambda value: _moved(value, device), func(*args, **kwargs))
+        # Filled on the GPU, where only values come from main memory.
+        created = func(*args, **kwargs)
+        return tree_map(lambda value: _moved(value, device, func not in FROM_MEMORY), created)
 
     def _to(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         target, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
@@ -165,9 +257,9 @@ class _Devices(TorchFunctionMode):
             elif not isinstance(value, (bool, type(None))):  # flags, as in `to(device, dtype, non_blocking)`
                 target = value
         device = _device(target)
-        kwargs.pop("non_blocking", None)
+        asynchronous = kwargs.pop("non_blocking", False)
         result = tensor.to(dtype=dtype, **kwargs) if target is None or device else tensor.to(target, dtype, **kwargs)
-        return _moved(result, device or tensor.device)
+        return _moved(result, device or tensor.device, asynchronous)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_ring_scene
+from emulated_gpu import emulated_gpu, memory
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from PIL import Image
 
@@ -24,7 +25,7 @@ from wys_nerfstudio.utils.visualization import apply_colormap, read_png, to_uint
 HEIGHT, WIDTH = 32, 40
 
 
-def load(scene: Path, **options: object) -> WysDataManager:
+def load(scene: Path, device: str = "cpu", **options: object) -> WysDataManager:
     config = WysDataManagerConfig(
         dataparser=NerfstudioDataParserConfig(load_3D_points=False),
         data=scene,
@@ -32,7 +33,7 @@ def load(scene: Path, **options: object) -> WysDataManager:
         eval_num_rays_per_batch=64,
         **{"edit_num_rays_per_batch": 600, "edit_patch_size": 16, **options},
     )
-    return config.setup(device="cpu", test_mode="val", world_size=1, local_rank=0)
+    return config.setup(device=device, test_mode="val", world_size=1, local_rank=0)
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +74,8 @@ def request(**changes) -> RelevanceRequest:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_views_are_numbered_as_in_the_dataset(ring_scene, seed):
-    random.seed(seed)  # nerfstudio loads images in random order
+    random.seed(seed)  # images are read side by side
     data = load(ring_scene)
-    assert data.cached_batch["image_idx"].tolist() == list(range(data.num_views))
     for view in range(data.num_views):
         assert to_uint8(data.captured_views([view])[0]).tolist() == file_pixels(data, view).tolist()
 
@@ -114,7 +114,7 @@ def test_transparent_pixels_show_the_background(tmp_path, white):
         assert 0 < transparent.mean() < 1
         expected = pixels[..., :3] * pixels[..., 3:] + float(white) * (1 - pixels[..., 3:])
         assert to_uint8(data.captured_views([view])[0]).tolist() == np.round(expected * 255).astype(int).tolist()
-    assert data.cached_batch["image"].shape[-1] == 3
+    assert data.next_train(0)[1]["image"].shape == (256, 3)
 
 
 def test_repeated_file_names_are_made_unique_by_numbers(tmp_path):
@@ -211,6 +211,23 @@ def test_ray_batches_hold_relevance(data):
         assert torch.equal(value, maps[view, y, x])
 
 
+def test_ray_batches_hold_interpolated_relevance(data):
+    maps = torch.rand(data.num_views, 4, 5)
+    data.set_relevance(maps)
+    _, batch = data.next_train(0)
+    view, y, x = batch["indices"].unbind(-1)
+    expected = relevance.resize(maps, HEIGHT, WIDTH)[view, y, x]
+    torch.testing.assert_close(batch["relevance"][:, 0], expected, atol=1e-6, rtol=0)
+
+
+def test_ray_batches_hold_given_masks(data):
+    masks = torch.rand(data.num_views, HEIGHT, WIDTH) > 0.5
+    data.set_relevance(masks)
+    _, batch = data.next_train(0)
+    view, y, x = batch["indices"].unbind(-1)
+    assert torch.equal(batch["relevance"][:, 0], masks[view, y, x].float())
+
+
 def test_edit_rays_are_drawn_in_whole_patches(data):
     data.use_edit_rays(in_patches=True)
     _, batch = data.next_train(0)
@@ -280,19 +297,17 @@ def test_relevance_maps_are_those_of_the_captured_views(data, editor, tmp_path, 
     )
     expected = relevance.resize(relevance.normalize(torch.cat(list(raw)), normalization, 4.0), HEIGHT, WIDTH)
     for view, name in enumerate(data.view_names):
-        torch.testing.assert_close(data.relevance_maps[view], expected[view], atol=1e-5, rtol=0)
-        assert torch.equal(
-            read_png(tmp_path / f"{name}.png"),
-            torch.from_numpy(to_uint8(apply_colormap(data.relevance_maps[view]))) / 255,
-        )
+        view_map = relevance.resize(data.relevance_maps[view][None], HEIGHT, WIDTH)[0]
+        torch.testing.assert_close(view_map, expected[view], atol=1e-5, rtol=0)
+        written = read_png(tmp_path / f"{name}.png")
+        assert torch.equal(written, torch.from_numpy(to_uint8(apply_colormap(view_map))) / 255)
 
 
 def test_saved_maps_are_used(data, editor, tmp_path):
     raw = torch.rand(data.num_views, 4, 5) ** 8  # with outliers, and unlike any that the editor computes
     save_maps(tmp_path, request(), data.view_names, raw)
     data.make_relevance_maps(editor, request(), "view", 1.5, tmp_path, batch_size=4)
-    expected = relevance.resize(relevance.normalize(raw), HEIGHT, WIDTH)
-    torch.testing.assert_close(torch.stack([data.relevance_maps[i] for i in range(data.num_views)]), expected)
+    assert torch.equal(data.relevance_maps, relevance.normalize(raw))
     assert torch.equal(data.unclamped_maps, relevance.min_max(raw.flatten(1)).view_as(raw))  # not clamped
     assert not torch.allclose(data.unclamped_maps, relevance.normalize(raw))
 
@@ -320,20 +335,58 @@ def test_views_are_edited_by_the_editor_inside_their_masks(data, editor):
     assert data.edited_views == {1, 6}
 
 
+def write_views(data: WysDataManager, folder: Path) -> list[str]:
+    """Write the edited views as they are now; return the names of the files that were written."""
+    before = {path: path.stat().st_mtime_ns for path in folder.parent.rglob("*.png")}
+    data.write_edited_views(folder, data.views_state())
+    after = {path: path.stat().st_mtime_ns for path in folder.parent.rglob("*.png")}
+    return sorted(f"{path.parent.name}/{path.stem}" for path in after if after[path] != before.get(path))
+
+
 def test_files_of_the_edited_views_alone_are_written(data, tmp_path):
     for view in (2, 9):
         data.set_view(view, torch.rand(HEIGHT, WIDTH, 3))
-    data.write_edited_views(tmp_path / "edits")
+    write_views(data, tmp_path / "edits")
     names = [data.view_names[view] for view in (2, 9)]
     assert sorted(path.stem for path in (tmp_path / "edits").iterdir()) == sorted(names)
     for name, view in zip(names, data.current_views([2, 9])):
         assert torch.equal(read_png(tmp_path / "edits" / f"{name}.png"), view)
     data.start_from_current()
-    data.write_edited_views(tmp_path / "edits")
+    write_views(data, tmp_path / "edits")
     assert len(list((tmp_path / "reference").iterdir())) == data.num_views
+    (tmp_path / "edits" / "notes.png").write_bytes(b"of the user")
     data.start_from_captured()
-    data.write_edited_views(tmp_path / "edits")
-    assert list((tmp_path / "edits").iterdir()) == [] and not (tmp_path / "reference").exists()
+    write_views(data, tmp_path / "edits")
+    assert [path.name for path in (tmp_path / "edits").iterdir()] == ["notes.png"]
+    assert not (tmp_path / "reference").exists()
+
+
+def test_only_views_that_have_changed_are_written_again(data, tmp_path):
+    names = data.view_names
+    for view in (2, 9):
+        data.set_view(view, torch.rand(HEIGHT, WIDTH, 3))
+    assert write_views(data, tmp_path / "edits") == [f"edits/{names[view]}" for view in (2, 9)]
+    assert write_views(data, tmp_path / "edits") == []
+    data.set_view(9, torch.rand(HEIGHT, WIDTH, 3))
+    data.set_view(4, torch.rand(HEIGHT, WIDTH, 3))
+    assert write_views(data, tmp_path / "edits") == [f"edits/{names[view]}" for view in (4, 9)]
+    data.start_from_current()
+    assert len(write_views(data, tmp_path / "edits")) == data.num_views  # the reference
+    assert write_views(data, tmp_path / "edits") == []
+    data.start_from_captured()
+    write_views(data, tmp_path / "edits")
+    data.set_view(9, torch.zeros(HEIGHT, WIDTH, 3))
+    assert write_views(data, tmp_path / "edits") == [f"edits/{names[9]}"]
+
+
+def test_a_saved_state_does_not_follow_later_edits(data):
+    data.set_view(2, torch.rand(HEIGHT, WIDTH, 3))
+    data.start_from_current()
+    state = data.views_state()
+    copies = {name: state[name].clone() for name in ("current", "reference")}
+    data.set_view(2, torch.zeros(HEIGHT, WIDTH, 3))
+    data.start_from_current()
+    assert all(torch.equal(state[name], copy) for name, copy in copies.items())
 
 
 @pytest.mark.parametrize("on_top", [False, True])
@@ -357,3 +410,41 @@ def test_views_are_restored_bit_for_bit(data, ring_scene, tmp_path, on_top):
 def test_edited_views_of_other_data_are_refused(data, change):
     with pytest.raises(WysError, match="edited views of that run are of other data .*use the same --data"):
         data.load_views_state({**data.views_state(), **change})
+
+
+# ------------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_views_take_one_8_bit_stack_on_the_gpu(tmp_path, editor_folder, on_gpu):
+    scene, peaks = write_ring_scene(tmp_path / "scene", width=160, height=128, views=100), {}
+    with emulated_gpu():
+        editor = load_editor(str(editor_folder), "cuda", "float32")
+        before = memory.allocated
+
+        def measured(name: str, action):
+            memory.reset_peak()
+            result = action()
+            peaks[name] = (memory.peak - before) / (3 * 160 * 128 * 90)
+            return result
+
+        def make_maps(reference: str) -> None:
+            data.make_relevance_maps(
+                editor, request(reference=reference, resolution=40), "view", 1.5, tmp_path / "maps", 1
+            )
+
+        data = measured("load", lambda: load(scene, device="cuda", images_on_gpu=on_gpu).to("cuda"))
+        assert data.num_views == 90
+        measured("maps", lambda: make_maps(""))
+        for view in range(data.num_views):
+            measured("edit", lambda view=view: data.set_view(view, torch.rand(128, 160, 3)))
+        measured("rays", lambda: data.next_train(0))
+        measured("evaluation rays", lambda: data.next_eval(0))
+        measured("save", lambda: data.write_edited_views(tmp_path / "edits", data.views_state()))
+        measured("resume", lambda: data.load_views_state(data.views_state()))
+        measured("apply on top", data.start_from_current)
+        measured("maps on top", lambda: make_maps(data.reference_hash()))
+        measured("reset", data.start_from_captured)
+    assert max(peaks.values()) < (1.2 if on_gpu else 0.2), peaks
+    assert min(peaks.values()) > (1.0 if on_gpu else 0.0), peaks

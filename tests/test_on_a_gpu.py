@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated_gpu import OnGpu, emulated_gpu
+from emulated_gpu import OnGpu, emulated_gpu, transfers
 from nerfstudio.scripts import eval as ns_eval
 from nerfstudio.scripts import train
 from nerfstudio.utils import writer
 from torch import nn
 
+from wys_nerfstudio.trainer import WysTrainer
 from wys_nerfstudio.training.checkpoint import find_checkpoint, read_checkpoint, register_safe_globals
 from wys_nerfstudio.training.run_state import SETTINGS_KEY
 
@@ -37,6 +38,22 @@ def test_the_emulation_raises_the_errors_of_a_gpu() -> None:
         on_cpu.copy_(on_gpu)
         assert torch.equal(on_cpu, on_gpu.cpu()) and on_cpu.device.type == "cpu"
     assert not torch.cuda.is_available()
+
+
+def test_the_emulation_records_waits_and_copies() -> None:
+    with emulated_gpu(), transfers.recorded(__name__) as places:
+        on_gpu = torch.rand(3, 4, device="cuda")
+        (on_gpu * 2)[torch.tensor([0], device="cuda").to("cuda")].sum(dim=0)  # copies the values of the index
+        assert {place.rsplit(": ")[-1] for place in places} == {"copy"}
+        places.clear()
+        torch.rand(3).pin_memory().to("cuda", non_blocking=True)
+        assert not places
+        for wait in (on_gpu.cpu, on_gpu[0, 0].item, on_gpu.tolist, on_gpu.nonzero, lambda: on_gpu[on_gpu > 0.5]):
+            wait()
+            assert {place.rsplit(": ")[-1] for place in places} == {"wait"}
+            places.clear()
+        on_gpu[torch.tensor([0, 2])]
+        assert {place.rsplit(": ")[-1] for place in places} == {"copy"}
 
 
 def test_training_on_the_emulated_gpu_equals_the_cpu() -> None:
@@ -84,6 +101,25 @@ def ns_train(monkeypatch: pytest.MonkeyPatch, scene: Path, editor: Path, output:
     train.entrypoint()
     writer.EVENT_WRITERS.clear()
     return output / "ring" / "wys-tiny" / "run"
+
+
+@pytest.mark.slow
+def test_a_step_neither_waits_for_the_gpu_nor_copies_to_it(ring_scene, editor_folder, tmp_path, monkeypatch) -> None:
+    """This package's part of a step; steps with an edit, a line of the log or a checkpoint may wait. nerfstudio's own part does."""
+    train_step, recorded = WysTrainer._train_step, {}
+
+    def record(trainer: WysTrainer, step: int) -> None:
+        with transfers.recorded("wys_nerfstudio") as places:
+            train_step(trainer, step)
+        recorded[step] = places
+
+    monkeypatch.setattr(WysTrainer, "_train_step", record)
+    options = ["--logging.steps-per-log", "100", "--machine.device-type", "cuda", "--mask-threshold", "0.3"]
+    with emulated_gpu():
+        ns_train(monkeypatch, ring_scene, editor_folder, tmp_path, *options)
+    assert recorded[0] and recorded[5], "the first step is logged, and step 5 has an edit"
+    quiet = [1, 2, 4, 6, 8]
+    assert {step: recorded[step] for step in quiet} == {step: set() for step in quiet}
 
 
 @pytest.mark.slow

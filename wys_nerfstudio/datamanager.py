@@ -1,17 +1,17 @@
 """The training views: captured, edited, and their relevance maps. Edits views with an image editor under masks.
 
-Ray batches are drawn from one cached stack of images, so an edit is a write into that stack.
+Ray batches are drawn from one stack of 8-bit images, so an edit is a write into that stack. It is the only one on the training
+device; captured views and reference views are in main memory and moved view by view.
 """
 
 import hashlib
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, UInt8
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.configs.dataparser_configs import AnnotatedDataParserUnion
@@ -19,6 +19,8 @@ from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, Va
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.pixel_samplers import PatchPixelSamplerConfig
+from nerfstudio.data.utils.dataloaders import FixedIndicesEvalDataloader, RandIndicesEvalDataloader
+from nerfstudio.model_components.ray_generators import RayGenerator
 from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image
 from rich.progress import track
@@ -31,12 +33,13 @@ from wys_nerfstudio.editing.editor import resize_images
 from wys_nerfstudio.editing.sampling import edit_seed
 from wys_nerfstudio.relevance.cache import RelevanceRequest, find_maps, save_maps
 from wys_nerfstudio.training.distributed import broadcast_from_main, gather, main_process_only, shard
+from wys_nerfstudio.training.image_stack import ImageStack, read_images, to_device
 from wys_nerfstudio.training.scene import EditInput
 from wys_nerfstudio.training.validation import minimum, validate_ranges
 from wys_nerfstudio.utils.data_checks import check_image
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.log_filters import ignore_warnings
-from wys_nerfstudio.utils.visualization import apply_colormap, to_uint8, write_png
+from wys_nerfstudio.utils.visualization import apply_colormap, save_png, to_uint8, write_png
 
 REFERENCE_VIEWS = "reference"
 """Folder, beside the edited views, of the views that edits are conditioned on, if these are not the captured ones."""
@@ -86,6 +89,8 @@ class WysDataManager(VanillaDataManager[InputDataset]):
     config: WysDataManagerConfig
 
     def __init__(self, config: WysDataManagerConfig, *arguments: Any, **named: Any) -> None:
+        self._written: dict[Path, dict[str, bytes]] = {}
+        """Hash of each image that was written, by folder and name."""
         ignore_warnings()  # in ns-eval and other commands nothing of this package is built earlier
         try:
             super().__init__(config, *arguments, **named)
@@ -100,44 +105,36 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             ) from error
 
     def setup_train(self) -> None:
-        """Cache the captured views as one stack, in their own order; transparent pixels are black."""
-        self._refuse_unequal_sizes()
-        super().setup_train()
-        batch = self.cached_batch
-        order = batch["image_idx"].argsort()
-        for key, value in batch.items():
-            batch[key] = value[order.to(value.device)]
-        self._files = (batch["image"] * 255).round().to(torch.uint8)
-        self.edited_views: set[int] = set()
-        """Views that differ from the captured ones."""
-        self.set_background(0.0)
+        """Read the captured views; transparent pixels are black."""
+        self._read_views(background=0.0)
+        self.train_pixel_sampler = self._get_pixel_sampler(self.train_dataset, self.config.train_num_rays_per_batch)
+        self.train_ray_generator = RayGenerator(self.train_dataset.cameras.to(self.device))
 
     def set_background(self, background: float) -> None:
-        """Composite transparent pixels with a gray background in [0, 1]. All edits are undone."""
-        self._captured = self._files
-        if self._files.shape[-1] == 4:
-            images = self._files.float() / 255
-            images = images[..., :3] * images[..., 3:] + background * (1 - images[..., 3:])
-            self._captured = (images * 255).round().to(torch.uint8)
+        """Show a gray background in [0, 1] behind transparent pixels. All edits are undone."""
+        if self._transparent:
+            self._read_views(background)
+
+    def _read_views(self, background: float) -> None:
+        self._captured, masks, self._transparent = read_images(self.train_dataset, background)
+        on_device = self.config.images_on_gpu and torch.device(self.device).type != "cpu"
+        self._stack = ImageStack(
+            self._captured.to(self.device) if on_device else self._captured.clone(), masks, self.device
+        )
         self._reference = self._captured
-        self.cached_batch["image"] = self._captured.float() / 255
+        self.edited_views: set[int] = set()
+        """Views that differ from the captured ones."""
+        self.forget_relevance()
 
-    def _refuse_unequal_sizes(self) -> None:
-        cameras, files = self.train_dataset.cameras, self.train_dataset.image_filenames
-        camera_sizes = [(int(width), int(height)) for width, height in zip(cameras.width, cameras.height)]
-        for sizes in ([_size(path) for path in files], camera_sizes):
-            odd = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
-            if odd is not None:
-                (width, height), (other_width, other_height) = sizes[0], sizes[odd]
-                raise WysError(
-                    f"All views must have one size, and {files[0].name} is {width}x{height} while {files[odd].name} is "
-                    f"{other_width}x{other_height}: crop or resize them, for instance with ns-process-data."
-                )
-
-    @property
-    def cached_batch(self) -> dict[str, Any]:
-        """Stack that ray batches are drawn from."""
-        return self.train_image_dataloader.cached_collated_batch  # type: ignore
+    def setup_eval(self) -> None:
+        """Read the held-out views as the training views: in 8 bits."""
+        images, masks, _ = read_images(self.eval_dataset, 0.0)
+        self._eval_stack = ImageStack(images, masks, self.device)
+        self.eval_pixel_sampler = self._get_pixel_sampler(self.eval_dataset, self.config.eval_num_rays_per_batch)
+        self.eval_ray_generator = RayGenerator(self.eval_dataset.cameras.to(self.device))
+        loading = {"input_dataset": self.eval_dataset, "device": self.device, "num_workers": 4 * self.world_size}
+        self.fixed_indices_eval_dataloader = FixedIndicesEvalDataloader(**loading)
+        self.eval_dataloader = RandIndicesEvalDataloader(**loading)
 
     @property
     def cameras(self) -> Cameras:
@@ -162,16 +159,19 @@ class WysDataManager(VanillaDataManager[InputDataset]):
 
     def captured_views(self, views: Sequence[int]) -> Float[Tensor, "b h w 3"]:
         """Return views as captured, in [0, 1]."""
-        return self._captured[list(views)].float() / 255
+        return self._to_floats(self._captured, views)
 
     def reference_views(self, views: Sequence[int]) -> Float[Tensor, "b h w 3"]:
         """Return what edits are conditioned on and keep outside their masks, in [0, 1]: the captured views, until an
         instruction is applied on top of another."""
-        return self._reference[list(views)].float() / 255
+        return self._to_floats(self._reference, views)
 
     def current_views(self, views: Sequence[int]) -> Float[Tensor, "b h w 3"]:
         """Return views as training uses them now, in [0, 1]."""
-        return self.cached_batch["image"][list(views)]
+        return self._to_floats(self._stack.images, views)
+
+    def _to_floats(self, images: UInt8[Tensor, "n h w 3"], views: Sequence[int]) -> Float[Tensor, "b h w 3"]:
+        return images[list(views)].to(self.device).float().div_(255)
 
     # -------------------------------------------------------------------------------------------------- ray batches
 
@@ -210,10 +210,23 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         self.train_pixel_sampler = self._get_pixel_sampler(self.train_dataset, self.config.train_num_rays_per_batch)
 
     def next_train(self, step: int) -> tuple[RayBundle, dict]:
-        """Return the next ray batch, with the `patch_size` of the edit phase."""
-        ray_bundle, batch = super().next_train(step)
+        """Return the next ray batch: `image`, `indices`, the `patch_size` of the edit phase, and `relevance` if there is any."""
+        self.train_count += 1
+        assert self.train_pixel_sampler is not None
+        batch, drawn = self._stack.sample(self.train_pixel_sampler)
         batch["patch_size"] = self.config.edit_patch_size
-        return ray_bundle, batch
+        if self._relevance is not None:
+            indices = drawn if self._relevance.device == drawn.device else batch["indices"]
+            values = relevance.sample(self._relevance, indices, *self.view_size)
+            batch["relevance"] = to_device(values, torch.device(self.device))[:, None]
+        return self.train_ray_generator(batch["indices"]), batch
+
+    def next_eval(self, step: int) -> tuple[RayBundle, dict]:
+        """Return a ray batch of the held-out views."""
+        self.eval_count += 1
+        assert self.eval_pixel_sampler is not None
+        batch, _ = self._eval_stack.sample(self.eval_pixel_sampler)
+        return self.eval_ray_generator(batch["indices"]), batch
 
     # ----------------------------------------------------------------------------------------------- relevance maps
 
@@ -251,10 +264,13 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             by_view = dict(pair for pairs in gather(list(zip(mine, computed))) for pair in pairs)
             raw = torch.stack([by_view[view] for view in range(self.num_views)])
             main_process_only(save_maps)(folder, request, self.view_names, raw)
-        maps = relevance.upsample(raw, *self.view_size, normalization, outlier_factor)
+        maps = relevance.normalize(raw, normalization, outlier_factor)
         for name, view_map in zip(self.view_names, maps):
-            main_process_only(write_png)(folder / f"{name}.png", apply_colormap(view_map))
+            main_process_only(write_png)(folder / f"{name}.png", self._as_colors(view_map))
         self.set_relevance(maps, relevance.normalize(raw, normalization, outlier_factor=None))
+
+    def _as_colors(self, view_map: Float[Tensor, "mh mw"]) -> Float[Tensor, "h w 3"]:
+        return apply_colormap(relevance.resize(view_map[None], *self.view_size)[0])
 
     def compute_relevance_map(
         self, editor: Editor, view: int, request: RelevanceRequest, outlier_factor: float
@@ -273,48 +289,51 @@ class WysDataManager(VanillaDataManager[InputDataset]):
     def _raw_maps(
         self, editor: Editor, views: Sequence[int], request: RelevanceRequest, batch_size: int
     ) -> Iterator[Float[Tensor, "n lh lw"]]:
-        raw = relevance_maps(
-            editor,
-            self.reference_views(views),
-            request.instruction,
-            noise_level=request.noise_level,
-            num_samples=request.num_samples,
-            seeds=[edit_seed(request.seed, -1 - view) for view in views],
-            resolution=request.resolution,
-            batch_size=batch_size,
-        )
-        names = [f"the relevance map of {self.view_names[view]}" for view in views]
-        first = 0
-        for part in raw:
-            check_finite(part, names[first : first + len(part)], "Start with --pipeline.editor-dtype float32.")
-            first += len(part)
-            yield part
+        for first in range(0, len(views), batch_size):
+            batch = views[first : first + batch_size]
+            (raw,) = relevance_maps(
+                editor,
+                self.reference_views(batch),
+                request.instruction,
+                noise_level=request.noise_level,
+                num_samples=request.num_samples,
+                seeds=[edit_seed(request.seed, -1 - view) for view in batch],
+                resolution=request.resolution,
+                batch_size=len(batch),
+            )
+            names = [f"the relevance map of {self.view_names[view]}" for view in batch]
+            check_finite(raw, names, "Start with --pipeline.editor-dtype float32.")
+            yield raw
 
     def set_relevance(
-        self, maps: Float[Tensor, "n h w"], unclamped_maps: Optional[Float[Tensor, "n mh mw"]] = None
+        self,
+        maps: "Float[Tensor, 'n mh mw'] | Bool[Tensor, 'n h w']",
+        unclamped_maps: Optional[Float[Tensor, "n uh uw"]] = None,
     ) -> None:
         """Set the relevance maps of all views.
 
         Args:
-            maps: Relevance in [0, 1] at the views' size; ray batches contain it as `relevance`.
+            maps: Relevance in [0, 1], of any size, or given masks; ray batches contain it, interpolated, as `relevance`.
             unclamped_maps: The same before outliers were clamped, of any size. Default: the maps.
         """
-        self.cached_batch["relevance"] = maps[..., None].to(self.cached_batch["image"])
-        self._unclamped_maps = (maps if unclamped_maps is None else unclamped_maps).to(self.cached_batch["image"])
+        # Masks have the size of the views and stay in main memory; maps are small.
+        self._relevance = maps if maps.dtype == torch.bool else maps.to(self.device)
+        self._unclamped_maps = self._relevance if unclamped_maps is None else unclamped_maps.to(self.device)
 
     @property
-    def relevance_maps(self) -> Optional[Float[Tensor, "n h w"]]:
-        """Relevance maps of the views in [0, 1]; None without."""
-        return self.cached_batch["relevance"][..., 0] if "relevance" in self.cached_batch else None
+    def relevance_maps(self) -> "Optional[Float[Tensor, 'n mh mw'] | Bool[Tensor, 'n h w']]":
+        """Relevance maps of the views in [0, 1], of any size, or given masks; None without."""
+        return self._relevance
 
     @property
-    def unclamped_maps(self) -> Optional[Float[Tensor, "n mh mw"]]:
+    def unclamped_maps(self) -> "Optional[Float[Tensor, 'n uh uw'] | Bool[Tensor, 'n h w']]":
         """The relevance maps before outliers were clamped; None without."""
-        return self._unclamped_maps if "relevance" in self.cached_batch else None
+        return self._unclamped_maps
 
     def forget_relevance(self) -> None:
         """Remove the relevance maps: another instruction follows."""
-        self.cached_batch.pop("relevance", None)
+        self._relevance: Optional[Tensor] = None
+        self._unclamped_maps: Optional[Tensor] = None
 
     # --------------------------------------------------------------------------------------------------------- edits
 
@@ -349,26 +368,27 @@ class WysDataManager(VanillaDataManager[InputDataset]):
 
     def set_view(self, view: int, image: Float[Tensor, "h w 3"]) -> None:
         """Replace a view by an image, in 8 bits as it is written to disk; the next ray batch uses it."""
-        pixels = torch.from_numpy(to_uint8(image)).to(self._captured.device)
-        self.cached_batch["image"][view] = pixels.float() / 255
+        self._stack.images[view] = torch.from_numpy(to_uint8(image)).to(self._stack.images.device)
         self.edited_views.add(view)
 
     def reference_hash(self) -> str:
         """Return a short hash of the reference views; empty if these are the captured ones."""
         if self._reference is self._captured:
             return ""
-        return hashlib.sha256(self._reference.cpu().numpy().tobytes()).hexdigest()[:16]
+        return hashlib.sha256(self._reference.numpy().data).hexdigest()[:16]
 
     def views_state(self) -> dict[str, Any]:
-        """Return the edited views and their reference (None if captured), in 8 bits on the CPU, for `load_views_state`."""
+        """Return the edited views and their reference (None if captured), in 8 bits in main memory, for `load_views_state`."""
         edited = sorted(self.edited_views)
-        own_reference = self._reference is not self._captured
+        current = torch.empty(len(edited), *self._captured.shape[1:], dtype=torch.uint8)
+        for place, view in zip(current, edited):
+            place.copy_(self._stack.images[view])
         return {
             "names": self.view_names,
             "size": list(self.view_size),
             "edited": edited,
-            "current": torch.from_numpy(to_uint8(self.cached_batch["image"][edited])),
-            "reference": self._reference.cpu().clone() if own_reference else None,
+            "current": current,
+            "reference": None if self._reference is self._captured else self._reference,
         }
 
     def load_views_state(self, state: dict[str, Any]) -> None:
@@ -386,36 +406,44 @@ class WysDataManager(VanillaDataManager[InputDataset]):
                 "and the same dataparser options."
             )
         self.start_from_captured()
-        self.cached_batch["image"][state["edited"]] = state["current"].to(self._captured.device).float() / 255
+        for view, image in zip(state["edited"], state["current"]):
+            self._stack.images[view] = image.to(self._stack.images.device)
         if state["reference"] is not None:
-            self._reference = state["reference"].to(self._captured.device)
+            self._reference = state["reference"]
         self.edited_views = set(state["edited"])
 
     def start_from_captured(self) -> None:
         """Undo all edits of the views."""
-        self.cached_batch["image"][:] = self._captured.float() / 255
+        self._stack.images.copy_(self._captured)
         self._reference = self._captured
         self.edited_views = set()
 
     def start_from_current(self) -> None:
         """Make the views as they are now the reference of the edits to come."""
-        self._reference = torch.from_numpy(to_uint8(self.cached_batch["image"])).to(self._captured.device)
+        self._reference = torch.empty_like(self._captured).copy_(self._stack.images)
 
     @main_process_only
-    def write_edited_views(self, folder: Path) -> None:
-        """Write every edited view as it is now, and remove the files of views that are not edited any more."""
-        for view, name in enumerate(self.view_names):
-            if view in self.edited_views:
-                write_png(folder / f"{name}.png", self.current_views([view])[0])
-            else:
-                (folder / f"{name}.png").unlink(missing_ok=True)
-        if self._reference is self._captured:
-            shutil.rmtree(folder.parent / REFERENCE_VIEWS, ignore_errors=True)
-        else:
-            for name, view in zip(self.view_names, self._reference):
-                write_png(folder.parent / REFERENCE_VIEWS / f"{name}.png", view.float() / 255)
+    def write_edited_views(self, folder: Path, state: dict[str, Any]) -> None:
+        """Write the edited views that have changed since the last call, and remove the files of views that are not edited.
 
+        Args:
+            folder: Folder of the edited views; their reference, if it is not the captured views, is written beside it.
+            state: Result of `views_state`.
+        """
+        names = state["names"]
+        self._write_changed(folder, dict(zip((names[view] for view in state["edited"]), state["current"])))
+        reference = state["reference"]
+        self._write_changed(folder.parent / REFERENCE_VIEWS, {} if reference is None else dict(zip(names, reference)))
 
-def _size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as image:  # reads the file's head only
-        return image.size
+    def _write_changed(self, folder: Path, images: dict[str, UInt8[Tensor, "h w 3"]]) -> None:
+        written = self._written.setdefault(folder, {})
+        for name, image in images.items():
+            content = hashlib.sha256(image.numpy().data).digest()
+            if written.get(name) != content:
+                save_png(folder / f"{name}.png", Image.fromarray(image.numpy()))
+                written[name] = content
+        for name in {*self.view_names} - images.keys():
+            (folder / f"{name}.png").unlink(missing_ok=True)
+            written.pop(name, None)
+        if not images and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

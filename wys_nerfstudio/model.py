@@ -377,16 +377,16 @@ class WysModel(NerfactoModel):
     def build_visual_hull(
         self,
         cameras: Cameras,
-        maps: Float[Tensor, "b h w"],
-        unclamped_maps: Float[Tensor, "b h w"],
+        maps: Float[Tensor, "b mh mw"],
+        unclamped_maps: Float[Tensor, "b uh uw"],
         depths: Float[Tensor, "b lh lw"],
     ) -> None:
         """Compute free-space relevance from the maps of all views (see `relevance.visual_hull`).
 
         Args:
             cameras: The training cameras.
-            maps: Relevance maps in [0, 1].
-            unclamped_maps: The same maps before outliers were clamped.
+            maps: Relevance maps in [0, 1], of any size.
+            unclamped_maps: The same maps before outliers were clamped, of any size.
             depths: Depth along the rays of a grid over each view.
         """
         corrected = cameras.to(self.device)

@@ -356,7 +356,7 @@ class WysPipeline(VanillaPipeline):
         """
         config, data = self.config, self.datamanager
         if self._masks is not None:
-            data.set_relevance(self._masks.float())
+            data.set_relevance(self._masks)
             return
         data.make_relevance_maps(
             self.editor(),
@@ -406,16 +406,14 @@ class WysPipeline(VanillaPipeline):
     def evaluate_edit(self) -> evaluate.Metrics:
         """Render the training views and return the metrics of the edit. Requires eval mode."""
         config, data, model = self.config, self.datamanager, self.scene_model
-        all_views = range(data.num_views)
-        edited = torch.stack([model.render_view(data.cameras, view)["rgb"].clamp(0, 1).cpu() for view in all_views])
-        perceptual = None
-        if lpips_is_cached(config.model.lpips_weights) and min(data.view_size) >= MIN_LPIPS_PATCH:
-            perceptual = model.perceptual_distance().cpu()
+        with_lpips = lpips_is_cached(config.model.lpips_weights) and min(data.view_size) >= MIN_LPIPS_PATCH
         return evaluate.evaluate_edit(
-            data.captured_views(all_views).cpu(),
-            edited,
+            (
+                (data.captured_views([view])[0], model.render_view(data.cameras, view)["rgb"].clamp(0, 1))
+                for view in range(data.num_views)
+            ),
             [path.name for path in data.train_dataset.image_filenames],
-            perceptual,
+            model.perceptual_distance() if with_lpips else None,
             NiqeParams.read(config.niqe_params) if config.niqe_params is not None else None,
             GroundTruth.find(data.get_datapath(), self.settings.current.instruction),
             (config.caption_before, config.caption_after) if config.caption_after else None,

@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, NoReturn, Optional
+from typing import Any, Literal, NoReturn, Optional
 
 import torch
 import yaml
@@ -21,6 +21,7 @@ from nerfstudio.viewer.viewer import Viewer
 
 from wys_nerfstudio.pipeline import WysPipeline, WysPipelineConfig
 from wys_nerfstudio.training.checkpoint import (
+    copy_to_cpu,
     find_checkpoint,
     is_wys,
     newest_checkpoint,
@@ -40,11 +41,15 @@ from wys_nerfstudio.training.run_state import STATE_KEY, RunState, set_random_st
 from wys_nerfstudio.training.settings import RunSettings
 from wys_nerfstudio.training.validation import validate_ranges
 from wys_nerfstudio.utils.atomic_io import write_text
+from wys_nerfstudio.utils.background import BackgroundJob
 from wys_nerfstudio.utils.data_checks import check_capture
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.log_filters import ignore_warnings
 from wys_nerfstudio.utils.recipes import parse_with_recipe
 from wys_nerfstudio.viewer.commands import CommandHandler
+
+NEVER = 2**62
+"""A step that no run reaches."""
 
 
 @dataclass
@@ -181,12 +186,23 @@ class WysTrainerConfig(TrainerConfig):
 
 
 class WysTrainer(Trainer):
-    """nerfstudio's trainer, with a total number of steps that commands of the viewer can change."""
+    """nerfstudio's trainer, with a total number of steps that commands of the viewer can change.
+
+    Args:
+        *arguments: As for nerfstudio's trainer.
+        **named: As for nerfstudio's trainer.
+    """
 
     config: WysTrainerConfig
     pipeline: WysPipeline  # type: ignore
     last_step: int
     """Last step of the run; it moves when instructions are applied and undone."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._writing = BackgroundJob()
+        self._bad_step: Optional[torch.Tensor] = None
+        """First step with a loss that is NaN or infinite, on the training device; `NEVER` if there was none."""
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """Build pipeline and viewer, before the first step."""
@@ -279,10 +295,23 @@ class WysTrainer(Trainer):
             print(f"wys: {sentence}", file=sys.stderr)
         raise SystemExit(INTERRUPTED)
 
+    def _watch_loss(self, step: int, loss: torch.Tensor) -> None:
+        """Record the first step with a loss that is NaN or infinite. Not read at once: that would wait for the GPU."""
+        bad = torch.where(loss.detach().isfinite(), NEVER, step)
+        self._bad_step = bad if self._bad_step is None else torch.minimum(self._bad_step, bad)
+
+    def _check_loss(self) -> None:
+        """Stop training, without saving, if a loss was NaN or infinite."""
+        if self._bad_step is not None and int(self._bad_step) < NEVER:
+            self._stop_at_nan(int(self._bad_step), "The loss")
+
     def _check_finite(self, step: int, what: str, *values: torch.Tensor) -> None:
         """Stop training, without saving, if a value is NaN or infinite."""
-        if all(bool(value.isfinite().all()) for value in values):
-            return
+        if not all(bool(value.isfinite().all()) for value in values):
+            self._stop_at_nan(step, what)
+
+    def _stop_at_nan(self, step: int, what: str) -> NoReturn:
+        self.finish_writes()
         good = newest_checkpoint(self.checkpoint_dir)
         self.shutdown()
         raise WysError(
@@ -298,12 +327,15 @@ class WysTrainer(Trainer):
         # Without the lock: maps take long and do not touch the scene, so the viewer may render meanwhile.
         session = self.pipeline.session
         session.prepare_relevance(session.schedule.phase(step))
+        logged = step_check(step, self.config.logging.steps_per_log, run_at_zero=True)
+        if logged or session.edits_due(step):  # an edit of a scene of NaN would be blamed on the editor
+            self._check_loss()
         with self.train_lock, TimeWriter(writer, EventName.ITER_TRAIN_TIME, step=step) as timer:
             self.pipeline.train()
             for callback in self.callbacks:
                 callback.run_callback_at_location(step, location=TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
             loss, losses, metrics = self.train_iteration(step)
-            self._check_finite(step, "The loss", loss.detach())
+            self._watch_loss(step, loss)
             for callback in self.callbacks:
                 callback.run_callback_at_location(step, location=TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
         if step > 1:  # the first ones are slow
@@ -311,7 +343,7 @@ class WysTrainer(Trainer):
             rate = self.world_size * rays / max(0.001, timer.duration)
             writer.put_time(EventName.TRAIN_RAYS_PER_SEC, rate, step=step, avg_over_steps=True)
         self._update_viewer_state(step)
-        if step_check(step, self.config.logging.steps_per_log, run_at_zero=True):
+        if logged:
             writer.put_scalar("Train Loss", loss, step)
             writer.put_dict("Train Loss Dict", losses, step)
             writer.put_dict("Train Metrics Dict", metrics, step)
@@ -320,7 +352,8 @@ class WysTrainer(Trainer):
             with self.train_lock:
                 self.eval_iteration(step)
         if step_check(step, self.config.steps_per_save):
-            self.save_checkpoint(step)
+            self.save_checkpoint(step, beside_training=True)
+        self.finish_writes(wait=False)
         writer.write_out_storage()
 
     def _reopen(self) -> None:
@@ -394,19 +427,44 @@ class WysTrainer(Trainer):
         if checkpoint["scalers"]:  # empty after full precision; mixed precision then starts with a new scale
             self.grad_scaler.load_state_dict(checkpoint["scalers"])
 
-    def save_checkpoint(self, step: int) -> None:
-        """Save weights, optimizers, edited views and the run's state in one file, so that a run which is killed at any moment
-        has a checkpoint of one step."""
+    def save_checkpoint(self, step: int, beside_training: bool = False) -> None:
+        """Collective: save weights, optimizers, edited views and the run's state in one file, so that a run which is killed at any
+        moment has a checkpoint of one step.
+
+        Args:
+            step: The last trained step.
+            beside_training: Return once everything is copied, and write the files while training continues.
+        """
+        self.finish_writes()
+        self._check_loss()
         pipeline, session, optimizers = self.pipeline, self.pipeline.session, self.optimizers
         self._check_finite(step, "A weight", *(value.detach() for value in pipeline.parameters()))
-        session.write_images()
+        state = session.state(step).data()
+        if rank() > 0:
+            return
+        session.history.write()
         checkpoint = {
             "step": step,
-            "pipeline": pipeline.weights(),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.optimizers.items()},
-            "schedulers": {name: scheduler.state_dict() for name, scheduler in optimizers.schedulers.items()},
+            "pipeline": copy_to_cpu(pipeline.weights()),
+            "optimizers": copy_to_cpu({name: o.state_dict() for name, o in optimizers.optimizers.items()}),
+            "schedulers": copy_to_cpu({name: s.state_dict() for name, s in optimizers.schedulers.items()}),
             "scalers": self.grad_scaler.state_dict(),
-            STATE_KEY: session.state(step).data(),
+            STATE_KEY: state,
         }
-        save_checkpoint_file(self.checkpoint_dir, checkpoint, self.config.save_only_latest_checkpoint)
-        session.history.prune()
+
+        def write() -> None:
+            session.write_images(state["views"])
+            save_checkpoint_file(self.checkpoint_dir, checkpoint, self.config.save_only_latest_checkpoint)
+
+        self._writing.start(write)
+        if not beside_training:
+            self.finish_writes()
+
+    def finish_writes(self, wait: bool = True) -> None:
+        """Finish saving: once a checkpoint is written, files that only earlier ones needed are removed.
+
+        Args:
+            wait: Wait for files that are being written; otherwise they are finished if they are ready.
+        """
+        if self._writing.ended(wait):
+            self.pipeline.session.history.prune()

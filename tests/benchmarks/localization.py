@@ -151,9 +151,7 @@ def main(options: Options) -> None:
                 names = [path.name for path in data.eval_dataset.image_filenames]
                 raw = raw_maps(options, editor, pipeline, instruction, seed)
                 for normalization in options.normalizations:
-                    maps = relevance.resize(
-                        relevance.normalize(raw, normalization, options.outlier_factor), *data.view_size
-                    )
+                    maps = relevance.normalize(raw, normalization, options.outlier_factor)
                     initial_head = copy.deepcopy(pipeline.scene_model.field.mlp_relevance.state_dict())
                     unclamped_maps = relevance.normalize(raw, normalization, outlier_factor=None)
                     data.set_relevance(maps[: data.num_views], unclamped_maps[: data.num_views])
@@ -167,7 +165,8 @@ def main(options: Options) -> None:
                     pipeline.scene_model.field.relevance_hull.reset()
                     pipeline.scene_model.field.mlp_relevance.load_state_dict(initial_head)
                     if variant == options.inputs[0]:
-                        rows.append({**key, "source": "maps", **metrics(maps[data.num_views :], truth, names)})
+                        held_out = relevance.resize(maps[data.num_views :], *data.view_size)
+                        rows.append({**key, "source": "maps", **metrics(held_out, truth, names)})
                 print(rows[-1], flush=True)
                 options.output.write_text(json.dumps(rows, indent=1), "utf8")
     print(table(rows))

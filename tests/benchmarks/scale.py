@@ -140,7 +140,8 @@ def measure(scene: Path, options: Options, views: int, side: int, editing_side: 
         train_steps(trainer, session.schedule.edit_start + number * every, every)
         rounds.append(time.process_time() - started)
     data = trainer.pipeline.datamanager
-    stacks = [data._captured, *(value for value in data.cached_batch.values() if isinstance(value, torch.Tensor))]
+    assert data.relevance_maps is not None and data.unclamped_maps is not None
+    stacks = [data._captured, data._stack.images, data.relevance_maps, data.unclamped_maps]
     mib_per_view = sum(stack.numel() * stack.element_size() for stack in stacks) / data.num_views / 2**20
     return Row(views, side, editing_side, maps, statistics.median(rounds[1:]), mib_per_view)
 

@@ -6,10 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulated_gpu import emulated_gpu
 
 from wys_nerfstudio.evaluation import metrics
 from wys_nerfstudio.evaluation.clip import load_clip
-from wys_nerfstudio.evaluation.evaluate import clip_metrics, edit_metrics, ground_truth_metrics, means
+from wys_nerfstudio.evaluation.evaluate import (
+    clip_metrics,
+    edit_metrics,
+    evaluate_edit,
+    ground_truth_metrics,
+    means,
+)
 from wys_nerfstudio.evaluation.ground_truth import GroundTruth
 from wys_nerfstudio.evaluation.lpips import Lpips
 from wys_nerfstudio.utils.visualization import write_png
@@ -21,25 +28,60 @@ def random_views(count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     return captured, (captured + 0.2 * torch.rand(count, 36, 40, 3)).clamp(0, 1)
 
 
-def test_edit_metrics_are_computed_per_view(alexnet_file: Path) -> None:
-    captured, edited = random_views()
+def test_edit_metrics_equal_the_metrics_of_the_view(alexnet_file: Path) -> None:
+    captured, edited = (views[0] for views in random_views())
     results = edit_metrics(captured, edited, Lpips(alexnet_file))
-    assert results["edit_psnr"] == [metrics.psnr(a, b) for a, b in zip(edited, captured)]
-    assert results["edit_ssim"] == [metrics.ssim(a, b) for a, b in zip(edited, captured)]
-    assert len(results["edit_lpips"]) == 3 and min(results["edit_lpips"]) > 0
-    assert edit_metrics(captured, captured, Lpips(alexnet_file))["edit_lpips"] == [0.0] * 3
+    assert results["edit_psnr"] == metrics.psnr(edited, captured) and results["edit_ssim"] == metrics.ssim(
+        edited, captured
+    )
+    assert results["edit_lpips"] > 0
+    assert edit_metrics(captured, captured, Lpips(alexnet_file))["edit_lpips"] == 0.0
     assert set(edit_metrics(captured, edited)) == {"edit_psnr", "edit_ssim"}
+
+
+def test_views_are_evaluated_one_after_the_other(clip_folder: Path, alexnet_file: Path) -> None:
+    captured, edited = random_views()
+    taken = []
+
+    def views():
+        for view in range(3):
+            taken.append(view)
+            yield captured[view], edited[view]
+
+    perceptual, names = Lpips(alexnet_file), ["0.png", "1.png", "2.png"]
+    results = evaluate_edit(views(), names, perceptual, captions=("a bear", "a panda"), clip_model=str(clip_folder))
+    assert taken == [0, 1, 2]
+    assert results["edit_psnr"] == [metrics.psnr(a, b) for a, b in zip(edited, captured)]
+    assert results["edit_lpips"] == [edit_metrics(a, b, perceptual)["edit_lpips"] for a, b in zip(captured, edited)]
+    clip = load_clip(str(clip_folder))
+    before, after = (clip.embed_images(images) for images in (captured, edited))
+    expected = clip_metrics(clip, before, after, ("a bear", "a panda"))
+    assert expected.keys() < results.keys()
+    for name, values in expected.items():
+        assert results[name] == pytest.approx(values, abs=1e-4), name
+
+
+def test_evaluation_leaves_lpips_on_its_device(alexnet_file: Path) -> None:
+    with emulated_gpu():
+        perceptual = Lpips(alexnet_file).to("cuda")
+        captured, edited = (views.to("cuda") for views in random_views())
+        on_gpu = evaluate_edit(zip(captured, edited), ["0.png", "1.png", "2.png"], perceptual)
+        assert all(parameter.device.type == "cuda" for parameter in perceptual.parameters())
+    captured, edited = random_views()
+    on_cpu = evaluate_edit(zip(captured, edited), ["0.png", "1.png", "2.png"], Lpips(alexnet_file))
+    for name, values in on_cpu.items():
+        assert on_gpu[name] == pytest.approx(values, abs=1e-5), name
 
 
 def test_clip_metrics_are_computed_from_the_embeddings(clip_folder: Path) -> None:
     clip = load_clip(str(clip_folder))
     captured, edited = random_views()
-    results = clip_metrics(clip, captured, edited, ("a bear", "a panda"))
     before, after, texts = (
         clip.embed_images(captured),
         clip.embed_images(edited),
         clip.embed_texts(["a bear", "a panda"]),
     )
+    results = clip_metrics(clip, before, after, ("a bear", "a panda"))
     expected = {
         "clip_image_similarity": metrics.image_similarity(before, after),
         "clip_text_image_similarity": metrics.text_image_similarity(after, texts[1]),
@@ -49,8 +91,8 @@ def test_clip_metrics_are_computed_from_the_embeddings(clip_folder: Path) -> Non
     }
     assert set(results) == set(expected)
     for name, values in expected.items():
-        assert results[name] == pytest.approx(values.tolist(), abs=1e-4), name
-    without_text = clip_metrics(clip, captured, edited, None)
+        assert results[name] == pytest.approx(values.tolist(), abs=1e-6), name
+    without_text = clip_metrics(clip, before, after, None)
     assert set(expected) - set(without_text) == {"clip_text_image_similarity", "clip_direction_similarity"}
 
 
@@ -80,8 +122,8 @@ def test_ground_truth_psnr_inside_and_outside_the_mask(tmp_path: Path) -> None:
     assert (
         GroundTruth.find(tmp_path, "turn it into a hat") is None and GroundTruth.find(tmp_path / "missing", "x") is None
     )
-    results = ground_truth_metrics(ground_truth, ["0.png", "1.png", "2.png"], edited)
-    inside, outside = results["truth_psnr_inside"], results["truth_psnr_outside"]
+    results = [ground_truth_metrics(ground_truth, f"{i}.png", view) for i, view in enumerate(edited)]
+    inside, outside = ([values[f"truth_psnr_{where}"] for values in results] for where in ("inside", "outside"))
     assert inside[0] == pytest.approx(metrics.psnr(edited[0, :10], expected[0, :10]), abs=1e-3) and inside[0] < 10
     assert outside[0] > 50, "equal up to 8-bit rounding"
     assert math.isnan(outside[1]) and math.isnan(inside[2])

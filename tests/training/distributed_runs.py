@@ -120,7 +120,7 @@ def train_rank(rank: int, ranks: int, port: int, arguments: list[str], folder: P
     record |= {
         "weights": trainer.pipeline.weights(),
         "views": data.current_views(range(VIEWS)),
-        "relevance": data.cached_batch["relevance"],
+        "relevance": data.relevance_maps,
         "history": trainer.pipeline.session.history.data(),
     }
     torch.save(record, folder / f"rank-{rank}.pt")

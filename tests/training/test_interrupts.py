@@ -4,9 +4,11 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Optional
@@ -18,9 +20,11 @@ from nerfstudio.scripts import train
 from nerfstudio.utils import writer
 from test_bad_input import TINY
 
+from wys_nerfstudio import trainer as trainer_module
 from wys_nerfstudio.trainer import WysTrainer
-from wys_nerfstudio.training.checkpoint import newest_checkpoint, read_checkpoint
+from wys_nerfstudio.training.checkpoint import copy_to_cpu, newest_checkpoint, read_checkpoint
 from wys_nerfstudio.training.run_state import SETTINGS_KEY
+from wys_nerfstudio.viewer.commands import CommandHandler
 from wys_nerfstudio.viewer.panel import ViewerCommand
 
 STEPS = 11
@@ -214,6 +218,50 @@ def test_a_full_disk_stops_the_run_and_leaves_it_resumable(small_disk, scene, ed
     assert command.newest().name == "step-000000004.ckpt"
     filler.unlink()
     assert_resume_matches(command, reference)
+
+
+def test_checkpoints_are_written_while_training_continues(command, tmp_path, monkeypatch):
+    save, trainers, weights, written = trainer_module.save_checkpoint_file, [], [], []
+
+    def delayed_save(folder: Path, checkpoint: dict[str, Any], only_latest: bool) -> None:
+        began = time.monotonic()
+        while checkpoint["step"] == 4 and trainers[0].step < 7:
+            assert time.monotonic() - began < 60, "training waits for the checkpoint"
+            time.sleep(0.01)
+        save(folder, checkpoint, only_latest)
+        written.append(checkpoint["step"])
+        if checkpoint["step"] == 4:
+            shutil.copy(newest_checkpoint(folder), tmp_path / "early.ckpt")
+
+    def after_step_4(trainer: WysTrainer) -> None:
+        trainers.append(trainer)
+        weights.append(copy_to_cpu(trainer.pipeline.weights()))
+
+    monkeypatch.setattr(trainer_module, "save_checkpoint_file", delayed_save)
+    assert command(step=4, action=after_step_4) is None
+    assert written == [4, 8, 10]
+    early = read_checkpoint(tmp_path / "early.ckpt")
+    assert early["step"] == 4
+    assert_equal_weights(early["pipeline"], weights[0])
+
+
+def test_commands_wait_for_files_that_are_being_written(command, monkeypatch):
+    save, run, written, seen = trainer_module.save_checkpoint_file, CommandHandler._run, [], []
+
+    def slow_save(folder: Path, checkpoint: dict[str, Any], only_latest: bool) -> None:
+        time.sleep(0.5)
+        save(folder, checkpoint, only_latest)
+        written.append(checkpoint["step"])
+
+    def watched_run(handler: CommandHandler, given: ViewerCommand, step: int) -> str:
+        seen.append((step, list(written)))
+        return run(handler, given, step)
+
+    monkeypatch.setattr(trainer_module, "save_checkpoint_file", slow_save)
+    monkeypatch.setattr(CommandHandler, "_run", watched_run)
+    threshold = ViewerCommand("set", "mask_threshold", 0.3)
+    assert command(step=4, action=lambda trainer: trainer.pipeline.panel.commands.put(threshold)) is None
+    assert seen == [(4, [4])]
 
 
 def test_a_truncated_checkpoint_is_replaced_by_the_previous_one(command, reference, capsys):

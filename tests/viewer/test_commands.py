@@ -14,6 +14,7 @@ import yaml
 from nerfstudio.utils.eval_utils import eval_setup
 from test_pipeline import small_config
 
+from wys_nerfstudio import relevance
 from wys_nerfstudio.trainer import WysTrainer
 from wys_nerfstudio.training.schedule import Phase
 from wys_nerfstudio.utils.visualization import write_png
@@ -220,7 +221,7 @@ def test_without_maps_localization_changes_with_the_next_apply(
         assert "In effect with the next Apply" in send(trainer, "set", "localization", "relevance-map")
         send(trainer, "apply", ON_TOP, "make the bear red")
         wait(lambda: finished(trainer) and trainer.step == 45)
-        assert "relevance" in trainer.pipeline.datamanager.cached_batch
+        assert trainer.pipeline.datamanager.relevance_maps is not None
 
     options = {**OPTIONS, "localization": "none"}
     with running(small_config(ring_scene, editor_folder, tmp_path, **options), then):
@@ -332,7 +333,8 @@ def test_a_preview_of_another_instruction_uses_that_views_map(
         send(trainer, "set", "localization", "relevance-map")
         send(trainer, "apply", INSTEAD, "make the bear red")
         wait(lambda: finished(trainer) and trainer.step == 49)
-        assert torch.equal(mask[..., 0] > 0, data.relevance_maps[3] >= pipeline.settings.current.mask_threshold)
+        view_map = relevance.resize(data.relevance_maps[3:4], *data.view_size)[0]
+        assert torch.equal(mask[..., 0] > 0, view_map >= pipeline.settings.current.mask_threshold)
 
     with running(small_config(ring_scene, editor_folder, tmp_path, **OPTIONS), then):
         pass

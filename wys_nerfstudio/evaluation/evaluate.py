@@ -1,7 +1,7 @@
 """Metrics of an edited scene on its training views: per view, and against ground truth where available."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Optional
 
 import torch
@@ -21,8 +21,7 @@ Metrics = dict[str, list[float]]
 
 
 def evaluate_edit(
-    captured: Float[Tensor, "n h w 3"],
-    edited: Float[Tensor, "n h w 3"],
+    views: Iterable[tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w 3"]]],
     names: Sequence[str],
     perceptual: Optional[Lpips] = None,
     niqe_params: Optional[NiqeParams] = None,
@@ -30,11 +29,10 @@ def evaluate_edit(
     captions: Optional[tuple[str, str]] = None,
     clip_model: Optional[str] = None,
 ) -> Metrics:
-    """Compute every available metric of an edited scene on its training views.
+    """Compute every available metric of an edited scene on its training views, one view after the other.
 
     Args:
-        captured: Captured views in [0, 1], in capture order.
-        edited: Renders of the edited scene at the same cameras.
+        views: Each view as captured, in capture order, and the render of the edited scene at its camera; both in [0, 1].
         names: File names of the views.
         perceptual: Required for `edit_lpips`.
         niqe_params: Required for `edit_niqe`.
@@ -46,56 +44,67 @@ def evaluate_edit(
     Returns:
         One list of values per metric.
     """
-    results = edit_metrics(captured, edited, perceptual)
-    if niqe_params is not None:
-        results["edit_niqe"] = [niqe(view, niqe_params) for view in edited]
-    if ground_truth is not None:
-        results |= ground_truth_metrics(ground_truth, names, edited)
-        captions = captions or ground_truth.captions
-    if clip_model is not None:
-        try:
-            results |= clip_metrics(load_clip(clip_model), captured, edited, captions)
-        except WysError as error:
-            CONSOLE.print(f"CLIP metrics are omitted. {error}", markup=False)
+    clip = _load_clip(clip_model)
+    by_view: list[dict[str, float]] = []
+    embeddings: list[tuple[Tensor, Tensor]] = []
+    for name, (captured, edited) in zip(names, views):
+        values = edit_metrics(captured, edited, perceptual)
+        if niqe_params is not None:
+            values["edit_niqe"] = niqe(edited.cpu(), niqe_params)
+        if ground_truth is not None:
+            values |= ground_truth_metrics(ground_truth, name, edited)
+        by_view.append(values)
+        if clip is not None:
+            embeddings.append((clip.embed_images(captured[None]), clip.embed_images(edited[None])))
+    results: Metrics = {name: [values[name] for values in by_view] for name in by_view[0]}
+    if clip is not None:
+        captions = captions or (ground_truth.captions if ground_truth is not None else None)
+        before, after = (torch.cat(parts) for parts in zip(*embeddings))
+        results |= clip_metrics(clip, before, after, captions)
     return results
 
 
+def _load_clip(name: Optional[str]) -> Optional[ClipEncoder]:
+    if name is None:
+        return None
+    try:
+        return load_clip(name)
+    except WysError as error:
+        CONSOLE.print(f"CLIP metrics are omitted. {error}", markup=False)
+        return None
+
+
 def edit_metrics(
-    captured: Float[Tensor, "n h w 3"], edited: Float[Tensor, "n h w 3"], perceptual: Optional[Lpips] = None
-) -> Metrics:
-    """Compute the distances between edited and captured views.
+    captured: Float[Tensor, "h w 3"], edited: Float[Tensor, "h w 3"], perceptual: Optional[Lpips] = None
+) -> dict[str, float]:
+    """Compute the distances between an edited and the captured view.
 
     Args:
-        captured: Captured views in [0, 1].
-        edited: Renders of the edited scene at the same cameras.
-        perceptual: Required for `edit_lpips`.
+        captured: The captured view in [0, 1].
+        edited: Render of the edited scene at the same camera.
+        perceptual: Required for `edit_lpips`; on the device of the views.
 
     Returns:
         `edit_psnr` in dB (the paper's Edit PSNR, in floating point), `edit_ssim`, `edit_lpips`.
     """
-    pairs = list(zip(edited, captured))
-    results: Metrics = {
-        "edit_psnr": [metrics.psnr(after, before) for after, before in pairs],
-        "edit_ssim": [metrics.ssim(after, before) for after, before in pairs],
-    }
+    results = {"edit_psnr": metrics.psnr(edited, captured), "edit_ssim": metrics.ssim(edited, captured)}
     if perceptual is not None:
-        channels_first = [(after.permute(2, 0, 1)[None], before.permute(2, 0, 1)[None]) for after, before in pairs]
-        results["edit_lpips"] = [float(perceptual(after, before)) for after, before in channels_first]
+        results["edit_lpips"] = float(perceptual(*(view.permute(2, 0, 1)[None] for view in (edited, captured))))
     return results
 
 
 def clip_metrics(
     clip: ClipEncoder,
-    captured: Float[Tensor, "n h w 3"],
-    edited: Float[Tensor, "n h w 3"],
+    before: Float[Tensor, "n d"],
+    after: Float[Tensor, "n d"],
     captions: Optional[tuple[str, str]],
 ) -> Metrics:
     """Compute the CLIP metrics of an edit.
 
     Args:
         clip: The CLIP model.
-        captured: Captured views in [0, 1], in capture order.
-        edited: Renders of the edited scene at the same cameras.
+        before: Embeddings of the captured views, in capture order.
+        after: Embeddings of the renders of the edited scene at the same cameras.
         captions: Descriptions of the scene before and after the edit; required for the text metrics.
 
     Returns:
@@ -105,7 +114,6 @@ def clip_metrics(
     Raises:
         WysError: If a caption exceeds the token limit of the CLIP model.
     """
-    before, after = (torch.cat([clip.embed_images(view[None]) for view in views]) for views in (captured, edited))
     results: dict[str, Tensor] = {"clip_image_similarity": metrics.image_similarity(before, after)}
     if captions is not None:
         texts = clip.embed_texts(captions)
@@ -116,23 +124,22 @@ def clip_metrics(
     return {name: values.tolist() for name, values in results.items()}
 
 
-def ground_truth_metrics(ground_truth: GroundTruth, names: Sequence[str], edited: Float[Tensor, "n h w 3"]) -> Metrics:
-    """Compute the distances between edited views and ground truth.
+def ground_truth_metrics(ground_truth: GroundTruth, name: str, edited: Float[Tensor, "h w 3"]) -> dict[str, float]:
+    """Compute the distances between an edited view and its ground truth.
 
     Args:
         ground_truth: Ground truth of the edit.
-        names: File names of the views.
-        edited: Renders of the edited scene.
+        name: File name of the view.
+        edited: Render of the edited scene.
 
     Returns:
-        `truth_psnr_inside` and `truth_psnr_outside` the ground-truth mask, in dB; NaN where that region of a view is empty.
+        `truth_psnr_inside` and `truth_psnr_outside` the ground-truth mask, in dB; NaN where that region is empty.
     """
-    results: Metrics = {"truth_psnr_inside": [], "truth_psnr_outside": []}
-    for name, view in zip(names, edited):
-        target, mask = ground_truth.edited(name), ground_truth.mask(name)
-        results["truth_psnr_inside"].append(metrics.psnr(view, target, mask))
-        results["truth_psnr_outside"].append(metrics.psnr(view, target, ~mask))
-    return results
+    target, mask, edited = ground_truth.edited(name), ground_truth.mask(name), edited.cpu()
+    return {
+        "truth_psnr_inside": metrics.psnr(edited, target, mask),
+        "truth_psnr_outside": metrics.psnr(edited, target, ~mask),
+    }
 
 
 def means(results: Metrics) -> dict[str, float]:

@@ -14,6 +14,7 @@ from wys_nerfstudio.relevance.maps import (
     noise_difference,
     normalize,
     resize,
+    sample,
     threshold,
     upsample,
 )
@@ -30,5 +31,6 @@ __all__ = [
     "noise_difference",
     "normalize",
     "resize",
+    "sample",
     "threshold",
 ]

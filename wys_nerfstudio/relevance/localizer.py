@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from wys_nerfstudio.relevance.maps import dilate, latent_mask, threshold
+from wys_nerfstudio.relevance.maps import dilate, latent_mask, resize, threshold
 
 Localization = Literal["relevance-field", "relevance-map", "masks", "none"]
 """Renders of the relevance field (the method), the views' own relevance maps (ablation F), given masks (ablation G), or no
@@ -30,9 +30,9 @@ class Localizer:
     """Source of the masks."""
     mask_threshold: float
     """Pixels of at least this relevance are edited (tau, in [0, 1])."""
-    maps: Optional[Float[Tensor, "n h w"]]
-    """Relevance maps of the views in [0, 1], or the given masks as zeros and ones; None if the current edit has neither, so
-    that every pixel may change."""
+    maps: "Optional[Float[Tensor, 'n mh mw'] | Bool[Tensor, 'n h w']]"
+    """Relevance maps of the views in [0, 1], of any size, or the given masks; None if the current edit has neither, so that
+    every pixel may change."""
 
     @property
     def localized(self) -> bool:
@@ -60,8 +60,9 @@ class Localizer:
         if not self.localized:
             return torch.ones(height, width, dtype=torch.bool)
         assert self.maps is not None
-        # Given masks are zeros and ones, whatever the threshold.
-        return threshold(self.maps[view], 0.5 if self.localization == "masks" else self.mask_threshold)
+        if self.localization == "masks":  # whatever the threshold
+            return self.maps[view] > 0
+        return threshold(resize(self.maps[view][None], height, width)[0], self.mask_threshold)
 
     def mask_from(self, relevance: Float[Tensor, "*b h w"]) -> Bool[Tensor, "*b h w"]:
         """Return the edit mask of relevance in [0, 1], for example a render of the relevance field."""

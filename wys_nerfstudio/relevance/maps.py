@@ -9,7 +9,7 @@ import math
 from typing import Literal, Optional
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -86,6 +86,37 @@ def normalize(
 def resize(relevance: Float[Tensor, "b h w"], height: int, width: int) -> Float[Tensor, "b height width"]:
     """Resize maps bilinearly, for example from latent to image resolution."""
     return F.interpolate(relevance[:, None], size=(height, width), mode="bilinear", align_corners=False)[:, 0]
+
+
+def sample(
+    relevance: "Float[Tensor, 'b h w'] | Bool[Tensor, 'b h w']", indices: Int[Tensor, "n 3"], height: int, width: int
+) -> Float[Tensor, " n"]:
+    """Return single pixels of resized maps, as `resize` computes them, without resizing the maps.
+
+    Args:
+        relevance: Maps of any size, or masks.
+        indices: Map, row and column of each pixel at the size `height` x `width`.
+        height: Height in pixels.
+        width: Width in pixels.
+    """
+    view, row, column = indices.unbind(-1)
+    (top, bottom, down), (left, right, across) = (
+        _neighbors(pixel, size, wanted)
+        for pixel, size, wanted in ((row, relevance.shape[1], height), (column, relevance.shape[2], width))
+    )
+    upper, lower = (
+        torch.lerp(relevance[view, y, left].float(), relevance[view, y, right].float(), across) for y in (top, bottom)
+    )
+    return torch.lerp(upper, lower, down)
+
+
+def _neighbors(
+    pixel: Int[Tensor, " n"], size: int, wanted: int
+) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"], Float[Tensor, " n"]]:
+    """Return the two entries of an axis of `size` that a pixel of the axis of `wanted` pixels lies between, and where."""
+    position = ((pixel + 0.5) * (size / wanted) - 0.5).clamp(0, size - 1)
+    before = position.floor().long()
+    return before, (before + 1).clamp(max=size - 1), position - before
 
 
 def upsample(

@@ -104,7 +104,7 @@ def free_space_relevance(
     Args:
         points: World positions.
         cameras: Cameras of the views; perspective or fisheye.
-        maps: Relevance of the views in [0, 1].
+        maps: Relevance of the views in [0, 1], of any size.
         surfaces: Relevance of the visible surfaces of each view.
         depths: Distances of these surfaces.
 
@@ -112,7 +112,8 @@ def free_space_relevance(
         Values in [0, 1]; 0 for points visible in too few views.
     """
     positions, visible = _project_visible(points, cameras, depths)
-    reached, explained = _view_quantile(maps, positions, visible), _view_quantile(surfaces, positions, visible)
+    reached = _view_quantile(_sample_linear(maps, positions), visible)
+    explained = _view_quantile(_sample_nearest(surfaces, positions), visible)
     value = torch.minimum(reached, (UNEXPLAINED_GAIN * (reached - explained)).clamp_min(0))
     return torch.where(visible.sum(dim=0) >= max(MIN_VIEWS, MIN_VIEW_SHARE * len(maps)), value, 0.0)
 
@@ -133,8 +134,11 @@ def surface_relevance(
     indices = torch.arange(views, device=depths.device).repeat_interleave(len(cells))
     rays = cameras.generate_rays(indices[:, None], coords=((cells + 0.5) * size).repeat(views, 1))
     points = rays.origins + rays.directions * depths.reshape(-1, 1)
-    parts = (_view_quantile(maps, *_project_visible(part, cameras, depths)) for part in points.split(CHUNK))
-    return torch.cat(list(parts)).view_as(depths).clamp(max=1)
+    parts = []
+    for part in points.split(CHUNK):
+        positions, visible = _project_visible(part, cameras, depths)
+        parts.append(_view_quantile(_sample_linear(maps, positions), visible))
+    return torch.cat(parts).view_as(depths).clamp(max=1)
 
 
 def _project_visible(
@@ -146,13 +150,17 @@ def _project_visible(
     return positions, within & (distance < DEPTH_MARGIN * _sample_nearest(depths, positions))
 
 
-def _view_quantile(
-    images: Float[Tensor, "b h w"], positions: Float[Tensor, "b n 2"], visible: Bool[Tensor, "b n"]
-) -> Float[Tensor, " n"]:
+def _view_quantile(values: Float[Tensor, "b n"], visible: Bool[Tensor, "b n"]) -> Float[Tensor, " n"]:
     """Return the value that three quarters of the views of a point reach there; above 1 if no view shows the point."""
     invisible = 2.0  # sorts after every relevance
-    values = torch.where(visible, _sample_nearest(images, positions), invisible).sort(dim=0).values
-    return values.gather(0, (visible.sum(dim=0) * (1 - VIEW_QUANTILE)).long()[None])[0]
+    ordered = torch.where(visible, values, invisible).sort(dim=0).values
+    return ordered.gather(0, (visible.sum(dim=0) * (1 - VIEW_QUANTILE)).long()[None])[0]
+
+
+def _sample_linear(images: Float[Tensor, "b h w"], positions: Float[Tensor, "b n 2"]) -> Float[Tensor, "b n"]:
+    """Return bilinearly interpolated values at positions in [0, 1], those of the border outside."""
+    grid = positions[:, :, None] * 2 - 1
+    return F.grid_sample(images[:, None], grid, padding_mode="border", align_corners=False)[:, 0, :, 0]
 
 
 def _sample_nearest(images: Float[Tensor, "b h w"], positions: Float[Tensor, "b n 2"]) -> Float[Tensor, "b n"]:
@@ -186,8 +194,8 @@ class RelevanceHull(nn.Module):
         self,
         to_world: Callable[[Float[Tensor, "n 3"]], Float[Tensor, "n 3"]],
         cameras: Cameras,
-        maps: Float[Tensor, "b h w"],
-        unclamped_maps: Float[Tensor, "b h w"],
+        maps: Float[Tensor, "b mh mw"],
+        unclamped_maps: Float[Tensor, "b uh uw"],
         depths: Float[Tensor, "b rows columns"],
     ) -> None:
         """Fill the grid from the maps of all views, or with zeros if a camera's type is not one of `CAMERA_TYPES`.
@@ -195,8 +203,8 @@ class RelevanceHull(nn.Module):
         Args:
             to_world: Map from the unit cube to the world.
             cameras: As in `free_space_relevance`.
-            maps: Relevance of the views in [0, 1], the targets of the relevance head.
-            unclamped_maps: The same maps before outliers were clamped.
+            maps: Relevance of the views in [0, 1], the targets of the relevance head; of any size.
+            unclamped_maps: The same maps before outliers were clamped; of any size.
             depths: As in `free_space_relevance`.
         """
         self.relevance.zero_()

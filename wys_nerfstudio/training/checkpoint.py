@@ -102,6 +102,17 @@ def save_checkpoint_file(folder: Path, checkpoint: dict[str, Any], only_latest: 
     write_tensors(path, checkpoint, partial=folder.parent / "wys" / "checkpoint.partial")
 
 
+def copy_to_cpu(state: Any) -> Any:
+    """Return a copy of nested dicts and lists whose tensors are in main memory and stay as they are now."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: copy_to_cpu(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(copy_to_cpu(value) for value in state)
+    return state
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Return a checkpoint of nerfstudio, unpickling nothing but tensors and numbers.
 

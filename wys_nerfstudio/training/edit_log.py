@@ -12,6 +12,7 @@ from nerfstudio.configs import base_config  # noqa: F401  # imported before the 
 from nerfstudio.utils import writer
 from torch import Tensor
 
+from wys_nerfstudio import relevance
 from wys_nerfstudio.training.distributed import main_process_only
 from wys_nerfstudio.training.scene import EditInput, TrainingViews
 from wys_nerfstudio.utils.visualization import apply_colormap, write_png
@@ -86,7 +87,7 @@ def read_edit_lines(folder: Path, before_step: Optional[int] = None) -> list[str
 def image_row(
     views: TrainingViews, view: int, field: Float[Tensor, "h w"], mask: Bool[Tensor, "h w"]
 ) -> list[Float[Tensor, "h w 3"]]:
-    """Return the images of a view in the order of `TITLES`, all but the render.
+    """Return the images of a view in the order of `TITLES`, all but the render, in main memory.
 
     Args:
         views: The training views.
@@ -95,13 +96,15 @@ def image_row(
         mask: Pixels that may change.
     """
     maps = views.relevance_maps
-    return [
+    view_map = torch.zeros(1, *views.view_size) if maps is None else maps[view][None].float()
+    row = [
         views.captured_views([view])[0],
-        apply_colormap(torch.zeros(views.view_size) if maps is None else maps[view]),
+        apply_colormap(relevance.resize(view_map, *views.view_size)[0]),
         apply_colormap(field),
         mask.float()[..., None].expand(-1, -1, 3),
         views.current_views([view])[0],
     ]
+    return [image.cpu() for image in row]
 
 
 def show_edit(step: int, views: TrainingViews, inputs: Sequence[EditInput]) -> None:
@@ -115,5 +118,5 @@ def show_edit(step: int, views: TrainingViews, inputs: Sequence[EditInput]) -> N
     if not writer.EVENT_WRITERS:
         return
     row = image_row(views, inputs[0].view, inputs[0].relevance, inputs[0].mask)
-    strip = torch.cat([image.to("cpu") for image in row], dim=1)
+    strip = torch.cat(row, dim=1)
     writer.put_image(name=f"Edit ({' | '.join(TITLES[:-1])})", image=strip, step=step)

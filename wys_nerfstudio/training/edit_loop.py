@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import track
 from torch import Tensor
+from torch.nn import functional as F
 
 from wys_nerfstudio import relevance
 from wys_nerfstudio.editing import Editor, EditSettings
@@ -321,9 +322,9 @@ class EditLoop:
         bar = track(range(views.num_views), description="Free-space relevance", console=CONSOLE)
         depths = torch.stack([self._render_per_latent(view)[1] for view in bar])
         assert views.unclamped_maps is not None
+        size = depths.shape[1:]
         maps, unclamped_maps = (
-            relevance.resize(of_views.to(scene.device), *views.view_size)
-            for of_views in (views.relevance_maps, views.unclamped_maps)
+            _shrink_masks(of_views, *size).to(scene.device) for of_views in (views.relevance_maps, views.unclamped_maps)
         )
         scene.build_visual_hull(views.cameras, maps, unclamped_maps, depths)
 
@@ -343,8 +344,18 @@ class EditLoop:
             value = values.view(height, width)
             mask = localizer.mask_from(value) if localizer.uses_field else localizer.view_mask(view, height, width)
             row = image_row(views, view, value, mask)
-            rows.append((views.view_names[view], [*row, colors.view(height, width, 3).clamp(0, 1)]))
+            rows.append((views.view_names[view], [*row, colors.view(height, width, 3).clamp(0, 1).cpu()]))
         save_png(folder / "contact_sheet.png", contact_sheet(TITLES, rows))
         CONSOLE.print(
             f"{len(views.edited_views)} of {views.num_views} views are edited; see {folder}/contact_sheet.png."
         )
+
+
+def _shrink_masks(
+    maps: "Float[Tensor, 'n h w'] | Bool[Tensor, 'n h w']", height: int, width: int
+) -> Float[Tensor, "n some_height some_width"]:
+    """Return maps unchanged, and of given masks the share of each cell that lies inside."""
+    if maps.dtype != torch.bool:
+        return maps
+    # Mask by mask: a whole stack of floats would take much memory.
+    return torch.cat([F.adaptive_avg_pool2d(mask[None].float(), (height, width)) for mask in maps])

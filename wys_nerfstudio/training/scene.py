@@ -48,16 +48,16 @@ class Scene(Protocol):
     def build_visual_hull(
         self,
         cameras: Cameras,
-        maps: Float[Tensor, "b h w"],
-        unclamped_maps: Float[Tensor, "b h w"],
+        maps: Float[Tensor, "b mh mw"],
+        unclamped_maps: Float[Tensor, "b uh uw"],
         depths: Float[Tensor, "b lh lw"],
     ) -> None:
         """Compute free-space relevance from the maps of all views.
 
         Args:
             cameras: The training cameras.
-            maps: Relevance maps in [0, 1].
-            unclamped_maps: The same maps before outliers were clamped.
+            maps: Relevance maps in [0, 1], of any size.
+            unclamped_maps: The same maps before outliers were clamped, of any size.
             depths: Depth along the rays of a grid over each view.
         """
         ...
@@ -108,12 +108,12 @@ class TrainingViews(Protocol):
         ...
 
     @property
-    def relevance_maps(self) -> Optional[Float[Tensor, "n h w"]]:
-        """Relevance maps of the views in [0, 1]; None without."""
+    def relevance_maps(self) -> "Optional[Float[Tensor, 'n mh mw'] | Bool[Tensor, 'n h w']]":
+        """Relevance maps of the views in [0, 1], of any size, or given masks; None without."""
         ...
 
     @property
-    def unclamped_maps(self) -> Optional[Float[Tensor, "n mh mw"]]:
+    def unclamped_maps(self) -> "Optional[Float[Tensor, 'n uh uw'] | Bool[Tensor, 'n h w']]":
         """The relevance maps before outliers were clamped; None without."""
         ...
 
@@ -187,15 +187,20 @@ class EditableViews(TrainingViews, Protocol):
         ...
 
     def views_state(self) -> dict[str, Any]:
-        """Return edited views and their reference, for `load_views_state`."""
+        """Return copies of the edited views and their reference in main memory, for `load_views_state`."""
         ...
 
     def load_views_state(self, state: dict[str, Any]) -> None:
         """Restore the result of `views_state`."""
         ...
 
-    def write_edited_views(self, folder: Path) -> None:
-        """Write every edited view as it is now."""
+    def write_edited_views(self, folder: Path, state: dict[str, Any]) -> None:
+        """Write the edited views of a state that have changed since the last call.
+
+        Args:
+            folder: The folder.
+            state: Result of `views_state`.
+        """
         ...
 
 

@@ -185,8 +185,12 @@ class EditSession:
         if phase is not Phase.EDIT:
             return
         apply_lr_warmup(self.run.optimizers, step - self._lr_warmup_start)
-        if self.schedule.edits_due(step, self.settings.current.edit_every) and not self.edit_loop.paused:
+        if self.edits_due(step):
             self.edit_loop.edit(step, self.run.folder)
+
+    def edits_due(self, step: int) -> bool:
+        """Return whether views are edited before a step."""
+        return self.schedule.edits_due(step, self.settings.current.edit_every) and not self.edit_loop.paused
 
     def enter_phase(self, phase: Phase) -> None:
         """Prepare everything for a phase. The caller holds the train lock."""
@@ -250,13 +254,14 @@ class EditSession:
         self._restart_optimizers(step)
 
     def snapshot(self, step: int) -> dict[str, Any]:
-        """Collective: return the run's state for `restore`: a checkpoint without optimizers, with the relevance maps.
+        """Collective: return the run's state for `restore`: a checkpoint without optimizers, with the relevance maps. Given masks
+        are not part of it: they are in their folder.
 
         Args:
             step: The last trained step.
         """
         maps = None
-        if self._views.relevance_maps is not None:
+        if self._views.relevance_maps is not None and "masks" not in self.settings.localizations:
             maps = (self._views.relevance_maps, self._views.unclamped_maps)
         state = {"step": step, "pipeline": self._weights(), STATE_KEY: self.state(step).data()}
         return {**state, "relevance": maps}
@@ -278,7 +283,7 @@ class EditSession:
         self.settings.load(state.settings)
         self.localized = state.localized
         self._views.forget_relevance()
-        maps = snapshot.get("relevance")  # absent from a base run's checkpoint
+        maps = snapshot.get("relevance")  # absent from a base run's checkpoint, and with given masks
         if maps is not None:
             self._views.set_relevance(*maps)
         else:
@@ -314,10 +319,13 @@ class EditSession:
             random=gather(random_state()),
         )
 
-    def write_images(self) -> None:
-        """Write edited views and history as they are now. They are for people: resuming reads the checkpoint only."""
-        self._views.write_edited_views(self.run.folder / "edits")
-        self.history.write()
+    def write_images(self, views: dict[str, Any]) -> None:
+        """Write edited views. They are for people: resuming reads the checkpoint only.
+
+        Args:
+            views: `RunState.views` of the checkpoint that is saved.
+        """
+        self._views.write_edited_views(self.run.folder / "edits", views)
 
     def finish(self, step: int) -> None:
         """Collective: commit the last edits.

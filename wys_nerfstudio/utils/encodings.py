@@ -28,6 +28,19 @@ PRIMES = (1, 2654435761 - 2**32, 805459861)
 class FastHashEncoding(HashEncoding):
     """`HashEncoding` of the torch backend with a faster forward pass."""
 
+    primes: Int[Tensor, "3 1 1"]
+
+    def keep_constants_on_device(self) -> None:
+        """Register constants as buffers: nerfstudio's plain attributes would be copied to the GPU in every pass."""
+        constants = {
+            "scalings": self.scalings,
+            "hash_offset": self.hash_offset.int(),
+            "primes": torch.tensor(PRIMES, dtype=torch.int32).view(3, 1, 1),
+        }
+        for name, value in constants.items():
+            self.__dict__.pop(name, None)
+            self.register_buffer(name, value.to(self.hash_table.device), persistent=False)
+
     def pytorch_fwd(self, in_tensor: Float[Tensor, "*bs input_dim"]) -> Float[Tensor, "*bs output_dim"]:
         """Interpolate trilinearly in the hash table of each level.
 
@@ -38,7 +51,7 @@ class FastHashEncoding(HashEncoding):
             Features of all levels, concatenated.
         """
         axes = in_tensor.reshape(-1, 3).t().contiguous()
-        scaled = axes[:, None] * self.scalings.view(-1, 1).to(axes.device)
+        scaled = axes[:, None] * self.scalings.view(-1, 1)
         low = scaled.detach().floor()
         index = self._entries(low.int())
         weights = _corner_weights(scaled - low)
@@ -49,11 +62,10 @@ class FastHashEncoding(HashEncoding):
 
     def _entries(self, low: Int[Tensor, "3 levels samples"]) -> Int[Tensor, "8 levels samples"]:
         """Return the table indices of the corners of cells. Corner 4 i + 2 j + k is the upper side of x, y, z if i, j, k is 1."""
-        primes = torch.tensor(PRIMES, dtype=torch.int32, device=low.device).view(3, 1, 1)
-        lower = low * primes
-        x, y, z = torch.stack([lower, lower + primes], dim=1)
+        lower = low * self.primes
+        x, y, z = torch.stack([lower, lower + self.primes], dim=1)
         hashed = ((x[:, None] ^ y)[:, :, None] ^ z).flatten(0, 2)
-        return hashed.bitwise_and_(self.hash_table_size - 1).add_(self.hash_offset.int().to(low.device)[:, None])
+        return hashed.bitwise_and_(self.hash_table_size - 1).add_(self.hash_offset[:, None])
 
 
 def _corner_weights(offset: Float[Tensor, "3 levels samples"]) -> Float[Tensor, "8 levels samples"]:
@@ -114,5 +126,6 @@ def use_fast_encodings(module: nn.Module) -> None:
     for child in module.modules():
         if type(child) is HashEncoding and child.tcnn_encoding is None:
             child.__class__ = FastHashEncoding
+            child.keep_constants_on_device()
         elif type(child) is SceneContraction and child.order == float("inf"):
             child.__class__ = FastSceneContraction

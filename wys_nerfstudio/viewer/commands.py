@@ -71,6 +71,10 @@ class TrainerProtocol(Protocol):
         """Save everything as of a step."""
         ...
 
+    def finish_writes(self) -> None:
+        """Wait for files that are being written."""
+        ...
+
     def redraw(self) -> None:
         """Make the viewer render the scene again, interrupting the current render."""
         ...
@@ -120,6 +124,7 @@ class CommandHandler:
         while (command := broadcast_from_main(panel.take)) is not None:
             # A large render holds the lock for seconds; interrupting it lets the command in.
             self._trainer.redraw()
+            self._trainer.finish_writes()  # commands write and remove files, too
             with self._trainer.train_lock:
                 try:
                     self._message = self._run(command, step)
