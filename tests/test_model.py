@@ -1,5 +1,8 @@
 """The model: gradients in each phase, losses, outputs of rendered views, proposal networks."""
 
+import copy
+from itertools import accumulate
+
 import matplotlib
 import pytest
 import torch
@@ -7,12 +10,14 @@ from conftest import SMALL_FIELD
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.cameras.rays import RayBundle, RaySamples
+from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.engine.callbacks import TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.model_components.renderers import RGBRenderer
 from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
+from torch.profiler import ProfilerActivity, profile
 
-from wys_nerfstudio.model import WysModel, WysModelConfig
+from wys_nerfstudio.model import RAYS_PER_CHUNK, WysModel, WysModelConfig
 from wys_nerfstudio.training.schedule import Phase
 
 VIEWS = 4
@@ -540,3 +545,55 @@ def test_the_uniform_sampler_can_be_selected():
 
     assert isinstance(build(proposal_initial_sampler="uniform").proposal_sampler.initial_sampler, UniformSampler)
     assert not isinstance(build().proposal_sampler.initial_sampler, UniformSampler)
+
+
+# ------------------------------------------------------------------------------------------------------------------- memory
+
+
+def peak_bytes(action) -> int:
+    """Largest sum of the tensors that are alive at one time during an action."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        action()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["wys", "wys-small"])
+def test_rays_take_less_than_2_gb_to_render_without_tiny_cuda_nn(method):
+    config = copy.deepcopy(all_methods[method].pipeline.model)
+    config.implementation = "torch"
+    model = config.setup(scene_box=SCENE_BOX, num_train_data=VIEWS).eval()
+    assert config.eval_num_rays_per_chunk == RAYS_PER_CHUNK["torch"]
+    with torch.no_grad():
+        few, many = (peak_bytes(lambda count=count: model(rays(count))) for count in (512, 1024))
+    assert few + (many - few) / 512 * (config.eval_num_rays_per_chunk - 512) < 2e9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "limit"), [("wys", 5.2e9), ("wys-small", 1.6e9)])
+def test_memory_of_a_training_step_without_tiny_cuda_nn(method, limit):
+    """With the editor's 2.2 GB `wys` stays within 8 GB, and `wys-small` within 6 GB."""
+    options = copy.deepcopy(all_methods[method].pipeline)
+    options.model.implementation, options.model.lpips_loss_mult = "torch", 0.0
+    model = options.model.setup(scene_box=SCENE_BOX, num_train_data=VIEWS).train()
+
+    def step(count: int) -> None:
+        outputs = model(rays(count))
+        data = batch(count)
+        losses = model.get_loss_dict(outputs, data, model.get_metrics_dict(outputs, data))
+        sum(losses.values()).backward()
+
+    for phase, count in ((Phase.RECONSTRUCT, options.datamanager.train_num_rays_per_batch),
+                         (Phase.EDIT, options.datamanager.edit_num_rays_per_batch)):  # fmt: skip
+        model.phase = phase
+        step(256)  # allocates the gradients
+        few, many = (peak_bytes(lambda part=part: step(part)) for part in (256, 512))
+        weights = 4 * sum(4 * parameter.numel() for parameter in model.parameters())  # gradients and Adam's moments
+        assert weights + few + (many - few) / 256 * (count - 256) < limit, phase
+
+
+@pytest.mark.parametrize(("given", "backend", "chosen"), [(0, "torch", 8192), (0, "tcnn", 32768), (100, "torch", 100)])
+def test_rays_per_chunk_are_chosen_by_the_backend(given, backend, chosen):
+    config = WysModelConfig(eval_num_rays_per_chunk=given, implementation=backend)
+    assert config.rays_per_chunk() == chosen

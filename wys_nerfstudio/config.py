@@ -39,12 +39,11 @@ def _optimizers(final_lr: float, decay_steps: int) -> dict[str, Any]:
     }
 
 
-def _nerfacto_sized(name: str, rays_per_chunk: int, **options: Any) -> WysTrainerConfig:
+def _nerfacto_sized(name: str, **options: Any) -> WysTrainerConfig:
     """Return a method with a field of nerfacto's size, so that nerfacto runs can be its base runs.
 
     Args:
         name: Name of the method.
-        rays_per_chunk: Rays per batch when rendering.
         **options: Options of the pipeline.
     """
     return WysTrainerConfig(
@@ -52,24 +51,22 @@ def _nerfacto_sized(name: str, rays_per_chunk: int, **options: Any) -> WysTraine
         steps_per_eval_batch=500,
         steps_per_save=2000,
         mixed_precision=True,
-        pipeline=WysPipelineConfig(
-            model=WysModelConfig(eval_num_rays_per_chunk=rays_per_chunk, average_init_density=0.01), **options
-        ),
+        pipeline=WysPipelineConfig(**options),
         optimizers=_optimizers(final_lr=1e-4, decay_steps=200000),
-        viewer=ViewerConfig(num_rays_per_chunk=rays_per_chunk, websocket_host="127.0.0.1"),
+        viewer=ViewerConfig(websocket_host="127.0.0.1"),
         vis="viewer",
     )
 
 
 wys = MethodSpecification(
-    config=_nerfacto_sized("wys", rays_per_chunk=1 << 15, datamanager=WysDataManagerConfig()),
+    config=_nerfacto_sized("wys", model=WysModelConfig(average_init_density=0.01)),
     description="Watch Your Steps: text-driven editing of the region that the instruction refers to.",
 )
 
 wys_small = MethodSpecification(
     config=_nerfacto_sized(
         "wys-small",
-        rays_per_chunk=1 << 13,
+        model=WysModelConfig(eval_num_rays_per_chunk=1 << 13, average_init_density=0.01),
         datamanager=WysDataManagerConfig(
             train_num_rays_per_batch=2048,
             eval_num_rays_per_batch=2048,
@@ -141,7 +138,7 @@ wys_tiny = MethodSpecification(
         ),
         # No lower final rate: within 600 edit steps, added objects would converge in shape but not in color.
         optimizers=_optimizers(final_lr=3e-3, decay_steps=1800),
-        viewer=ViewerConfig(num_rays_per_chunk=1 << 10, websocket_host="127.0.0.1"),
+        viewer=ViewerConfig(websocket_host="127.0.0.1"),
         vis="viewer",
     ),
     description="Watch Your Steps, tiny: toy scenes and the embedded demo editor, minutes on a laptop CPU.",

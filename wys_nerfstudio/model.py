@@ -35,14 +35,17 @@ from wys_nerfstudio.training.validation import minimum, validate_ranges, validat
 from wys_nerfstudio.utils.encodings import use_fast_encodings
 from wys_nerfstudio.utils.errors import WysError
 
+RAYS_PER_CHUNK = {"tcnn": 1 << 15, "torch": 1 << 13}
+"""Rays that are rendered at a time, by backend: about 1.7 GB with torch encodings."""
 RELEVANCE_RAYS = 4
 """In the edit phase one ray in this many trains the relevance head, which has converged before."""
 
 MINIMA = {
     **minimum(1, "hidden_dim", "hidden_dim_color", "num_levels", "base_res", "max_res", "log2_hashmap_size"),
     **minimum(1, "features_per_level", "num_nerf_samples_per_ray", "num_proposal_iterations"),
-    **minimum(1, "eval_num_rays_per_chunk"),
-    **minimum(0, "near_plane", "relevance_loss_mult", "lpips_loss_mult", "interlevel_loss_mult"),
+    **minimum(
+        0, "eval_num_rays_per_chunk", "near_plane", "relevance_loss_mult", "lpips_loss_mult", "interlevel_loss_mult"
+    ),
     **minimum(0, "distortion_loss_mult", "appearance_embed_dim", "average_init_density", "proposal_update_every"),
     **minimum(0, "proposal_warmup", "proposal_weights_anneal_max_num_iters"),
 }
@@ -54,6 +57,8 @@ class WysModelConfig(NerfactoModelConfig):
     """Options of the model: nerfacto's, and those of editing."""
 
     _target: type = field(default_factory=lambda: WysModel)
+    eval_num_rays_per_chunk: int = 0
+    """Rays that are rendered at a time. 0 is 32,768 with tiny-cuda-nn and 8,192 without."""
     relevance_input: RelevanceInput = "geometry+position"
     """Input of the relevance head: the backbone's geometry features, these and an encoding of the position, or the hash
     grid's own features (torch backend only)."""
@@ -65,6 +70,10 @@ class WysModelConfig(NerfactoModelConfig):
     """Weight of the perceptual loss on edited views; 0 trains without it, and without its 233 MB of weights."""
     lpips_weights: Optional[Path] = None
     """File with torchvision's AlexNet weights. Default: torch's cache, else a download."""
+
+    def rays_per_chunk(self) -> int:
+        """Return the rays that are rendered at a time."""
+        return self.eval_num_rays_per_chunk or RAYS_PER_CHUNK[self.implementation]
 
     def check(self) -> None:
         """Refuse options that cannot work.
@@ -99,6 +108,7 @@ class WysModel(NerfactoModel):
         metrics need it, and nerfacto would download its weights even to render."""
         Model.populate_modules(self)
         config = self.config
+        config.eval_num_rays_per_chunk = config.rays_per_chunk()
         contraction = None if config.disable_scene_contraction else SceneContraction(order=float("inf"))
         self.field = WysField(
             self.scene_box.aabb,

@@ -13,6 +13,7 @@ from conftest import sentence_of
 from nerfstudio.configs.method_configs import AnnotatedBaseConfigUnion, all_methods
 from nerfstudio.plugins.types import MethodSpecification
 
+from wys_nerfstudio.model import RAYS_PER_CHUNK
 from wys_nerfstudio.pipeline import WysPipelineConfig
 from wys_nerfstudio.trainer import WysTrainerConfig
 from wys_nerfstudio.training.settings import RunSettings
@@ -60,9 +61,12 @@ def test_methods_are_registered_under_their_own_name(name: str) -> None:
 def test_the_small_method_differs_in_batch_sizes_only() -> None:
     """The settings of edits are equal."""
     large, small = (vars(all_methods[name].pipeline).copy() for name in ("wys", "wys-small"))
-    model, rays = ("eval_num_rays_per_chunk",), ("train_num_rays_per_batch", "edit_num_rays_per_batch")
-    parts = [(large, small, ("relevance_batch_size",))]
-    parts += [(vars(large.pop("model")), vars(small.pop("model")), model)]
+    rays = ("train_num_rays_per_batch", "edit_num_rays_per_batch")
+    parts: list[tuple[dict, dict, tuple[str, ...]]] = [(large, small, ("relevance_batch_size",))]
+    models = vars(large.pop("model")).copy(), vars(small.pop("model")).copy()
+    chunks = [model.pop("eval_num_rays_per_chunk") for model in models]
+    assert chunks == [0, RAYS_PER_CHUNK["torch"]]  # 0 is chosen by the backend
+    parts += [(*models, ())]
     parts += [(vars(large.pop("datamanager")), vars(small.pop("datamanager")), (*rays, "eval_num_rays_per_batch"))]
     for first, second, smaller in parts:
         changed = {name for name in first if first[name] != second[name]} - {"images_on_gpu"}

@@ -126,6 +126,6 @@ def use_fast_encodings(module: nn.Module) -> None:
     for child in module.modules():
         if type(child) is HashEncoding and child.tcnn_encoding is None:
             child.__class__ = FastHashEncoding
-            child.keep_constants_on_device()
+            FastHashEncoding.keep_constants_on_device(child)  # type: ignore
         elif type(child) is SceneContraction and child.order == float("inf"):
             child.__class__ = FastSceneContraction
