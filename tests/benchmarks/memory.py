@@ -1,7 +1,7 @@
 """Peak memory of each phase of a run: training of the scene, perceptual loss, and the editor in memory.
 
 Each phase has a few steps, trained as by `ns-train`, with InstructPix2Pix's networks at full size with random weights, and a random
-AlexNet. On a GPU the peak is the maximum that torch has allocated in the phase. On a CPU it is the maximum resident memory so far, in
+AlexNet. Each method runs in a process of its own. On a GPU the peak is the maximum that torch has allocated in the phase. On a CPU it is the maximum resident memory so far, in
 single precision, which is no estimate of a GPU's.
 
     wys demo-scene SCENE
@@ -10,8 +10,10 @@ single precision, which is no estimate of a GPU's.
 
 import copy
 import json
+import multiprocessing
 import platform
 import resource
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -61,6 +63,17 @@ def peak_gib(device: str) -> float:
 
 def measure(method: str, scene: Path, options: Options) -> dict[str, float]:
     """Return the peak memory of each phase of a run in GiB. The run loads and releases the editor itself."""
+    full = options.editor == FULL_SIZE
+
+    def load(*_: object) -> Editor:
+        return full_size_editor(options.device) if full else load_editor(options.editor, options.device)
+
+    with mock.patch("wys_nerfstudio.pipeline.load_editor", load):
+        return train(method, scene, options)
+
+
+def train(method: str, scene: Path, options: Options) -> dict[str, float]:
+    """Run a method; arguments and result as for `measure`."""
     config: WysTrainerConfig = copy.deepcopy(all_methods[method])  # type: ignore
     config.vis, config.machine.device_type = "tensorboard", torch.device(options.device).type  # type: ignore
     config.output_dir, config.pipeline.datamanager.data = options.output / "runs", scene
@@ -100,13 +113,12 @@ def main(options: Options) -> None:
     scene = options.output / "scene"
     write_scene(options.scene, scene, options.views, options.side)
     torch.save(alexnet(weights=None).state_dict(), options.output / "alexnet.pth")
-    full = options.editor == FULL_SIZE
-
-    def load(*_: object) -> Editor:
-        return full_size_editor(options.device) if full else load_editor(options.editor, options.device)
-
-    with mock.patch("wys_nerfstudio.pipeline.load_editor", load):
-        result = {method: measure(method, scene, options) for method in options.methods}
+    # A process keeps memory of the method before, and its peak.
+    context = multiprocessing.get_context("spawn")
+    result = {}
+    for method in options.methods:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            result[method] = pool.submit(measure, method, scene, options).result()
     cuda = options.device.startswith("cuda")
     about: dict[str, Any] = {
         "date": date.today().isoformat(),
