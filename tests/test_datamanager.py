@@ -59,6 +59,7 @@ def file_pixels(data: WysDataManager, view: int) -> np.ndarray:
 def request(**changes) -> RelevanceRequest:
     settings = {
         "editor": "some",
+        "dtype": "float32",
         "instruction": "make it red",
         "noise_level": 0.8,
         "num_samples": 1,
