@@ -288,6 +288,15 @@ def test_relevance_maps_are_those_of_the_captured_views(data, editor, tmp_path, 
         )
 
 
+def test_the_networks_are_cast_once_for_all_maps(data, editor_folder, tmp_path):
+    editor, during = load_editor(str(editor_folder), dtype="bfloat16"), []
+    data.make_relevance_maps(
+        editor, request(), "view", 1.5, tmp_path, 4, lambda done, total: during.append(editor.unet.dtype)
+    )
+    assert during == [torch.float32] * -(-data.num_views // 4)
+    assert editor.unet.dtype == editor.vae.dtype == torch.bfloat16
+
+
 def test_saved_maps_are_used(data, editor, tmp_path):
     raw = torch.rand(data.num_views, 4, 5) ** 8  # with outliers, and unlike any that the editor computes
     save_maps(tmp_path, request(), data.view_names, raw)
