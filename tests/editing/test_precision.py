@@ -197,6 +197,15 @@ def test_overflowing_images_are_encoded_in_float32(overflowing, caplog):
     assert len(caplog.records) == 1
 
 
+def test_a_repeated_decode_leaves_tf32_to_training(overflowing, monkeypatch):
+    """It may run beside training, in a thread of its own; the flags are those of the process."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    decode, flags = overflowing.vae.decode, []
+    overflowing.vae.decode = lambda x: (flags.append(torch.backends.cudnn.allow_tf32), decode(x))[1]
+    overflowing.decode(torch.full((1, 4, 8, 8), 1e4))
+    assert flags == [True, True]
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_weights_that_are_not_finite_are_tried_once(editor_folder: Path, dtype: str) -> None:
     editor = load_editor(str(editor_folder), dtype=dtype)

@@ -139,7 +139,7 @@ class StableDiffusionEditor:
         Text states keep the text encoder's precision: their rounding changes the difference between two texts in
         proportion to that difference.
         """
-        with in_float32(self.unet, self.vae):
+        with without_tf32(), in_float32(self.unet, self.vae):
             yield
 
     def _apply_vae(self, part: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
@@ -311,29 +311,36 @@ class StableDiffusionEditor:
 
 @contextmanager
 def in_float32(*networks: Any) -> Iterator[None]:
-    """Context in which networks are cast to float32 in place, without TF32; half-precision weights return unchanged.
-
-    Networks whose weights are float32 are not cast.
-    """
+    """Context in which networks are cast to float32 in place; half-precision weights return unchanged."""
     dtypes = [network.dtype for network in networks]
-    matmul_precision, convolutions_in_tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
-        # TF32 has the mantissa of float16; torch takes it for float32 convolutions by default.
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
         for network in networks:
             _cast(network, torch.float32)
         yield
     finally:
         for network, dtype in zip(networks, dtypes):
             _cast(network, dtype)
-        torch.backends.cudnn.allow_tf32 = convolutions_in_tf32
-        torch.set_float32_matmul_precision(matmul_precision)
 
 
 def _cast(network: Any, dtype: torch.dtype) -> None:
     # diffusers' own `to` warns about every cast.
     torch.nn.Module.to(network, dtype)
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Context without TF32, which has the mantissa of float16; torch takes it for float32 convolutions by default.
+
+    It applies to all threads: not to be entered while the scene is trained.
+    """
+    matmul_precision, convolutions_in_tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolutions_in_tf32
+        torch.set_float32_matmul_precision(matmul_precision)
 
 
 def v_to_epsilon(
