@@ -60,6 +60,7 @@ def file_pixels(data: WysDataManager, view: int) -> np.ndarray:
 def request(**changes) -> RelevanceRequest:
     settings = {
         "editor": "some",
+        "dtype": "float32",
         "instruction": "make it red",
         "noise_level": 0.8,
         "num_samples": 1,
@@ -301,6 +302,15 @@ def test_relevance_maps_are_those_of_the_captured_views(data, editor, tmp_path, 
         torch.testing.assert_close(view_map, expected[view], atol=1e-5, rtol=0)
         written = read_png(tmp_path / f"{name}.png")
         assert torch.equal(written, torch.from_numpy(to_uint8(apply_colormap(view_map))) / 255)
+
+
+def test_the_networks_are_cast_once_for_all_maps(data, editor_folder, tmp_path):
+    editor, during = load_editor(str(editor_folder), dtype="bfloat16"), []
+    data.make_relevance_maps(
+        editor, request(), "view", 1.5, tmp_path, 4, lambda done, total: during.append(editor.unet.dtype)
+    )
+    assert during == [torch.float32] * -(-data.num_views // 4)
+    assert editor.unet.dtype == editor.vae.dtype == torch.bfloat16
 
 
 def test_saved_maps_are_used(data, editor, tmp_path):

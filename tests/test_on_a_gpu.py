@@ -12,6 +12,7 @@ from nerfstudio.scripts import train
 from nerfstudio.utils import writer
 from torch import nn
 
+from wys_nerfstudio.editing import load_editor, relevance_maps
 from wys_nerfstudio.trainer import WysTrainer
 from wys_nerfstudio.training.checkpoint import find_checkpoint, read_checkpoint, register_safe_globals
 from wys_nerfstudio.training.run_state import SETTINGS_KEY
@@ -71,6 +72,24 @@ def test_training_on_the_emulated_gpu_equals_the_cpu() -> None:
             assert all(isinstance(p, OnGpu) == (device == "cuda") for p in network.parameters())
             weights.append([p.detach().cpu() for p in network.parameters()])
     assert all(map(torch.equal, *weights))
+
+
+def test_the_float16_editor_on_the_emulated_gpu_equals_the_cpu(editor_folder: Path, caplog) -> None:
+    """Maps cast the networks to float32 and back in place; so does the VAE for the image that overflows."""
+    images = torch.rand(2, 32, 32, 3, generator=torch.Generator().manual_seed(0))
+    results = []
+    with emulated_gpu():
+        for device, dtype in (("cpu", "float16"), ("cuda", "auto")):
+            editor = load_editor(str(editor_folder), device, dtype)
+            maps = next(relevance_maps(editor, images, "make the ball blue", seeds=[1, 2]))
+            latents = editor.encode(images).latents * torch.tensor([1.0, 1e6], device=device).view(2, 1, 1, 1)
+            decoded = editor.decode(latents)
+            parameters = [*editor.unet.parameters(), *editor.vae.parameters()]
+            assert all(isinstance(p, OnGpu) == (device == "cuda") and p.dtype == torch.float16 for p in parameters)
+            results.append((maps.cpu(), decoded.cpu()))
+    assert all(value.isfinite().all() and value.std() > 0 for value in results[0])
+    assert caplog.text.count("overflows in float16") == 2
+    assert all(map(torch.equal, *results))
 
 
 SHORT = """
@@ -177,6 +196,7 @@ def test_a_run_is_resumed_in_another_precision(
 def test_half_precision_trains_the_scene(ring_scene: Path, editor_folder: Path, tmp_path: Path, monkeypatch) -> None:
     """The precision of `wys` on a GPU. nerfstudio disables it on the CPU."""
     arguments = ["--machine.device-type", "cuda", "--mixed-precision", "True", "--mask-threshold", "0"]
+    arguments += ["--pipeline.editor-dtype", "auto"]
     with emulated_gpu():
         run = ns_train(monkeypatch, ring_scene, editor_folder, tmp_path, *arguments)
     captured, edited = (

@@ -326,6 +326,18 @@ def test_the_viewer_renders_while_relevance_maps_are_made(
     assert renders == [1] and len(maps) == trainer.pipeline.datamanager.num_views
 
 
+def test_maps_of_another_precision_are_not_reused(ring_scene: Path, editor_folder: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(small_config(ring_scene, editor_folder, tmp_path, reconstruct_steps=0))
+    pipeline, made = trainer.pipeline, []
+    pipeline.report = made.append
+    for dtype, computed in (("auto", True), ("float32", False), ("bfloat16", True), ("bfloat16", False)):
+        pipeline.config.editor_dtype = dtype
+        pipeline.release_editor()
+        made.clear()
+        pipeline._make_relevance_maps(tmp_path)
+        assert bool(made) is computed, dtype
+
+
 def test_the_first_edit_steps_keep_the_scene(ring_scene: Path, editor_folder: Path, tmp_path: Path) -> None:
     """With the small second moments of the reconstruction, Adam's first steps on an absolute error would be too large."""
     options = {"reconstruct_steps": 150, "localize_steps": 1, "mask_threshold": 1.0}

@@ -258,9 +258,10 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             batches = -(-len(mine) // batch_size)
             bar = track(parts, description="Relevance maps", total=batches, console=CONSOLE)
             computed: list[Tensor] = []
-            for part in bar:
-                computed.extend(part.cpu())
-                report(len(computed), len(mine))
+            with editor.full_precision():  # cast once, not for each batch
+                for part in bar:
+                    computed.extend(part.cpu())
+                    report(len(computed), len(mine))
             by_view = dict(pair for pairs in gather(list(zip(mine, computed))) for pair in pairs)
             raw = torch.stack([by_view[view] for view in range(self.num_views)])
             main_process_only(save_maps)(folder, request, self.view_names, raw)

@@ -21,6 +21,7 @@ from torch.amp.grad_scaler import GradScaler
 from wys_nerfstudio import relevance
 from wys_nerfstudio.datamanager import WysDataManager, WysDataManagerConfig
 from wys_nerfstudio.editing import Editor, EditSettings, load_editor
+from wys_nerfstudio.editing.loading import Precision, resolve_dtype
 from wys_nerfstudio.evaluation import evaluate
 from wys_nerfstudio.evaluation.ground_truth import GroundTruth
 from wys_nerfstudio.evaluation.lpips import MIN_LPIPS_PATCH, lpips_is_cached
@@ -66,8 +67,9 @@ class WysPipelineConfig(VanillaPipelineConfig):
     toy images that comes with the package."""
     editor_device: Optional[str] = None
     """Device of the editor, such as cuda:1; there it works while training continues. Default: the training device."""
-    editor_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the editor; auto is bfloat16 (or float16) on a GPU and float32 on the CPU."""
+    editor_dtype: Precision = "auto"
+    """Precision of the editor's weights and edits; auto is float16 on a GPU and float32 on the CPU. Relevance maps are
+    computed in float32."""
     editor_allow_pickle: bool = False
     """Load .bin files of an editor without safetensors files, with torch's weights-only loader."""
     relevance_batch_size: int = 8
@@ -151,15 +153,17 @@ class WysPipelineConfig(VanillaPipelineConfig):
             relevance_outlier_factor=self.relevance_outlier_factor,
         )
 
-    def relevance_request(self, instruction: str, reference: str) -> RelevanceRequest:
+    def relevance_request(self, editor: Editor, instruction: str, reference: str) -> RelevanceRequest:
         """Return what the relevance maps of an instruction depend on.
 
         Args:
+            editor: The editor.
             instruction: What to change.
             reference: Result of `WysDataManager.reference_hash`.
         """
         return RelevanceRequest(
             editor=self.editor,
+            dtype=resolve_dtype(self.editor_dtype, editor.device),
             instruction=instruction,
             noise_level=self.relevance_noise_level,
             num_samples=self.relevance_num_samples,
@@ -177,7 +181,7 @@ class WysPipelineConfig(VanillaPipelineConfig):
             view: Index of the view.
             instruction: What to change.
         """
-        request = self.relevance_request(instruction, views.reference_hash())
+        request = self.relevance_request(editor, instruction, views.reference_hash())
         return views.compute_relevance_map(editor, view, request, self.relevance_outlier_factor)
 
     def check(self, settings: RunSettings) -> None:
@@ -358,9 +362,10 @@ class WysPipeline(VanillaPipeline):
         if self._masks is not None:
             data.set_relevance(self._masks)
             return
+        editor = self.editor()
         data.make_relevance_maps(
-            self.editor(),
-            config.relevance_request(self.settings.current.instruction, data.reference_hash()),
+            editor,
+            config.relevance_request(editor, self.settings.current.instruction, data.reference_hash()),
             config.relevance_normalization,
             config.relevance_outlier_factor,
             folder / "relevance",

@@ -38,6 +38,7 @@ from wys_nerfstudio import relevance
 from wys_nerfstudio.config import wys, wys_tiny
 from wys_nerfstudio.editing import EMBEDDED, EditSettings, edit_images, load_editor, relevance_maps
 from wys_nerfstudio.editing.editor import NoiseLevel, resize_images
+from wys_nerfstudio.editing.loading import resolve_dtype
 from wys_nerfstudio.editing.sampling import add_noise, apply_guidance, seeded_noise
 from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor
 from wys_nerfstudio.pipeline import WysPipelineConfig
@@ -405,7 +406,7 @@ def full_size_editor(device: str) -> StableDiffusionEditor:
     small: Any = load_editor(EMBEDDED, device)
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    dtype: torch.dtype = getattr(torch, resolve_dtype("auto", device))
     unet = UNet2DConditionModel(sample_size=64, in_channels=8, cross_attention_dim=768)
     vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512, **blocks)
     text_encoder = CLIPTextModel(

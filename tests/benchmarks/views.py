@@ -104,7 +104,7 @@ def main(options: Options) -> None:
     config.datamanager.data = options.output / "capture"  # type: ignore
     config.datamanager.dataparser = NerfstudioDataParserConfig(downscale_factor=1, load_3D_points=False)  # type: ignore
     editor = load_editor("embedded")
-    request = config.relevance_request("turn the bear into a panda", "")  # type: ignore
+    request = config.relevance_request(editor, "turn the bear into a panda", "")  # type: ignore
     maps = options.output / "maps"
     made: list[WysDataManager] = []
     before = resident_gib("VmRSS")

@@ -108,6 +108,19 @@ def test_a_folder_is_edited_like_its_images(tmp_path, monkeypatch, quick, editor
         assert np.array_equal(read_pixels(tmp_path / "out" / f"{name[0]}.png"), expected)
 
 
+def test_the_editors_precision_is_used(tmp_path, monkeypatch, quick, editor_folder):
+    source = save(tmp_path / "in.png", noise(32, 32, 3))
+    options = ["--mask-threshold", 0, "--editor-dtype", "bfloat16", *quick]
+    run(monkeypatch, source, INSTRUCTION, "-o", tmp_path / "out.png", *options)
+    editor = load_editor(str(editor_folder), dtype="bfloat16")
+    settings = command.EditSettings(diffusion_steps=2, mask_threshold=0.0)
+    edit = edit_image(editor, read_image(source).rgb, INSTRUCTION, settings)
+    expected = (edit.edited * 255).round().numpy().astype(np.uint8)
+    assert np.array_equal(read_pixels(tmp_path / "out.png"), expected)
+    with Image.open(tmp_path / "out.png") as written:
+        assert json.loads(written.text["wys-nerfstudio"])["editor_dtype"] == "bfloat16"  # type: ignore
+
+
 def test_equal_seeds_give_equal_edits(tmp_path, monkeypatch, quick):
     source, edits = save(tmp_path / "in.png", noise(32, 32, 3)), []
     for i, seed in enumerate((1, 1, 2)):
@@ -211,6 +224,7 @@ def test_edited_files_contain_their_provenance(tmp_path, monkeypatch, quick, edi
             **asdict(settings),
             "instruction": instruction,
             "editor": editor_folder.name,
+            "editor_dtype": "float32",
             "seed": 7,
             "mask": "own.png",
         }

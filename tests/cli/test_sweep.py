@@ -90,6 +90,22 @@ def test_results_equal_their_slow_reference(folder, monkeypatch, quick, editor_f
         assert json.loads(first.text["wys-nerfstudio"])["instruction"] == ENTRIES[0]["instruction"]  # type: ignore
 
 
+def test_the_editors_precision_is_used(folder, monkeypatch, quick):
+    arguments = [folder / "in" / "list.json", "-o", folder / "out", *quick, "--editor-dtype", "bfloat16"]
+    load, precisions = sweep.load_editor, []
+
+    def watched(*names):
+        editor = load(*names)
+        precisions.append(editor.unet.dtype)
+        return editor
+
+    monkeypatch.setattr(sweep, "load_editor", watched)
+    run(monkeypatch, *arguments)
+    assert precisions == [torch.bfloat16]
+    with Image.open(folder / "out" / table(folder / "out")[0]["file"]) as first:
+        assert json.loads(first.text["wys-nerfstudio"])["editor_dtype"] == "bfloat16"  # type: ignore
+
+
 def test_sweeps_resume_and_finished_ones_load_no_editor(folder, monkeypatch, quick, capsys):
     arguments = [folder / "in" / "list.json", "-o", folder / "out", *quick]
     uninterrupted = [folder / "in" / "list.json", "-o", folder / "uninterrupted", *quick]
@@ -128,6 +144,7 @@ def test_a_folder_of_another_sweep_is_refused(folder, monkeypatch, quick):
     sentence = f'"{folder / "out"}" contains a sweep with another list or other settings: give -o another folder'
     assert sentence in refusal(monkeypatch, *arguments, "--seed", 1)
     assert sentence in refusal(monkeypatch, *arguments, "--guidance-scale", 3)
+    assert sentence in refusal(monkeypatch, *arguments, "--editor-dtype", "bfloat16")
     Image.new("RGB", (24, 40)).save(folder / "in" / "a.png")
     assert sentence in refusal(monkeypatch, *arguments)
     assert (folder / "out" / "sweep.csv").read_bytes() == before

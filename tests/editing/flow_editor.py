@@ -5,6 +5,7 @@ s / (1 - s) = noise / signal, so that a level of the wrapped editor and its flow
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,9 @@ class FlowEditor:
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         return self.wrapped.latent_size(height, width)
+
+    def full_precision(self) -> AbstractContextManager[None]:
+        return self.wrapped.full_precision()
 
     def encode_text(self, instruction: str) -> torch.Tensor:
         return self.wrapped.encode_text(instruction)

@@ -253,10 +253,11 @@ def test_loading_restores_the_log_level_of_diffusers(editor_folder, copy):
 
 
 def test_precisions_are_resolved():
-    assert resolve_dtype("auto", "cpu") == torch.float32
-    assert resolve_dtype("float16", "cpu") == torch.float16
-    assert resolve_dtype("bfloat16", "cuda:1") == torch.bfloat16
-    assert resolve_dtype("float32", torch.device("cuda")) == torch.float32
+    assert resolve_dtype("auto", "cpu") == "float32"
+    assert resolve_dtype("auto", "cuda:1") == resolve_dtype("auto", torch.device("cuda")) == "float16"
+    assert resolve_dtype("float16", "cpu") == "float16"
+    assert resolve_dtype("bfloat16", "cuda:1") == "bfloat16"
+    assert resolve_dtype("float32", torch.device("cuda")) == "float32"
 
 
 def test_networks_use_the_dtype_and_results_are_fp32(editor_folder):

@@ -262,8 +262,11 @@ def test_empty_instructions_and_wrong_mask_sizes_are_refused(editor):
 @pytest.mark.parametrize(
     ("part", "sentence"),
     [
-        ("unet", "The editor failed: the relevance map became NaN or Inf. Run it on the CPU"),
-        ("vae", "The editor failed: the edit became NaN or Inf. Lower the guidance scales"),
+        ("unet", "The editor failed: the relevance map became NaN or Inf. Use --editor-dtype float32."),
+        (
+            "vae",
+            "The editor failed: the edit became NaN or Inf. Lower the guidance scales, or use --editor-dtype float32.",
+        ),
     ],
 )
 def test_results_that_are_not_finite_are_refused(editor_folder, part, sentence):

@@ -8,6 +8,7 @@ from wys_nerfstudio.relevance.cache import RelevanceRequest, find_maps, save_map
 NAMES = ["frame_00", "frame_01", "frame_02"]
 REQUEST = {
     "editor": "tiny",
+    "dtype": "float16",
     "instruction": "make it red",
     "noise_level": 0.8,
     "num_samples": 1,
@@ -34,6 +35,7 @@ def test_cached_maps_are_found(cached, tmp_path):
     "change",
     [
         {"editor": "x"},
+        {"dtype": "float32"},
         {"instruction": "x"},
         {"noise_level": 0.7},
         {"num_samples": 2},

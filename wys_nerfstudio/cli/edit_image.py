@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from wys_nerfstudio.editing import EditSettings, ImageEditOutput, edit_image, load_editor
 from wys_nerfstudio.editing.editor import resize_images
+from wys_nerfstudio.editing.loading import Precision, resolve_dtype
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.image_io import (
     ImageFile,
@@ -42,6 +43,9 @@ class EditImage:
     editor: str = "timbrooks/instruct-pix2pix"
     """InstructPix2Pix-type checkpoint: a hub id, a local folder in diffusers format, or "embedded" for the small editor of
     toy images that is part of the package."""
+    editor_dtype: Precision = "auto"
+    """Precision of the editor's weights and edits; auto is float16 on a GPU and float32 on the CPU. Relevance maps are
+    computed in float32."""
     editor_allow_pickle: bool = False
     """Load .bin files of an editor without safetensors files, with torch's weights-only loader."""
     mask: Path | None = None
@@ -67,6 +71,7 @@ class EditImage:
             self.output,
             self.settings,
             editor_name=self.editor,
+            editor_dtype=self.editor_dtype,
             allow_pickle=self.editor_allow_pickle,
             mask_file=self.mask,
             seed=self.seed,
@@ -82,6 +87,7 @@ def edit_files(
     settings: EditSettings,
     *,
     editor_name: str,
+    editor_dtype: Precision = "auto",
     allow_pickle: bool = False,
     mask_file: Optional[Path] = None,
     seed: int = 0,
@@ -95,6 +101,7 @@ def edit_files(
         output: A .png file for a single image, else a folder.
         settings: How to edit.
         editor_name: As in `load_editor`.
+        editor_dtype: As `dtype` in `load_editor`.
         allow_pickle: As in `load_editor`.
         mask_file: A mask for all images, instead of their relevance masks.
         seed: Seed of the noise, the same for every image, so that its edit does not depend on the other images.
@@ -128,9 +135,14 @@ def edit_files(
     outputs = plan_outputs(paths, files, output)
     make_folder(outputs[0].parent)
 
-    used_settings = {**asdict(settings), "seed": seed, "mask": None if mask_file is None else mask_file.name}
+    used_settings = {
+        "editor_dtype": resolve_dtype(editor_dtype, device),
+        **asdict(settings),
+        "seed": seed,
+        "mask": None if mask_file is None else mask_file.name,
+    }
     origin = provenance(instruction, editor_name, used_settings)
-    editor = load_editor(editor_name, device, allow_pickle=allow_pickle)
+    editor = load_editor(editor_name, device, editor_dtype, allow_pickle)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn()) as bar:
         steps = settings.relevance_num_samples + settings.diffusion_steps

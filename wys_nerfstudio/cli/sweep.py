@@ -17,6 +17,7 @@ from wys_nerfstudio.cli.edit_image import check_device, make_folder
 from wys_nerfstudio.cli.sweep_plots import draw_curves, draw_grid
 from wys_nerfstudio.cli.sweep_table import SweepCase, SweepResult, open_sweep, read_cases, write_table
 from wys_nerfstudio.editing import Editor, EditSettings, edit_image, load_editor
+from wys_nerfstudio.editing.loading import Precision, resolve_dtype
 from wys_nerfstudio.evaluation import metrics
 from wys_nerfstudio.evaluation.clip import ClipEncoder, load_clip
 from wys_nerfstudio.utils.errors import WysError
@@ -75,6 +76,9 @@ class Sweep:
     """Folder of sweep.csv, curves.png, grids/ and edits/."""
     editor: str = "timbrooks/instruct-pix2pix"
     """InstructPix2Pix-type checkpoint: a hub id, a local folder in diffusers format, or "embedded"."""
+    editor_dtype: Precision = "auto"
+    """Precision of the editor's weights and edits; auto is float16 on a GPU and float32 on the CPU. Relevance maps are
+    computed in float32."""
     clip: str = "openai/clip-vit-large-patch14"
     """CLIP model: a hub id, a local folder, or "embedded" for the model of the toy world."""
     seed: int = 0
@@ -91,6 +95,7 @@ class Sweep:
             self.output,
             self.settings,
             editor_name=self.editor,
+            editor_dtype=self.editor_dtype,
             clip_name=self.clip,
             seed=self.seed,
             device=self.device,
@@ -104,6 +109,7 @@ def run_sweep(
     settings: SweepSettings,
     *,
     editor_name: str,
+    editor_dtype: Precision = "auto",
     clip_name: str,
     seed: int = 0,
     device: Optional[str] = None,
@@ -118,6 +124,7 @@ def run_sweep(
         output: Folder of the results.
         settings: Grid, and settings of the edits.
         editor_name: As in `load_editor`.
+        editor_dtype: As `dtype` in `load_editor`.
         clip_name: As in `load_clip`.
         seed: Seed of the noise, the same for every edit, so that edits differ in their settings only.
         device: Device of editor and CLIP; by default the GPU if there is one, else the CPU.
@@ -134,7 +141,8 @@ def run_sweep(
     cases = read_cases(list_file)
     make_folder(output)
     grid = list(product(range(len(cases)), settings.mask_thresholds, settings.image_guidance_scales))
-    request = {**asdict(settings), "editor": editor_name, "clip": clip_name, "seed": seed}
+    dtype = resolve_dtype(editor_dtype, device)
+    request = {**asdict(settings), "editor": editor_name, "editor_dtype": dtype, "clip": clip_name, "seed": seed}
     rows = {row.key: row for row in open_sweep(output, cases, request)}
 
     todo = [key for key in grid if key not in rows]
@@ -142,7 +150,7 @@ def run_sweep(
         clip = load_clip(clip_name, device)
         for case in cases:
             clip.embed_texts([case.caption_before, case.caption_after])
-        editor = load_editor(editor_name, device)
+        editor = load_editor(editor_name, device, editor_dtype)
         for case in cases:
             editor.encode_text(case.instruction)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -152,7 +160,7 @@ def run_sweep(
                 case = cases[number]
                 bar.update(task, description=f"{case.image.name}, tau {threshold:g}, S_I {scale:g}")
                 edit_settings = settings.edit(threshold, scale)
-                row = _edit(number, case, edit_settings, editor, clip, output, seed)
+                row = _edit(number, case, edit_settings, editor, dtype, clip, output, seed)
                 rows[row.key] = row
                 write_table(output, [rows[key] for key in grid if key in rows])
                 bar.advance(task)
@@ -168,6 +176,7 @@ def _edit(
     case: SweepCase,
     settings: EditSettings,
     editor: Editor,
+    dtype: str,
     clip: ClipEncoder,
     output: Path,
     seed: int,
@@ -175,7 +184,7 @@ def _edit(
     image = read_image(case.image)
     edited = edit_image(editor, image.rgb, case.instruction, settings, seed=seed).edited
     name = f"edits/{number:03d}_tau_{settings.mask_threshold:g}_si_{settings.image_guidance_scale:g}.png"
-    origin = provenance(case.instruction, editor.name, {**asdict(settings), "seed": seed})
+    origin = provenance(case.instruction, editor.name, {"editor_dtype": dtype, **asdict(settings), "seed": seed})
     write_image(output / name, edited, like=image, origin=origin)
     before, after = clip.embed_images(torch.stack([image.rgb, edited])).split(1)
     text_before, text_after = clip.embed_texts([case.caption_before, case.caption_after])

@@ -105,6 +105,8 @@ def relevance_maps(
 ) -> Iterator[Float[Tensor, "n lh lw"]]:
     """Raw relevance maps of images, batch by batch: the difference that the instruction makes to the prediction.
 
+    They are computed in `Editor.full_precision`; a caller that enters it before casts the networks once for all batches.
+
     Args:
         editor: The editor.
         images: Images in [0, 1], of any size.
@@ -120,13 +122,14 @@ def relevance_maps(
     """
     level = editor.noise_level(noise_level)
     for first in range(0, len(images), batch_size):
-        encoding = _encode(editor, images[first : first + batch_size], resolution)
-        clean = encoding.latents
-        noise = seeded_noise(seeds[first : first + batch_size], (num_samples, *clean.shape[1:]), editor.device)
-        predict = editor.predictor(encoding.condition, instruction, WITH_AND_WITHOUT_TEXT)
-        total = torch.zeros_like(clean[:, 0])
-        for draw in range(num_samples):
-            total += relevance.noise_difference(*predict(add_noise(clean, noise[:, draw], level), level))
+        with editor.full_precision():  # not across the yield: callers may edit in between
+            encoding = _encode(editor, images[first : first + batch_size], resolution)
+            clean = encoding.latents
+            noise = seeded_noise(seeds[first : first + batch_size], (num_samples, *clean.shape[1:]), editor.device)
+            predict = editor.predictor(encoding.condition, instruction, WITH_AND_WITHOUT_TEXT)
+            total = torch.zeros_like(clean[:, 0])
+            for draw in range(num_samples):
+                total += relevance.noise_difference(*predict(add_noise(clean, noise[:, draw], level), level))
         yield total / num_samples
 
 
@@ -280,7 +283,7 @@ def edit_image(
         resolution=settings.resolution,
     )
     factor, raw_map = settings.relevance_outlier_factor, next(raw)
-    check_finite(raw_map, ["the relevance map"], "Run it on the CPU, where the editor has full precision.")
+    check_finite(raw_map, ["the relevance map"], "Use --editor-dtype float32.")
     relevance_map = relevance.upsample(raw_map, height, width, outlier_factor=factor)[0].to(image.device)
     if mask is None:
         mask = relevance.threshold(relevance_map, settings.mask_threshold)
@@ -308,9 +311,7 @@ def edit_image(
             seeds=seeds,
             on_progress=step_done,
         )
-    check_finite(
-        edited, ["the edit"], "Lower the guidance scales, or run it on the CPU, where the editor has full precision."
-    )
+    check_finite(edited, ["the edit"], "Lower the guidance scales, or use --editor-dtype float32.")
     return ImageEditOutput(edited[0], relevance_map, mask)
 
 

@@ -5,6 +5,7 @@ Images are (b, h, w, 3) in [0, 1], latents (b, c, h, w). A noise level is a pair
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -84,6 +85,13 @@ class Editor(Protocol):
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the latents of images of an editing size."""
+        ...
+
+    def full_precision(self) -> AbstractContextManager[None]:
+        """Context in which images are encoded and predictions computed in float32 arithmetic, whatever the editor's dtype.
+
+        For relevance, the small difference of two large predictions, which half precision covers with rounding noise.
+        """
         ...
 
     def encode_text(self, instruction: str) -> Tensor:

@@ -18,6 +18,7 @@ FAMILIES: dict[str, ModuleType] = {
 """Module of each family by the pipeline class of its model_index.json, with PARTS, NETWORKS and `load`."""
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+"""Names of an editor's precision; see `load_editor`."""
 
 
 def load_editor(
@@ -28,7 +29,8 @@ def load_editor(
     Args:
         name: Hub id or local folder of an InstructPix2Pix-type checkpoint, or "embedded".
         device: Device of the networks.
-        dtype: Their precision; "auto" is bfloat16 on GPUs that support it, float16 on others, float32 on the CPU.
+        dtype: Precision of their weights; "auto" is float16 on a GPU and float32 on the CPU. Relevance maps are computed
+            in float32 with any of them.
         allow_pickle: Take .bin files where there is no safetensors file; torch's weights-only loader reads them.
 
     Raises:
@@ -40,7 +42,8 @@ def load_editor(
         _check_parts(name, Path(source), family.PARTS)
         if not allow_pickle:
             _refuse_pickles(name, Path(source), family.NETWORKS)
-    return family.load(name, source, device, resolve_dtype(dtype, device), None if allow_pickle else True)
+    resolved: torch.dtype = getattr(torch, resolve_dtype(dtype, device))
+    return family.load(name, source, device, resolved, None if allow_pickle else True)
 
 
 def editor_source(name: str) -> str:
@@ -103,10 +106,9 @@ def _refuse_pickles(name: str, folder: Path, networks: "tuple[str, ...]") -> Non
             )
 
 
-def resolve_dtype(dtype: Precision, device: "str | torch.device") -> torch.dtype:
-    """The torch dtype of a precision's name."""
+def resolve_dtype(dtype: Precision, device: "str | torch.device") -> str:
+    """Name of the torch dtype of an editor on a device: what "auto" stands for, anything else unchanged."""
     if dtype != "auto":
-        return getattr(torch, dtype)
-    if torch.device(device).type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return dtype
+    # Not bfloat16: its rounding noise is eight times that of float16, and guidance amplifies it.
+    return "float16" if torch.device(device).type == "cuda" else "float32"

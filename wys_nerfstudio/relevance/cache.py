@@ -20,6 +20,8 @@ class RelevanceRequest:
 
     editor: str
     """Name of the editor."""
+    dtype: str
+    """Precision of its weights, such as "float16"."""
     instruction: str
     """What to change."""
     noise_level: float
