@@ -13,6 +13,7 @@ from wys_nerfstudio.cli.edit_image import EditImage
 from wys_nerfstudio.cli.sweep import Sweep
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.log_filters import ignore_warnings
+from wys_nerfstudio.utils.memory_errors import convert_memory_errors
 
 Command = Union[
     Annotated[Demo, tyro.conf.subcommand("demo")],
@@ -30,7 +31,8 @@ def entrypoint() -> None:
     ignore_warnings()
     command = tyro.cli(Command, prog="wys", description=__doc__)  # type: ignore
     try:
-        command.main()
+        with convert_memory_errors("in this command", lambda: "end other programs that use its memory."):
+            command.main()
     except WysError as error:
         raise SystemExit(f"wys: {error}") from error
 
