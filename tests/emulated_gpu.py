@@ -31,6 +31,8 @@ STUBS: dict[str, Any] = {
     "is_bf16_supported": lambda *_, **__: True,
     "get_rng_state_all": list,
     "max_memory_allocated": lambda *_: 0,
+    "mem_get_info": lambda *_: (5 * 10**9, 8 * 10**9),
+    "get_device_name": lambda *_: "emulated GPU",
     **dict.fromkeys(["set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"]),
     **dict.fromkeys(["manual_seed", "manual_seed_all", "set_rng_state_all"]),
 }

@@ -1,10 +1,11 @@
-"""Local editing of images and 3D scenes: demo, image edits, sweeps, ablations and comparisons of runs."""
+"""Local editing of images and 3D scenes: check of the machine, demo, image edits, sweeps, ablations and comparisons of runs."""
 
 from typing import Annotated, Union
 
 import tyro
 
 from wys_nerfstudio.cli.ablate import Ablate
+from wys_nerfstudio.cli.check import Check
 from wys_nerfstudio.cli.compare import Compare
 from wys_nerfstudio.cli.demo import Demo
 from wys_nerfstudio.cli.demo_pictures import DemoPictures
@@ -16,6 +17,7 @@ from wys_nerfstudio.utils.log_filters import ignore_warnings
 from wys_nerfstudio.utils.memory_errors import convert_memory_errors
 
 Command = Union[
+    Annotated[Check, tyro.conf.subcommand("check")],
     Annotated[Demo, tyro.conf.subcommand("demo")],
     Annotated[DemoScene, tyro.conf.subcommand("demo-scene")],
     Annotated[DemoPictures, tyro.conf.subcommand("demo-pictures")],
