@@ -290,6 +290,29 @@ def test_an_undo_or_one_process_out_of_memory_ends_the_run(command, monkeypatch,
     assert message.endswith(RESUME.format(run=command.run))
 
 
+@pytest.mark.parametrize("moment", ["evaluation", "contact sheet"])
+def test_renders_out_of_memory_end_with_a_sentence(command, monkeypatch, moment):
+    def fail(trainer: WysTrainer) -> None:
+        if moment == "evaluation":
+            trainer.pipeline.datamanager.eval_dataset = [0]  # type: ignore
+            monkeypatch.setattr(trainer, "eval_iteration", run_out_of_memory)
+        else:
+            monkeypatch.setattr(trainer.pipeline.session.edit_loop, "write_contact_sheet", run_out_of_memory)
+
+    remedy = f"try --pipeline.model.eval-num-rays-per-chunk 512{RESUME.format(run=command.run)}"
+    assert command(step=7, action=fail) == f"wys: The GPU ran out of memory while views were rendered: {remedy}"
+
+
+@pytest.mark.parametrize(
+    ("part", "activity"), [("prepare_relevance", "relevance maps were computed"), ("enter_phase", "views were edited")]
+)
+def test_reopening_a_run_out_of_memory_ends_it(command, monkeypatch, part, activity):
+    assert command() is None
+    monkeypatch.setattr(EditSession, part, run_out_of_memory)
+    message = str(command("--load-dir", command.run, "--vis=viewer", "--viewer.websocket-port=7412"))
+    assert message.startswith(f"wys: The GPU ran out of memory while {activity}: try ")
+
+
 def test_ns_eval_out_of_memory_ends_with_a_sentence(command, monkeypatch, tmp_path):
     assert command() is None
     monkeypatch.setattr(VanillaPipeline, "get_average_eval_image_metrics", run_out_of_memory)
