@@ -159,14 +159,16 @@ def test_what_needs_too_much_memory_is_a_row(tmp_path: Path, monkeypatch) -> Non
         (["--views", "0"], "--views must be at least 1, not 0."),
     ],
 )
-def test_invalid_arguments_are_refused(monkeypatch, arguments: list[str], sentence: str) -> None:
+def test_invalid_arguments_are_refused(monkeypatch, capsys, arguments: list[str], sentence: str) -> None:
     assert sentence in sentence_of(lambda: run_wys(monkeypatch, "check", *arguments))
+    assert capsys.readouterr().out == ""
 
 
-def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch) -> None:
+def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch, capsys) -> None:
     (tmp_path / "file").write_text("")
     arguments = ["check", "--json", tmp_path / "file" / "report.json"]
     assert "cannot be written" in sentence_of(lambda: run_wys(monkeypatch, *arguments))
+    assert capsys.readouterr().out == "", "before anything is measured"
 
 
 @pytest.mark.parametrize(
