@@ -105,6 +105,8 @@ STUBS: dict[str, Any] = {
     "get_rng_state_all": list,
     "max_memory_allocated": lambda *_: memory.peak,
     "reset_peak_memory_stats": lambda *_: memory.reset_peak(),
+    "mem_get_info": lambda *_: (5 * 10**9, 8 * 10**9),
+    "get_device_name": lambda *_: "emulated GPU",
     **dict.fromkeys(["set_device", "synchronize", "empty_cache"]),
     **dict.fromkeys(["manual_seed", "manual_seed_all", "set_rng_state_all"]),
 }

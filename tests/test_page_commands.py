@@ -92,7 +92,7 @@ LEFT = """
     outputs/scene/wys/DATE/wys/contact_sheet.png outputs/bear/wys/*/wys/contact_sheet.png
     panda.png panda_relevance.png panda_mask.png panda_side_by_side.png snowed/frame_000.png try.png
     sweep/sweep.csv sweep/curves.png toy/list.csv toy-edited/*.png toy-sweep/sweep.csv toy-sweep/curves.png
-    eval.json exports/point_cloud.ply my-scene/transforms.json DIR/contact_sheet.png
+    check.json eval.json exports/point_cloud.ply my-scene/transforms.json DIR/contact_sheet.png
     outputs/toy-scene/wys-tiny/*/config.yml outputs/SCENE/wys-tiny/*/config.yml
 """.split()
 """Files that the commands write, as patterns."""

@@ -43,7 +43,7 @@ PARSERS: dict[str, Any] = {
     "ns-process-data": process_data.Commands,
     "wys": main.Command,
 }
-WYS_COMMANDS = ("demo", "demo-scene", "demo-pictures", "edit-image", "sweep", "compare", "ablate")
+WYS_COMMANDS = ("check", "demo", "demo-scene", "demo-pictures", "edit-image", "sweep", "compare", "ablate")
 COMMANDS = sorted({command for text in PAGES.values() for command in commands(text)})
 
 

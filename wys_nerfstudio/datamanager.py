@@ -39,6 +39,7 @@ from wys_nerfstudio.training.validation import minimum, validate_ranges
 from wys_nerfstudio.utils.data_checks import check_image
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.log_filters import ignore_warnings
+from wys_nerfstudio.utils.memory_errors import is_memory_error
 from wys_nerfstudio.utils.visualization import apply_colormap, save_png, to_uint8, write_png
 
 REFERENCE_VIEWS = "reference"
@@ -96,6 +97,8 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             super().__init__(config, *arguments, **named)
         # Errors of nerfstudio's parsers about data that they cannot read.
         except (AssertionError, LookupError, TypeError, ValueError, OSError, RuntimeError) as error:
+            if is_memory_error(error):
+                raise
             for path in getattr(getattr(self, "train_dataset", None), "image_filenames", []):
                 check_image(path, "the capture", decode=True)
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -31,6 +31,7 @@ from wys_nerfstudio.relevance.cache import RelevanceRequest
 from wys_nerfstudio.relevance.localizer import Localization, available_localizations
 from wys_nerfstudio.training.devices import same_device, validate_editor_device
 from wys_nerfstudio.training.distributed import wrap_ddp
+from wys_nerfstudio.training.interrupts import exit_on_error
 from wys_nerfstudio.training.run_state import RunState
 from wys_nerfstudio.training.schedule import PhaseSchedule
 from wys_nerfstudio.training.session import EditSession, Run
@@ -38,6 +39,7 @@ from wys_nerfstudio.training.settings import RunSettings, Settings
 from wys_nerfstudio.training.validation import flag, minimum, validate_ranges, validate_share
 from wys_nerfstudio.utils.data_checks import read_masks
 from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.memory_errors import convert_memory_errors
 from wys_nerfstudio.viewer.panel import ViewerPanel
 
 MINIMA = {
@@ -399,8 +401,18 @@ class WysPipeline(VanillaPipeline):
         `edit` holds `mean` and `views`: the metrics of `evaluation.evaluate` as means and per view (those of neighboring
         views under the first one's name).
         """
-        results: dict[str, Any] = super().get_average_eval_image_metrics(step, output_path, get_std)
-        if self.test_mode != "val":
+        if self.test_mode == "val":
+            return super().get_average_eval_image_metrics(step, output_path, get_std)
+
+        def remedy() -> str:
+            chunk = self.config.model.eval_num_rays_per_chunk
+            return (
+                "end other programs that use its memory, or lower eval_num_rays_per_chunk in the run's config.yml "
+                f"to {max(1, chunk // 2)}."
+            )
+
+        with exit_on_error(), convert_memory_errors("while views were evaluated", remedy):
+            results: dict[str, Any] = super().get_average_eval_image_metrics(step, output_path, get_std)
             self.eval()
             metrics = self.evaluate_edit()
             views = evaluate.per_view(metrics, self.datamanager.view_names)

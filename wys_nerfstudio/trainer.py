@@ -3,7 +3,8 @@ instead of tracebacks."""
 
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Optional
@@ -37,6 +38,7 @@ from wys_nerfstudio.training.interrupts import (
     exit_on_error,
     resume_hint,
 )
+from wys_nerfstudio.training.memory import ACTIVITIES, RunActivity, memory_remedies
 from wys_nerfstudio.training.run_state import STATE_KEY, RunState, set_random_state
 from wys_nerfstudio.training.settings import RunSettings
 from wys_nerfstudio.training.validation import validate_ranges
@@ -45,6 +47,7 @@ from wys_nerfstudio.utils.background import BackgroundJob
 from wys_nerfstudio.utils.data_checks import check_capture
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.log_filters import ignore_warnings
+from wys_nerfstudio.utils.memory_errors import MemoryExhaustedError, convert_memory_errors
 from wys_nerfstudio.utils.recipes import parse_with_recipe
 from wys_nerfstudio.viewer.commands import CommandHandler
 
@@ -208,7 +211,12 @@ class WysTrainer(Trainer):
         """Build pipeline and viewer, before the first step."""
         CONSOLE.quiet = rank() > 0
         try:
-            with exit_on_error(), convert_disk_errors(self.base_dir), convert_lost_rank_errors():
+            with (
+                exit_on_error(),
+                convert_disk_errors(self.base_dir),
+                convert_lost_rank_errors(),
+                self.convert_memory_errors("preparation"),
+            ):
                 super().setup(test_mode)
         except SystemExit:
             self._remove_empty_run()
@@ -237,6 +245,7 @@ class WysTrainer(Trainer):
             exit_on_error(),
             convert_disk_errors(self.base_dir),
             convert_lost_rank_errors(),
+            self.convert_memory_errors("training"),
             GracefulInterrupt() as self._interrupts,
         ):
             self._commands = CommandHandler(self)
@@ -278,6 +287,26 @@ class WysTrainer(Trainer):
             lambda: (self.training_state == "paused", self._interrupts.received, self.stop_training)
         )
         self._stopped = self._interrupted or shut_down
+
+    @contextmanager
+    def convert_memory_errors(self, activity: RunActivity) -> Iterator[None]:
+        """Convert errors of memory that ran out to a `MemoryExhaustedError` that names the options to change.
+
+        Args:
+            activity: What the run does.
+        """
+
+        def remedy() -> str:
+            config = self.config
+            phase = None if activity == "preparation" else self.pipeline.session.phase
+            found = memory_remedies(
+                activity, phase, config.method_name, config.pipeline, config.machine.device_type == "cuda"
+            )
+            resumable = newest_checkpoint(self.checkpoint_dir) is not None
+            return f"try {' or '.join(found)}" + (f"; {resume_hint(self.base_dir)}" if resumable else ".")
+
+        with convert_memory_errors(ACTIVITIES[activity], remedy):
+            yield
 
     @main_process_only
     def _save_transform(self) -> None:
@@ -326,14 +355,22 @@ class WysTrainer(Trainer):
         self.step = step
         # Without the lock: maps take long and do not touch the scene, so the viewer may render meanwhile.
         session = self.pipeline.session
-        session.prepare_relevance(session.schedule.phase(step))
+        try:
+            with self.convert_memory_errors("relevance maps"):
+                session.prepare_relevance(session.schedule.phase(step))
+        except MemoryExhaustedError as error:
+            self.step = step - 1
+            if not self._commands.undo_failed_apply(self.step, error):
+                raise
+            return
         logged = step_check(step, self.config.logging.steps_per_log, run_at_zero=True)
         if logged or session.edits_due(step):  # an edit of a scene of NaN would be blamed on the editor
             self._check_loss()
         with self.train_lock, TimeWriter(writer, EventName.ITER_TRAIN_TIME, step=step) as timer:
             self.pipeline.train()
-            for callback in self.callbacks:
-                callback.run_callback_at_location(step, location=TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
+            with self.convert_memory_errors("edits"):
+                for callback in self.callbacks:
+                    callback.run_callback_at_location(step, location=TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
             loss, losses, metrics = self.train_iteration(step)
             self._watch_loss(step, loss)
             for callback in self.callbacks:
@@ -349,7 +386,7 @@ class WysTrainer(Trainer):
             writer.put_dict("Train Metrics Dict", metrics, step)
             writer.put_scalar("GPU Memory (MB)", torch.cuda.max_memory_allocated() / 2**20, step)
         if self.pipeline.datamanager.eval_dataset:
-            with self.train_lock:
+            with self.train_lock, self.convert_memory_errors("renders"):
                 self.eval_iteration(step)
         if step_check(step, self.config.steps_per_save):
             self.save_checkpoint(step, beside_training=True)
@@ -360,8 +397,9 @@ class WysTrainer(Trainer):
         """Show a finished run, so that other instructions can be applied to it."""
         session = self.pipeline.session
         phase = session.schedule.phase(self.step)
-        session.prepare_relevance(phase)
-        with self.train_lock:
+        with self.convert_memory_errors("relevance maps"):
+            session.prepare_relevance(phase)
+        with self.train_lock, self.convert_memory_errors("edits"):
             session.enter_phase(phase)
         self._init_viewer_state()
         self._train_complete_viewer()
@@ -408,7 +446,7 @@ class WysTrainer(Trainer):
         session = self.pipeline.session
         session.finish(self.step)
         # The viewer renders in other threads, and a training view is rendered with its own appearance.
-        with self.train_lock:
+        with self.train_lock, self.convert_memory_errors("renders"):
             session.edit_loop.write_contact_sheet(session.run.folder)
         super()._after_train()
 

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
 import yaml
-from conftest import sentence_of
+from conftest import run_wys, sentence_of
 from nerfstudio.configs.method_configs import AnnotatedBaseConfigUnion, all_methods
 from nerfstudio.plugins.types import MethodSpecification
 
+from wys_nerfstudio.cli import compare
 from wys_nerfstudio.model import RAYS_PER_CHUNK
 from wys_nerfstudio.pipeline import WysPipelineConfig
 from wys_nerfstudio.trainer import WysTrainerConfig
@@ -317,3 +319,12 @@ def test_demo_scenes_of_invalid_sizes_are_refused(tmp_path: Path) -> None:
     )
     assert done.returncode == 1 and done.stderr.strip().startswith("wys: ") and "multiples of 8" in done.stderr
     assert not (tmp_path / "scene").exists()
+
+
+def test_a_command_out_of_memory_ends_with_a_sentence(tmp_path: Path, monkeypatch) -> None:
+    def run_out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(compare, "compare_runs", run_out_of_memory)
+    sentence = sentence_of(lambda: run_wys(monkeypatch, "compare", tmp_path))
+    assert sentence == "wys: The GPU ran out of memory in this command: end other programs that use its memory."

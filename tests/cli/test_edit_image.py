@@ -1,6 +1,7 @@
 """`wys edit-image` from the command line: output files, and refusals before the editor is loaded."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -8,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_wys, sentence_of
+from emulated_gpu import emulated_gpu
 from pages import PAGES, blocks
 from PIL import Image
 
 from wys_nerfstudio import __version__
 from wys_nerfstudio.cli import edit_image as command
 from wys_nerfstudio.editing import edit_image, load_editor
+from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor
 from wys_nerfstudio.utils.image_io import read_image
 
 INSTRUCTION = "turn the bear into a panda"
@@ -173,7 +176,9 @@ def test_the_python_example_in_the_readme_runs(tmp_path, monkeypatch, editor_fol
         (["in.png", INSTRUCTION, "-o", "in.png"], "would overwrite"),
         (["in.png", INSTRUCTION, "-o", "text.png/out.png"], "cannot be created"),
         (["in.png", INSTRUCTION, "--device", "cuda:9"], '"cuda:9" is not available'),
-        (["in.png", INSTRUCTION, "--device", "gpu"], '"gpu" is not available'),
+        (["in.png", INSTRUCTION, "--device", "cuda:one"], '"cuda:one" is not available'),
+        (["in.png", INSTRUCTION, "--device", "gpu"], 'The device "gpu" is not supported: --device takes cpu or cuda.'),
+        (["in.png", INSTRUCTION, "--device", "mps"], 'The device "mps" is not supported: --device takes cpu or cuda.'),
     ],
 )
 def test_invalid_arguments_are_refused_without_an_editor(tmp_path, monkeypatch, arguments, message):
@@ -228,3 +233,45 @@ def test_edited_files_contain_their_provenance(tmp_path, monkeypatch, quick, edi
             "seed": 7,
             "mask": "own.png",
         }
+
+
+@pytest.mark.parametrize(
+    ("part", "device", "remedy"),
+    [
+        ("decode", "cpu", "try a lower --resolution, such as --resolution 256."),
+        ("decode", "cuda", "try a lower --resolution, such as --resolution 256, or --device cpu."),
+        ("load_editor", "cpu", "try a lower --resolution, such as --resolution 256."),
+    ],
+)
+def test_edits_out_of_memory_end_with_a_sentence(tmp_path, monkeypatch, editor_folder, part, device, remedy):
+    def run_out_of_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    source = save(tmp_path / "in.png", noise(32, 32, 3))
+    owner = command if part == "load_editor" else StableDiffusionEditor
+    monkeypatch.setattr(owner, part, run_out_of_memory)
+    arguments = (source, INSTRUCTION, "-o", tmp_path / "out.png", "--editor", editor_folder, "--diffusion-steps", 1)
+    with emulated_gpu() if device == "cuda" else nullcontext():
+        sentence = refusal(monkeypatch, *arguments, "--device", device)
+    assert sentence == f"wys: The GPU ran out of memory while images were edited: {remedy}"
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_memory_errors_of_loading_are_not_taken_for_a_bad_folder(tmp_path, monkeypatch, quick):
+    def run_out_of_memory(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes.")
+
+    monkeypatch.setattr("diffusers.models.autoencoders.autoencoder_kl.AutoencoderKL.from_pretrained", run_out_of_memory)
+    source = save(tmp_path / "in.png", noise(32, 32, 3))
+    sentence = refusal(monkeypatch, source, INSTRUCTION, "-o", tmp_path / "out.png", *quick)
+    assert sentence.startswith("wys: The computer ran out of memory while images were edited")
+
+
+def test_a_full_gpu_is_not_reported_as_missing(tmp_path, monkeypatch):
+    def run_out_of_memory(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "zeros", run_out_of_memory)
+    source = save(tmp_path / "in.png", noise(32, 32, 3))
+    sentence = refusal(monkeypatch, source, INSTRUCTION, "-o", tmp_path / "out.png", "--device", "cuda")
+    assert sentence == "wys: The GPU ran out of memory in this command: end other programs that use its memory."

@@ -14,7 +14,7 @@ from wys_nerfstudio.cli import sweep
 from wys_nerfstudio.cli.sweep_plots import mean_points
 from wys_nerfstudio.cli.sweep_table import SweepResult, read_cases
 from wys_nerfstudio.editing import EditSettings, edit_image, load_editor
-from wys_nerfstudio.evaluation.clip import load_clip
+from wys_nerfstudio.evaluation.clip import ClipEncoder, load_clip
 from wys_nerfstudio.utils.image_io import read_image
 
 ENTRIES = [
@@ -194,6 +194,7 @@ def test_invalid_lists_are_refused(folder, monkeypatch, quick, name, text, sente
         (["--image-guidance-scales"], "--image-guidance-scales takes one or more different numbers"),
         (["--diffusion-steps", "0"], "--diffusion-steps must be at least 1, not 0"),
         (["--device", "cuda:9"], 'The device "cuda:9" is not available'),
+        (["--device", "mps"], 'The device "mps" is not supported: --device takes cpu or cuda.'),
         (["--clip", "nobody/no-clip"], 'The CLIP model "nobody/no-clip" could not be loaded'),
         (["--editor", "missing"], 'There is no editor folder "missing"'),
     ],
@@ -210,6 +211,17 @@ def test_overlong_captions_are_refused_before_the_first_edit(folder, monkeypatch
     sentence = refusal(monkeypatch, folder / "in" / "list.json", "-o", folder / "out", *quick)
     assert "has 13 tokens, but the CLIP model" in sentence
     assert not (folder / "out" / "edits").exists()
+
+
+@pytest.mark.parametrize("part", ["embed_texts", "embed_images"])
+def test_sweeps_out_of_memory_end_with_a_sentence(folder, monkeypatch, quick, part):
+    def run_out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ClipEncoder, part, run_out_of_memory)
+    sentence = refusal(monkeypatch, folder / "in" / "list.json", "-o", folder / "out", *quick)
+    remedy = "try a lower --resolution, such as --resolution 256."
+    assert sentence == f"wys: The GPU ran out of memory while images were edited: {remedy}"
 
 
 def test_curves_are_averaged_over_the_cases():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPTokenizer
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from wys_nerfstudio.evaluation.clip import load_clip
 from wys_nerfstudio.utils.errors import WysError
@@ -50,3 +50,12 @@ def test_overlong_captions_are_refused(clip_folder: Path) -> None:
 def test_a_clip_model_that_cannot_be_loaded_is_reported(name: str) -> None:
     with pytest.raises(WysError, match=f'The CLIP model "{name}" could not be loaded: .* Give a local folder'):
         load_clip(name)
+
+
+def test_memory_errors_are_not_taken_for_a_bad_model(clip_folder: Path, monkeypatch) -> None:
+    def run_out_of_memory(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(CLIPModel, "from_pretrained", run_out_of_memory)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        load_clip(str(clip_folder))

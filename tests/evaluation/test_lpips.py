@@ -108,3 +108,16 @@ def test_a_failed_download_is_reported_with_remedies(torch_cache, monkeypatch):
         monkeypatch.delenv(exception, raising=False)
     with pytest.raises(WysError, match=f"could not be loaded by torch .is there a network.*{REMEDY}"):
         Lpips()
+
+
+def test_memory_errors_are_not_taken_for_bad_weights(alexnet_file, monkeypatch):
+    load = torch.load
+
+    def run_out_of_memory(path: object, *arguments: object, **named: object) -> object:
+        if path == alexnet_file:
+            raise MemoryError
+        return load(path, *arguments, **named)  # type: ignore  # torchmetrics' linear layers
+
+    monkeypatch.setattr(torch, "load", run_out_of_memory)
+    with pytest.raises(MemoryError):
+        Lpips(alexnet_file)

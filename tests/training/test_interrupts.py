@@ -1,4 +1,4 @@
-"""Interrupted runs of the real command line: Ctrl-C, SIGTERM, write errors, NaN losses and weights, kills."""
+"""Interrupted runs of the real command line: Ctrl-C, SIGTERM, write and memory errors, NaN losses and weights, kills."""
 
 import errno
 import json
@@ -16,16 +16,21 @@ from typing import Any, Optional
 import pytest
 import torch
 from conftest import write_ring_scene
+from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager
+from nerfstudio.pipelines.base_pipeline import VanillaPipeline
+from nerfstudio.scripts import eval as ns_eval
 from nerfstudio.scripts import train
 from nerfstudio.utils import writer
 from test_bad_input import TINY
 
 from wys_nerfstudio import trainer as trainer_module
+from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor
 from wys_nerfstudio.trainer import WysTrainer
 from wys_nerfstudio.training.checkpoint import copy_to_cpu, newest_checkpoint, read_checkpoint
 from wys_nerfstudio.training.run_state import SETTINGS_KEY
+from wys_nerfstudio.training.session import EditSession
 from wys_nerfstudio.viewer.commands import CommandHandler
-from wys_nerfstudio.viewer.panel import ViewerCommand
+from wys_nerfstudio.viewer.panel import ON_TOP, ViewerCommand
 
 STEPS = 11
 SHORT = ["--pipeline.reconstruct-steps=4", "--pipeline.localize-steps=2", "--pipeline.edit-steps=5", "--steps-per-save=4",
@@ -183,6 +188,146 @@ def test_a_write_error_stops_the_run_and_leaves_it_resumable(command, reference,
     assert f'--load-dir "{command.run}"' in message and command.newest().name == "step-000000004.ckpt"
     assert not list(command.run.rglob("*.partial"))
     assert_resume_matches(command, reference)
+
+
+def run_out_of_memory(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def run_out_of_main_memory(*_: object, **__: object) -> None:
+    raise RuntimeError("[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+
+RESUME = '; to resume, type the same command with --load-dir "{run}".'
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (2, "in a training step: try --pipeline.datamanager.train-num-rays-per-batch 32."),
+        (7, f"in a training step: try --pipeline.datamanager.edit-num-rays-per-batch 32{RESUME}"),
+    ],
+)
+def test_a_step_out_of_memory_leaves_the_run_resumable(command, reference, step, message):
+    expected = f"wys: The GPU ran out of memory {message.format(run=command.run)}"
+    assert command(step=step, action=run_out_of_memory) == expected
+    arguments = ["--load-dir", command.run] if step == 7 else []
+    assert command(*arguments) is None
+    assert_equal_weights(command.weights(), reference)
+
+
+@pytest.mark.parametrize(
+    ("part", "step", "message"),
+    [
+        ("encode", 0, "The computer ran out of memory while relevance maps were computed: try --pipeline.relevance-batch-size 1 or a lower --pipeline.edit-resolution."),
+        ("decode", 0, f"The computer ran out of memory while views were edited: try --pipeline.model.eval-num-rays-per-chunk 512 or a lower --pipeline.edit-resolution{RESUME}"),
+    ],
+    ids=["maps", "edits"],
+)  # fmt: skip
+def test_an_editor_out_of_memory_leaves_the_run_resumable(command, reference, monkeypatch, part, step, message):
+    def fail(_trainer: WysTrainer) -> None:
+        monkeypatch.setattr(StableDiffusionEditor, part, run_out_of_main_memory)
+
+    assert command(step=step, action=fail) == f"wys: {message.format(run=command.run)}"
+    monkeypatch.undo()
+    arguments = ["--load-dir", command.run] if part == "decode" else []
+    assert command(*arguments) is None
+    assert_equal_weights(command.weights(), reference)
+
+
+@pytest.mark.parametrize("part", ["wys_nerfstudio.pipeline.load_editor", f"{VanillaDataManager.__module__}.VanillaDataManager.__init__"],
+                         ids=["editor", "views"])  # fmt: skip
+def test_a_start_out_of_memory_leaves_no_run(command, monkeypatch, part):
+    monkeypatch.setattr(part, run_out_of_memory)
+    message = "wys: The GPU ran out of memory while the run was prepared: try smaller views."
+    assert command() == message and not command.run.exists()
+
+
+def send(action: str, *arguments: str) -> Callable[[WysTrainer], None]:
+    """Return an action that sends a command of the panel."""
+    return lambda trainer: trainer.pipeline.panel.commands.put(ViewerCommand(action, *arguments))  # type: ignore
+
+
+def test_a_preview_out_of_memory_does_not_end_the_run(command, reference, monkeypatch, capsys):
+    def preview(trainer: WysTrainer) -> None:
+        monkeypatch.setattr(trainer.pipeline.session.edit_loop, "preview", run_out_of_memory)
+        send("preview", "make it red", (0.0,) * 6)(trainer)  # type: ignore
+
+    assert command(step=7, action=preview) is None
+    assert "ran out of memory while views were edited" in " ".join(capsys.readouterr().out.split())
+    assert_equal_weights(command.weights(), reference)
+
+
+@pytest.mark.parametrize("moment", ["its maps", "its start", "a reset"])
+def test_an_instruction_out_of_memory_is_undone(command, reference, monkeypatch, capsys, moment):
+    def fail_after(method: Callable) -> Callable:
+        return lambda *arguments: (method(*arguments), run_out_of_memory())
+
+    def apply(trainer: WysTrainer) -> None:
+        if moment == "its maps":
+            monkeypatch.setattr(StableDiffusionEditor, "encode", run_out_of_memory)
+        name = "reset" if moment == "a reset" else "apply"
+        if moment != "its maps":
+            monkeypatch.setattr(EditSession, name, fail_after(getattr(EditSession, name)))
+        send(name, ON_TOP, "make the bear red")(trainer)
+
+    assert command(step=STEPS - 1, action=apply) is None
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "The GPU ran out of memory while" in printed and "to resume, type the same command" in printed
+    assert_equal_weights(command.weights(), reference)
+    history = json.loads((command.run / "wys" / "history.json").read_text())
+    assert [entry["instruction"] for entry in history] == ["make the ball blue"]
+    assert not list((command.run / "wys" / "history").iterdir())
+
+
+@pytest.mark.parametrize("several_processes", [False, True])
+def test_an_undo_or_one_process_out_of_memory_ends_the_run(command, monkeypatch, several_processes):
+    if several_processes:
+        monkeypatch.setattr("wys_nerfstudio.viewer.commands.world_size", lambda: 2)
+        action, method = send("apply", ON_TOP, "make the bear red"), "apply"
+    else:
+        action, method = send("undo"), "restore"
+        monkeypatch.setattr("wys_nerfstudio.training.history.History.last_snapshot", lambda _: {})
+    monkeypatch.setattr(EditSession, method, run_out_of_memory)
+    message = str(command(step=7, action=action))
+    assert message.startswith("wys: The GPU ran out of memory while views were edited: try ")
+    assert message.endswith(RESUME.format(run=command.run))
+
+
+@pytest.mark.parametrize("moment", ["evaluation", "contact sheet"])
+def test_renders_out_of_memory_end_with_a_sentence(command, monkeypatch, moment):
+    def fail(trainer: WysTrainer) -> None:
+        if moment == "evaluation":
+            trainer.pipeline.datamanager.eval_dataset = [0]  # type: ignore
+            monkeypatch.setattr(trainer, "eval_iteration", run_out_of_memory)
+        else:
+            monkeypatch.setattr(trainer.pipeline.session.edit_loop, "write_contact_sheet", run_out_of_memory)
+
+    remedy = f"try --pipeline.model.eval-num-rays-per-chunk 512{RESUME.format(run=command.run)}"
+    assert command(step=7, action=fail) == f"wys: The GPU ran out of memory while views were rendered: {remedy}"
+
+
+@pytest.mark.parametrize(
+    ("part", "activity"), [("prepare_relevance", "relevance maps were computed"), ("enter_phase", "views were edited")]
+)
+def test_reopening_a_run_out_of_memory_ends_it(command, monkeypatch, part, activity):
+    assert command() is None
+    monkeypatch.setattr(EditSession, part, run_out_of_memory)
+    message = str(command("--load-dir", command.run, "--vis=viewer", "--viewer.websocket-port=7412"))
+    assert message.startswith(f"wys: The GPU ran out of memory while {activity}: try ")
+
+
+def test_ns_eval_out_of_memory_ends_with_a_sentence(command, monkeypatch, tmp_path):
+    assert command() is None
+    monkeypatch.setattr(VanillaPipeline, "get_average_eval_image_metrics", run_out_of_memory)
+    arguments = ["ns-eval", "--load-config", command.run / "config.yml", "--output-path", tmp_path / "eval.json"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in arguments])
+    with pytest.raises(SystemExit) as ended:
+        ns_eval.entrypoint()
+    assert str(ended.value.code) == (
+        "wys: The GPU ran out of memory while views were evaluated: end other programs that use its memory, or lower "
+        "eval_num_rays_per_chunk in the run's config.yml to 512."
+    )
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Optional
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from wys_nerfstudio.editing import EditSettings, ImageEditOutput, edit_image, load_editor
 from wys_nerfstudio.editing.editor import resize_images
 from wys_nerfstudio.editing.loading import Precision, resolve_dtype
+from wys_nerfstudio.utils.devices import check_device_type
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.image_io import (
     ImageFile,
@@ -25,6 +27,7 @@ from wys_nerfstudio.utils.image_io import (
     read_mask,
     write_image,
 )
+from wys_nerfstudio.utils.memory_errors import convert_memory_errors, is_memory_error
 from wys_nerfstudio.utils.visualization import apply_colormap, contact_sheet, save_png, write_png
 
 _SHEET_LONG_SIDE = 512
@@ -142,9 +145,9 @@ def edit_files(
         "mask": None if mask_file is None else mask_file.name,
     }
     origin = provenance(instruction, editor_name, used_settings)
-    editor = load_editor(editor_name, device, editor_dtype, allow_pickle)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn()) as bar:
+    with convert_editor_memory_errors(device), Progress(*columns, TimeRemainingColumn()) as bar:
+        editor = load_editor(editor_name, device, editor_dtype, allow_pickle)
         steps = settings.relevance_num_samples + settings.diffusion_steps
         task = bar.add_task("", total=len(files) * steps)
         for i, (path, target) in enumerate(zip(files, outputs)):
@@ -171,15 +174,30 @@ def edit_files(
 
 
 def check_device(device: str) -> None:
-    """Check that a device is available.
+    """Check that a device is supported and available.
 
     Raises:
-        WysError: If it is not available.
+        WysError: If it is not.
     """
+    check_device_type(device, "--device")
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
+        if is_memory_error(error):
+            raise
         raise WysError(f'The device "{device}" is not available: --device takes cpu, cuda or cuda:1.') from error
+
+
+def convert_editor_memory_errors(device: str) -> AbstractContextManager[None]:
+    """Convert errors of memory that ran out while images are edited.
+
+    Args:
+        device: Device of the editor.
+    """
+    elsewhere = "" if device == "cpu" else ", or --device cpu"
+    return convert_memory_errors(
+        "while images were edited", lambda: f"try a lower --resolution, such as --resolution 256{elsewhere}."
+    )
 
 
 def make_folder(folder: Path) -> None:

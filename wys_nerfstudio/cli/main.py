@@ -1,10 +1,11 @@
-"""Local editing of images and 3D scenes: demo, image edits, sweeps, ablations and comparisons of runs."""
+"""Local editing of images and 3D scenes: check of the machine, demo, image edits, sweeps, ablations and comparisons of runs."""
 
 from typing import Annotated, Union
 
 import tyro
 
 from wys_nerfstudio.cli.ablate import Ablate
+from wys_nerfstudio.cli.check import Check
 from wys_nerfstudio.cli.compare import Compare
 from wys_nerfstudio.cli.demo import Demo
 from wys_nerfstudio.cli.demo_pictures import DemoPictures
@@ -13,8 +14,10 @@ from wys_nerfstudio.cli.edit_image import EditImage
 from wys_nerfstudio.cli.sweep import Sweep
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.log_filters import ignore_warnings
+from wys_nerfstudio.utils.memory_errors import convert_memory_errors
 
 Command = Union[
+    Annotated[Check, tyro.conf.subcommand("check")],
     Annotated[Demo, tyro.conf.subcommand("demo")],
     Annotated[DemoScene, tyro.conf.subcommand("demo-scene")],
     Annotated[DemoPictures, tyro.conf.subcommand("demo-pictures")],
@@ -30,7 +33,8 @@ def entrypoint() -> None:
     ignore_warnings()
     command = tyro.cli(Command, prog="wys", description=__doc__)  # type: ignore
     try:
-        command.main()
+        with convert_memory_errors("in this command", lambda: "end other programs that use its memory."):
+            command.main()
     except WysError as error:
         raise SystemExit(f"wys: {error}") from error
 

@@ -13,7 +13,7 @@ import torch
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from wys_nerfstudio.cli.edit_image import check_device, make_folder
+from wys_nerfstudio.cli.edit_image import check_device, convert_editor_memory_errors, make_folder
 from wys_nerfstudio.cli.sweep_plots import draw_curves, draw_grid
 from wys_nerfstudio.cli.sweep_table import SweepCase, SweepResult, open_sweep, read_cases, write_table
 from wys_nerfstudio.editing import Editor, EditSettings, edit_image, load_editor
@@ -147,23 +147,24 @@ def run_sweep(
 
     todo = [key for key in grid if key not in rows]
     if todo:
-        clip = load_clip(clip_name, device)
-        for case in cases:
-            clip.embed_texts([case.caption_before, case.caption_after])
-        editor = load_editor(editor_name, device, editor_dtype)
-        for case in cases:
-            editor.encode_text(case.instruction)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, TimeRemainingColumn()) as bar:
-            task = bar.add_task("", total=len(todo))
-            for number, threshold, scale in todo:
-                case = cases[number]
-                bar.update(task, description=f"{case.image.name}, tau {threshold:g}, S_I {scale:g}")
-                edit_settings = settings.edit(threshold, scale)
-                row = _edit(number, case, edit_settings, editor, dtype, clip, output, seed)
-                rows[row.key] = row
-                write_table(output, [rows[key] for key in grid if key in rows])
-                bar.advance(task)
+        with convert_editor_memory_errors(device):
+            clip = load_clip(clip_name, device)
+            for case in cases:
+                clip.embed_texts([case.caption_before, case.caption_after])
+            editor = load_editor(editor_name, device, editor_dtype)
+            for case in cases:
+                editor.encode_text(case.instruction)
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            with Progress(*columns, TimeRemainingColumn()) as bar:
+                task = bar.add_task("", total=len(todo))
+                for number, threshold, scale in todo:
+                    case = cases[number]
+                    bar.update(task, description=f"{case.image.name}, tau {threshold:g}, S_I {scale:g}")
+                    edit_settings = settings.edit(threshold, scale)
+                    row = _edit(number, case, edit_settings, editor, dtype, clip, output, seed)
+                    rows[row.key] = row
+                    write_table(output, [rows[key] for key in grid if key in rows])
+                    bar.advance(task)
     done = [rows[key] for key in grid]
     draw_curves(done, output / "curves.png")
     for number, case in enumerate(cases):

@@ -20,6 +20,7 @@ from torch import Tensor
 from wys_nerfstudio.editing.editor import EMBEDDED, Branch, ImageEncoding, NoiseLevel, Predictor
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.log_filters import no_progress_bar_for_local_files
+from wys_nerfstudio.utils.memory_errors import is_memory_error
 
 NETWORKS = ("unet", "vae", "text_encoder")
 """Parts with weights."""
@@ -530,6 +531,8 @@ def loading_errors(name: str, source: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        if is_memory_error(error):
+            raise
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         where = "folder" if Path(source).is_dir() else "hub id (is there a network?)"
         raise WysError(

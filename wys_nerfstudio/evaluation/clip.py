@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from wys_nerfstudio.editing.loading import EMBEDDED
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.log_filters import no_progress_bar_for_local_files
+from wys_nerfstudio.utils.memory_errors import is_memory_error
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -98,6 +99,8 @@ def load_clip(name: str, device: "str | torch.device" = "cpu") -> ClipEncoder:
             model: Any = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
         tokenizer = CLIPTokenizer.from_pretrained(source)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if is_memory_error(error):
+            raise
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise WysError(
             f'The CLIP model "{name}" could not be loaded: {first_line}. Give a local folder in transformers format with '

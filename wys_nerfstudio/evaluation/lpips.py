@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.memory_errors import is_memory_error
 
 MIN_LPIPS_PATCH = 32
 """Minimum side length in pixels: AlexNet's pooling layers reduce smaller images to zero size."""
@@ -53,11 +54,14 @@ class Lpips(nn.Module):
 
 def lpips_is_cached(weights: Optional[Path]) -> bool:
     """Return whether `Lpips` can be constructed without network access."""
-    if weights is not None:
-        return weights.is_file()
+    return (weights or alexnet_file()).is_file()
+
+
+def alexnet_file() -> Path:
+    """Return the file of AlexNet's weights in torch's cache, whether it exists or not."""
     from torchvision.models import AlexNet_Weights
 
-    return (Path(torch.hub.get_dir()) / "checkpoints" / AlexNet_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]).is_file()
+    return Path(torch.hub.get_dir()) / "checkpoints" / AlexNet_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]
 
 
 def _load_alexnet(layers: Mapping[str, nn.Module], weights: Optional[Path]) -> None:
@@ -75,5 +79,7 @@ def _load_alexnet(layers: Mapping[str, nn.Module], weights: Optional[Path]) -> N
         for name, layer in layers.items():
             layer.load_state_dict({key: state[f"{name}.{key}"] for key in ("weight", "bias")})
     except Exception as error:  # network, disk and unpickling errors have the same remedy
+        if is_memory_error(error):
+            raise
         source = f'from "{weights}"' if weights is not None else "by torch (is there a network?)"
         raise WysError(f"The AlexNet weights of the LPIPS loss could not be loaded {source}. {remedy}") from error

@@ -6,6 +6,7 @@ import torch
 from nerfstudio.configs.base_config import MachineConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 
+from wys_nerfstudio.utils.devices import check_device_type
 from wys_nerfstudio.utils.errors import WysError
 
 
@@ -15,7 +16,11 @@ def choose_device(method: Optional[str], machine: MachineConfig) -> None:
     Args:
         method: Name of the method.
         machine: nerfstudio's options of the machine; changed in place.
+
+    Raises:
+        WysError: If the device's type is not supported.
     """
+    check_device_type(machine.device_type, "--machine.device-type")
     if machine.device_type == "cuda" and not torch.cuda.is_available():
         machine.device_type = "cpu"
         hint = " Try ns-train wys-tiny, which has a suitable size." if method == "wys" else ""
@@ -41,17 +46,18 @@ def same_device(first: "str | torch.device", second: "str | torch.device") -> bo
 
 
 def validate_editor_device(device: Optional[str]) -> None:
-    """Refuse an editor device that does not exist.
+    """Refuse an editor device that does not exist or is not supported.
 
     Raises:
-        WysError: If it does not.
+        WysError: If it does not, or is not.
     """
     if device is None:
         return
+    check_device_type(device, "--pipeline.editor-device")
     count = torch.cuda.device_count()
     try:
         parsed = torch.device(device)
-        exists = parsed.type == "cpu" or (parsed.type == "cuda" and (parsed.index or 0) < count)
+        exists = parsed.type == "cpu" or (parsed.index or 0) < count
     except RuntimeError:
         exists = False
     if not exists:

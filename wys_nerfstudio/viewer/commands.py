@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from threading import Lock
 from typing import Optional, Protocol, runtime_checkable
 
@@ -9,13 +10,15 @@ import torch
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from wys_nerfstudio.editing import Editor
-from wys_nerfstudio.training.distributed import broadcast_from_main, rank
+from wys_nerfstudio.training.distributed import broadcast_from_main, rank, world_size
 from wys_nerfstudio.training.history import ApplyMode
+from wys_nerfstudio.training.memory import RunActivity
 from wys_nerfstudio.training.scene import EditableViews
 from wys_nerfstudio.training.schedule import Phase
 from wys_nerfstudio.training.session import EditSession
 from wys_nerfstudio.training.settings import Settings
 from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.memory_errors import MemoryExhaustedError
 from wys_nerfstudio.viewer.panel import ON_TOP, ViewerCommand, ViewerPanel
 
 STATUS_SECONDS = 0.5
@@ -75,6 +78,10 @@ class TrainerProtocol(Protocol):
         """Wait for files that are being written."""
         ...
 
+    def convert_memory_errors(self, activity: RunActivity) -> AbstractContextManager[None]:
+        """Convert errors of memory that ran out to a `MemoryExhaustedError` that names the options to change."""
+        ...
+
     def redraw(self) -> None:
         """Make the viewer render the scene again, interrupting the current render."""
         ...
@@ -97,6 +104,7 @@ class CommandHandler:
         self._shown_at = 0.0
         self._step_seconds: Optional[float] = None
         self._latest: Optional[tuple[int, float]] = None
+        self._applied_after: Optional[int] = None
         self.pipeline.report = self._show
 
     @property
@@ -126,17 +134,50 @@ class CommandHandler:
             self._trainer.redraw()
             self._trainer.finish_writes()  # commands write and remove files, too
             with self._trainer.train_lock:
+                entries = len(self.session.history.entries)
                 try:
-                    self._message = self._run(command, step)
+                    with self._trainer.convert_memory_errors("edits"):
+                        self._message = self._run(command, step)
+                except MemoryExhaustedError as error:
+                    if command.action == "undo" or (world_size() > 1 and command.action != "preview"):
+                        raise  # the scene, or another process, may be in an unknown state
+                    self._refuse(error)
+                    if len(self.session.history.entries) > entries:
+                        self._undo_last(step)
                 except WysError as error:
-                    self._message = str(error)
-                    CONSOLE.print(f"wys: {error}", markup=False)
+                    self._refuse(error)
             panel.show_settings(settings.current)
             self._trainer.redraw()
             self._shown_at = 0.0
         self._measure(step)
         if time.monotonic() - self._shown_at > STATUS_SECONDS:
             self._show(self._progress(step))
+
+    def _refuse(self, error: WysError) -> None:
+        self._message = str(error)
+        CONSOLE.print(f"wys: {error}", markup=False)
+
+    def _undo_last(self, step: int) -> None:
+        self._message += f" {self._run(ViewerCommand('undo'), step)}"
+
+    def undo_failed_apply(self, step: int, error: MemoryExhaustedError) -> bool:
+        """Undo the instruction that was just applied, because its relevance maps need more memory than there is.
+
+        Args:
+            step: The last trained step.
+            error: What failed.
+
+        Returns:
+            False, and nothing is undone, if no instruction was applied after that step, or if there are other processes,
+            which may have had enough memory.
+        """
+        if step != self._applied_after or world_size() > 1:
+            return False
+        self._refuse(error)
+        with self._trainer.train_lock:
+            self._undo_last(step)
+        self.pipeline.panel.show_settings(self.pipeline.settings.current)
+        return True
 
     def _run(self, command: ViewerCommand, step: int) -> str:
         session = self.session
@@ -169,6 +210,7 @@ class CommandHandler:
         settings = self.pipeline.settings.current.as_dict()
         session.history.add(instruction, mode, settings, step + 1, session.snapshot(step))
         session.apply(instruction, on_top, step)
+        self._applied_after = step
         self._trainer.set_total_steps(session.schedule.total_steps)
         return ""
 
@@ -177,6 +219,7 @@ class CommandHandler:
         undone = session.history.entries[-1]
         session.restore(session.history.last_snapshot(), step)
         session.history.drop_last()
+        self._applied_after = None
         left = 0 if self.was_reset else session.schedule.total_steps - step - 1
         # Paused: training on at once would change the scene that was restored.
         self._trainer.set_total_steps(step + 1 + left, paused=True)
