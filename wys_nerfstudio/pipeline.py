@@ -28,7 +28,7 @@ from wys_nerfstudio.evaluation.niqe import NiqeParams, check_niqe
 from wys_nerfstudio.model import WysModel, WysModelConfig
 from wys_nerfstudio.relevance.cache import RelevanceRequest
 from wys_nerfstudio.relevance.localizer import Localization, available_localizations
-from wys_nerfstudio.training.devices import same_device, validate_editor_device
+from wys_nerfstudio.training.devices import has_own_device, validate_editor_device
 from wys_nerfstudio.training.distributed import wrap_ddp
 from wys_nerfstudio.training.run_state import RunState
 from wys_nerfstudio.training.schedule import PhaseSchedule
@@ -65,7 +65,8 @@ class WysPipelineConfig(VanillaPipelineConfig):
     """InstructPix2Pix-type checkpoint: a hub id, a local folder in diffusers format, or "embedded" for the small editor of
     toy images that comes with the package."""
     editor_device: Optional[str] = None
-    """Device of the editor, such as cuda:1; there it works while training continues. Default: the training device."""
+    """Device of the editor, such as cuda:1, if no process trains there; it works while training continues. Default: the
+    training device."""
     editor_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the editor; auto is bfloat16 (or float16) on a GPU and float32 on the CPU."""
     editor_allow_pickle: bool = False
@@ -262,7 +263,7 @@ class WysPipeline(VanillaPipeline):
             self.weights,
             self._make_relevance_maps,
             config.schedule(),
-            overlap=not same_device(self.editor_device, self.model.device),
+            overlap=has_own_device(config.editor_device, device, world_size),
         )
         """The edits of the run."""
         self.report: Callable[[str], None] = lambda text: None

@@ -28,7 +28,14 @@ from wys_nerfstudio.training.checkpoint import (
     save_checkpoint_file,
 )
 from wys_nerfstudio.training.devices import choose_device, choose_implementation, validate_machine
-from wys_nerfstudio.training.distributed import broadcast_from_main, convert_lost_rank_errors, main_process_only, rank
+from wys_nerfstudio.training.distributed import (
+    PeerMonitor,
+    broadcast_from_main,
+    convert_lost_rank_errors,
+    main_process_only,
+    rank,
+    shorten_launcher_errors,
+)
 from wys_nerfstudio.training.interrupts import (
     INTERRUPTED,
     GracefulInterrupt,
@@ -71,6 +78,8 @@ class WysTrainerConfig(TrainerConfig):
         with exit_on_error():
             self._refuse_to_overwrite()
             self._validate_ranges()
+        if self.machine.num_devices > 1:
+            shorten_launcher_errors()
 
     def save_config(self) -> None:
         """Write config.yml atomically."""
@@ -97,7 +106,7 @@ class WysTrainerConfig(TrainerConfig):
         validate_ranges("", self, {"max_num_iterations": 1, "steps_per_save": 0})
         if not 0 <= self.machine.seed < 2**32:
             raise WysError(f"--machine.seed must be from 0 to {2**32 - 1}, not {self.machine.seed}.")
-        validate_machine(self.machine, self.pipeline.edit_count, self.pipeline.edit_every)
+        validate_machine(self.machine, self.pipeline.editor_device, self.pipeline.edit_count, self.pipeline.edit_every)
         for name, group in self.optimizers.items():
             flag = f"optimizers.{name.replace('_', '-')}"
             validate_ranges(f"{flag}.optimizer.", group["optimizer"], {"lr": 0, "eps": 0, "max_norm": 0})
@@ -188,11 +197,18 @@ class WysTrainer(Trainer):
     last_step: int
     """Last step of the run; it moves when instructions are applied and undone."""
 
+    def __init__(self, config: WysTrainerConfig, local_rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(config, local_rank, world_size)
+        if torch.device(self.device).type == "cuda":
+            # Otherwise NCCL and everything on "cuda" would use the first GPU in all processes.
+            torch.cuda.set_device(self.device)
+
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """Build pipeline and viewer, before the first step."""
         CONSOLE.quiet = rank() > 0
         try:
             with exit_on_error(), convert_disk_errors(self.base_dir), convert_lost_rank_errors():
+                self._peers = PeerMonitor()
                 super().setup(test_mode)
         except SystemExit:
             self._remove_empty_run()
@@ -222,6 +238,7 @@ class WysTrainer(Trainer):
             convert_disk_errors(self.base_dir),
             convert_lost_rank_errors(),
             GracefulInterrupt() as self._interrupts,
+            self._peers,
         ):
             self._commands = CommandHandler(self)
             if self._commands.was_reset:
