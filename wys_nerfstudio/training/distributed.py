@@ -28,7 +28,7 @@ from wys_nerfstudio.utils.errors import WysError
 
 LOST_RANK_MESSAGES = ("connection closed by peer", "connection reset by peer", "broken pipe", "nccl", "gloo")
 """Parts of torch's error messages when another process has ended."""
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 2.0
 """Time that a process has to end by itself after another one has ended."""
 FINISHED = 1
 """Tag of the message that a process sends when it has finished its work."""
