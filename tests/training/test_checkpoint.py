@@ -235,6 +235,20 @@ def test_a_tiny_cuda_nn_hash_grid_alone_is_refused_too(tmp_path):
     assert_refused(build(), write_run(tmp_path, state), "tiny-cuda-nn.*Install it")
 
 
+def test_a_tiny_cuda_nn_run_is_a_base_where_it_is_installed(tcnn, tmp_path):
+    model, state = build(implementation="tcnn"), nerfacto_state(build(implementation="tcnn"))
+    load_base(model, write_run(tmp_path, state))
+    assert "field.mlp_base.model.params" in state
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items() if not key.startswith("lpips"))
+
+
+def test_a_run_without_tiny_cuda_nn_is_refused_with_it(tcnn, tmp_path):
+    run = write_run(tmp_path, nerfacto_state(build()), config=config_of(implementation="tcnn"))
+    sentence = "was trained without tiny-cuda-nn: add --pipeline.model.implementation torch"
+    assert_refused(build(implementation="tcnn"), run, sentence)
+
+
 def config_of(**model: object) -> dict:
     """Return the config.yml of a nerfacto run as data."""
     return {"method_name": "nerfacto", "pipeline": {"model": {**SIZES, **model}}}

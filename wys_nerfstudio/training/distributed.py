@@ -21,7 +21,7 @@ from typing import Optional, ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.multiprocessing import ProcessExitedException
+from torch.multiprocessing.spawn import ProcessExitedException
 from torch.nn.parallel import DistributedDataParallel
 
 from wys_nerfstudio.utils.errors import WysError
@@ -58,7 +58,7 @@ def object_group() -> dist.ProcessGroup:
     On NCCL they would pass through GPU memory, and a process that waits there notices nothing. Here nothing times out: a rank may
     wait long for another one, and a lost one closes its connections.
     """
-    return dist.new_group(backend="gloo", timeout=timedelta(days=365))
+    return dist.new_group(backend="gloo", timeout=timedelta(days=365))  # type: ignore  # this process is a member
 
 
 def gather(value: T) -> list[T]:
