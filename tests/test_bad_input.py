@@ -387,6 +387,8 @@ RUNS = [
          "cannot be resumed from"),
     case("resume from a missing step", lambda c: ["--load-dir", c.finished_run, "--load-step=3"],
          "No checkpoint of step 3 found in .*--load-step can be 4"),
+    case("resume with another backend", lambda c: ["--load-dir", c.copy_run(use_tiny_cuda_nn), "--pipeline.edit-steps=9"],
+         "The run was trained with tiny-cuda-nn, whose weights only"),
     case("resume with another shape", lambda c: ["--load-dir", c.finished_run, "--pipeline.edit-steps=9",
          "--pipeline.model.hidden-dim=16"], "weights do not fit this model: use the --data and the --pipeline.model options"),
     case("resume with other views", lambda c: (c.change_scene(lambda m: m["frames"].pop()),
