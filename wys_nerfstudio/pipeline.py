@@ -67,7 +67,7 @@ class WysPipelineConfig(VanillaPipelineConfig):
     """InstructPix2Pix-type checkpoint: a hub id, a local folder in diffusers format, or "embedded" for the small editor of
     toy images that comes with the package."""
     editor_device: Optional[str] = None
-    """Device of the editor, such as cuda:1, if no process trains there; it works while training continues. Default: the
+    """Device of the editor, such as cuda:1, on which no process trains; it edits while training continues. Default: the
     training device."""
     editor_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the editor; auto is bfloat16 (or float16) on a GPU and float32 on the CPU."""
