@@ -51,6 +51,11 @@ def test_all_ranks_decide_alike_whether_edits_overlap(devices, editor, own, laun
     assert decisions == {own}
 
 
+@pytest.mark.parametrize("editor", [None, "cuda", "cuda:0", "cuda:1", "cuda:2", "cpu"])
+def test_the_decision_to_overlap_does_not_depend_on_the_rank(editor):
+    assert len({has_own_device(editor, f"cuda:{rank}", 2) for rank in range(2)}) == 1
+
+
 @pytest.mark.parametrize(("devices", "editor"), [(2, "cuda"), (2, "cuda:0"), (2, "cuda:1"), (3, "cuda:2")])
 def test_a_training_device_of_several_is_refused_for_the_editor(devices, editor, launched):
     message = sentence_of(lambda: launched("--machine.num-devices", str(devices), *editor_option(editor)))
