@@ -84,7 +84,7 @@ BLOCK = "os.kill(os.getpid(), signal.SIGTERM); lock = threading.Lock(); lock.acq
 ENDINGS = {
     "killed": [BLOCK, BLOCK, "os.kill(os.getpid(), signal.SIGKILL)"],
     "failed": [BLOCK, "raise WysError('no space')"],
-    "both failed": ["raise WysError('mine')", "raise WysError('other')"],
+    "both failed": ["time.sleep(0.3); raise WysError('mine')", "raise WysError('other')"],
     "finished": ["time.sleep(1); saved.touch()", "pass"],
     "interrupted": ["time.sleep(1); saved.touch(); sys.exit(130)", "sys.exit(130)"],
 }
@@ -117,7 +117,6 @@ def run_rank(folder, rank, body, ranks):
     os._exit(code)
 
 results = {}
-distributed.GRACE_SECONDS = 0.5
 for name, bodies in json.loads(sys.argv[2]).items():
     folder = Path(sys.argv[1], name.replace(" ", "-"))
     folder.mkdir()
