@@ -1,5 +1,6 @@
 """Small seeded stand-ins for the files of users: an InstructPix2Pix folder, AlexNet weights, captured scenes."""
 
+import importlib.util
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -31,6 +33,8 @@ SMALL_FIELD = {
     "hidden_dim_color": 8,
     "implementation": "torch",
 }
+FAKES = Path(__file__).parent / "fakes"
+"""Folder of stand-ins for packages that need a GPU. It is never on this process's path: nerfstudio would find them."""
 WORDS = "a the make turn paint give it bear ball block hat red blue green panda polar snow night into of photo".split()
 
 
@@ -42,6 +46,22 @@ def torch_state() -> Iterator[None]:
     after = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
     torch.set_grad_enabled(before[0])
     assert after == before
+
+
+@pytest.fixture
+def tcnn(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Let nerfstudio use the stand-in for tiny-cuda-nn, as if it had been installed."""
+    from nerfstudio.field_components import encodings, mlp
+    from nerfstudio.utils import external
+
+    spec = importlib.util.spec_from_file_location("tinycudann", FAKES / "tinycudann.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for user in (external, encodings, mlp):
+        monkeypatch.setattr(user, "TCNN_EXISTS", True)
+        monkeypatch.setattr(user, "tcnn", module)
+    return module
 
 
 def run_wys(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:

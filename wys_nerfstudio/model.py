@@ -93,6 +93,11 @@ class WysModelConfig(NerfactoModelConfig):
                 f"--pipeline.model.num-proposal-samples-per-ray needs {passes} numbers, one per proposal network, of at "
                 f"least 1, not {' '.join(map(str, samples))}."
             )
+        if self.relevance_input == "hashgrid" and self.implementation == "tcnn":
+            raise WysError(
+                "--pipeline.model.relevance-input hashgrid is not available with tiny-cuda-nn: add "
+                "--pipeline.model.implementation torch, or leave it out."
+            )
         if self.predict_normals:
             raise WysError("--pipeline.model.predict-normals is not supported: leave it out, in the base run too.")
 

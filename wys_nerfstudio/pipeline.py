@@ -29,7 +29,8 @@ from wys_nerfstudio.evaluation.niqe import NiqeParams, check_niqe
 from wys_nerfstudio.model import WysModel, WysModelConfig
 from wys_nerfstudio.relevance.cache import RelevanceRequest
 from wys_nerfstudio.relevance.localizer import Localization, available_localizations
-from wys_nerfstudio.training.devices import same_device, validate_editor_device
+from wys_nerfstudio.training.checkpoint import check_backend, model_state
+from wys_nerfstudio.training.devices import has_own_device, validate_editor_device
 from wys_nerfstudio.training.distributed import wrap_ddp
 from wys_nerfstudio.training.interrupts import exit_on_error
 from wys_nerfstudio.training.run_state import RunState
@@ -68,7 +69,8 @@ class WysPipelineConfig(VanillaPipelineConfig):
     """InstructPix2Pix-type checkpoint: a hub id, a local folder in diffusers format, or "embedded" for the small editor of
     toy images that comes with the package."""
     editor_device: Optional[str] = None
-    """Device of the editor, such as cuda:1; there it works while training continues. Default: the training device."""
+    """Device of the editor, such as cuda:1, on which no process trains; it edits while training continues. Default: the
+    training device."""
     editor_dtype: Precision = "auto"
     """Precision of the editor's weights and edits; auto is float16 on a GPU and float32 on the CPU. Relevance maps are
     computed in float32."""
@@ -268,7 +270,7 @@ class WysPipeline(VanillaPipeline):
             self.weights,
             self._make_relevance_maps,
             config.schedule(),
-            overlap=not same_device(self.editor_device, self.model.device),
+            overlap=has_own_device(config.editor_device, device, world_size),
         )
         """The edits of the run."""
         self.report: Callable[[str], None] = lambda text: None
@@ -376,6 +378,18 @@ class WysPipeline(VanillaPipeline):
         )
 
     # --------------------------------------------------------------------------------------------------- checkpoints
+
+    def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
+        """Load a checkpoint's weights. Those of another backend or shape end the program with a sentence."""
+        with exit_on_error():
+            check_backend("The run", model_state({"pipeline": loaded_state}), self.scene_model.state_dict())
+            try:
+                super().load_pipeline(loaded_state, step)
+            except RuntimeError as error:
+                raise WysError(
+                    "The run's weights do not fit this model: use the --data and the --pipeline.model options with which it "
+                    "was trained; its config.yml lists them."
+                ) from error
 
     def weights(self) -> dict[str, Any]:
         """Return the pipeline's state with the same names for any number of processes."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Optional
+from typing import Literal, NoReturn, Optional
 
 import torch
 import yaml
@@ -30,7 +30,14 @@ from wys_nerfstudio.training.checkpoint import (
     save_checkpoint_file,
 )
 from wys_nerfstudio.training.devices import choose_device, choose_implementation, validate_machine
-from wys_nerfstudio.training.distributed import broadcast_from_main, convert_lost_rank_errors, main_process_only, rank
+from wys_nerfstudio.training.distributed import (
+    PeerMonitor,
+    broadcast_from_main,
+    convert_lost_rank_errors,
+    main_process_only,
+    rank,
+    shorten_launcher_errors,
+)
 from wys_nerfstudio.training.interrupts import (
     INTERRUPTED,
     GracefulInterrupt,
@@ -79,6 +86,8 @@ class WysTrainerConfig(TrainerConfig):
         with exit_on_error():
             self._refuse_to_overwrite()
             self._validate_ranges()
+        if self.machine.num_devices > 1:
+            shorten_launcher_errors()
 
     def save_config(self) -> None:
         """Write config.yml atomically."""
@@ -105,7 +114,7 @@ class WysTrainerConfig(TrainerConfig):
         validate_ranges("", self, {"max_num_iterations": 1, "steps_per_save": 0})
         if not 0 <= self.machine.seed < 2**32:
             raise WysError(f"--machine.seed must be from 0 to {2**32 - 1}, not {self.machine.seed}.")
-        validate_machine(self.machine, self.pipeline.edit_count, self.pipeline.edit_every)
+        validate_machine(self.machine, self.pipeline.editor_device, self.pipeline.edit_count, self.pipeline.edit_every)
         for name, group in self.optimizers.items():
             flag = f"optimizers.{name.replace('_', '-')}"
             validate_ranges(f"{flag}.optimizer.", group["optimizer"], {"lr": 0, "eps": 0, "max_norm": 0})
@@ -192,8 +201,9 @@ class WysTrainer(Trainer):
     """nerfstudio's trainer, with a total number of steps that commands of the viewer can change.
 
     Args:
-        *arguments: As for nerfstudio's trainer.
-        **named: As for nerfstudio's trainer.
+        config: Options of the run.
+        local_rank: Number of this process.
+        world_size: Number of processes.
     """
 
     config: WysTrainerConfig
@@ -201,8 +211,11 @@ class WysTrainer(Trainer):
     last_step: int
     """Last step of the run; it moves when instructions are applied and undone."""
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
+    def __init__(self, config: WysTrainerConfig, local_rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(config, local_rank, world_size)
+        if torch.device(self.device).type == "cuda":
+            # Otherwise NCCL and everything on "cuda" would use the first GPU in all processes.
+            torch.cuda.set_device(self.device)
         self._writing = BackgroundJob()
         self._bad_step: Optional[torch.Tensor] = None
         """First step with a loss that is NaN or infinite, on the training device; `NEVER` if there was none."""
@@ -217,6 +230,7 @@ class WysTrainer(Trainer):
                 convert_lost_rank_errors(),
                 self.convert_memory_errors("preparation"),
             ):
+                self._peers = PeerMonitor()
                 super().setup(test_mode)
         except SystemExit:
             self._remove_empty_run()
@@ -247,6 +261,7 @@ class WysTrainer(Trainer):
             convert_lost_rank_errors(),
             self.convert_memory_errors("training"),
             GracefulInterrupt() as self._interrupts,
+            self._peers,
         ):
             self._commands = CommandHandler(self)
             if self._commands.was_reset:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -216,6 +217,16 @@ def main() -> None:
     endings["died"] = run("died", died, start, after_step=at(9, lambda _: os._exit(9), only=1))
     again = [*start, "--load-dir", str(died / "scene" / "wys-tiny" / "run")]
     endings["restarted"] = run("restarted", died, again)
+
+    def die_or_block(trainer: WysTrainer) -> None:
+        if trainer.local_rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        # As in NCCL: nothing raises, and the launcher's SIGTERM is only noted.
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        os._exit(3)
+
+    endings["blocked"] = run("blocked", folder / "blocked", start, after_step=at(9, die_or_block))
 
     apply = ViewerCommand("apply", ON_TOP, "make the bear red")
     endings["applied"] = run("applied", folder / "applied", start, after_step=at(13, queue(apply), only=0))

@@ -224,18 +224,29 @@ def test_a_tiny_cuda_nn_run_is_refused_with_two_remedies(tmp_path):
     state = nerfacto_state(build())
     state = {k: v for k, v in state.items() if not k.startswith("field.mlp_base.")}
     state["field.mlp_base.model.params"] = torch.zeros(1000)
-    assert_refused(
-        build(), write_run(tmp_path, state), "tiny-cuda-nn.*Install it.*--pipeline.model.implementation torch"
-    )
+    sentence = "tiny-cuda-nn.*Install it and add --pipeline.model.implementation tcnn, or .*--pipeline.model.implementation torch"
+    assert_refused(build(), write_run(tmp_path, state), sentence)
 
 
 def test_a_tiny_cuda_nn_hash_grid_alone_is_refused_too(tmp_path):
     state = nerfacto_state(build())
     del state["field.mlp_base.model.0.hash_table"]
     state["field.mlp_base.model.0.tcnn_encoding.params"] = torch.zeros(1000)
-    assert_refused(
-        build(), write_run(tmp_path, state), "tiny-cuda-nn.*Install it.*--pipeline.model.implementation torch"
-    )
+    assert_refused(build(), write_run(tmp_path, state), "tiny-cuda-nn.*Install it")
+
+
+def test_a_tiny_cuda_nn_run_is_a_base_where_it_is_installed(tcnn, tmp_path):
+    model, state = build(implementation="tcnn"), nerfacto_state(build(implementation="tcnn"))
+    load_base(model, write_run(tmp_path, state))
+    assert "field.mlp_base.model.params" in state
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items() if not key.startswith("lpips"))
+
+
+def test_a_run_without_tiny_cuda_nn_is_refused_with_it(tcnn, tmp_path):
+    run = write_run(tmp_path, nerfacto_state(build()), config=config_of(implementation="tcnn"))
+    sentence = "was trained without tiny-cuda-nn: add --pipeline.model.implementation torch"
+    assert_refused(build(implementation="tcnn"), run, sentence)
 
 
 def config_of(**model: object) -> dict:

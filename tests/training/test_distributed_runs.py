@@ -102,6 +102,12 @@ def test_a_lost_rank_ends_the_run_and_it_resumes_exactly(runs):
         assert equal(whole["weights"], restarted["weights"]) and equal(whole["views"], restarted["views"])
 
 
+def test_a_blocked_rank_ends_with_a_sentence_after_a_killed_one(runs):
+    survivor, killed = endings(runs, "blocked")
+    assert killed["code"] == -9 and survivor["code"] == 1
+    assert "wys: Another of the 2 processes" in survivor["output"] and "Traceback" not in survivor["output"]
+
+
 def test_an_instruction_applied_in_the_viewer_is_broadcast(runs):
     assert [ending["code"] for ending in endings(runs, "applied")] == [0, 0], endings(runs, "applied")
     first, second = records(runs, "applied")

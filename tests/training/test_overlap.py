@@ -5,23 +5,14 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import write_ring_scene
 from test_interrupts import TrainCommand, assert_equal_weights, interrupt
 
 from wys_nerfstudio import pipeline
 from wys_nerfstudio.datamanager import WysDataManager
 from wys_nerfstudio.trainer import WysTrainer
-from wys_nerfstudio.training.devices import same_device
+from wys_nerfstudio.training.devices import has_own_device
 from wys_nerfstudio.viewer.panel import ON_TOP, ViewerCommand
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "same"),
-    [("cpu", "cpu", True), ("cuda", "cuda:0", True), ("cuda:1", "cuda:0", False), ("cpu", torch.device("cuda"), False)],
-)
-def test_device_names_without_an_index_mean_the_current_device(first, second, same):
-    assert same_device(first, second) is same
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +22,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def overlapped(scene: Path, editor_folder: Path, tmp_path: Path, monkeypatch) -> TrainCommand:
-    monkeypatch.setattr(pipeline, "same_device", lambda *_: False)
+    monkeypatch.setattr(pipeline, "has_own_device", lambda *_: True)
     return TrainCommand(scene, editor_folder, tmp_path / "overlapped", monkeypatch)
 
 
@@ -63,7 +54,7 @@ def test_training_continues_while_views_are_edited(overlapped, monkeypatch):
 def test_edits_are_those_of_a_serial_run_committed_one_later(overlapped, scene, editor_folder, tmp_path):
     assert overlapped("--mask-threshold=0") is None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "same_device", same_device)
+        patch.setattr(pipeline, "has_own_device", has_own_device)
         serial = TrainCommand(scene, editor_folder, tmp_path / "serial", patch)
         assert serial("--mask-threshold=0") is None
     overlapped_edits, serial_edits = edits(overlapped), edits(serial)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from wys_nerfstudio.training.checkpoint import (
     RELEVANCE_PREFIX,
+    check_backend,
     find_checkpoint,
     model_state,
     read_checkpoint,
@@ -101,11 +102,8 @@ def _check_keys(path: Path, base: dict[str, Tensor], scene: set[str], config: di
     offered = {key for key in base if not key.startswith(NOT_SCENE)}
     if scene == offered:
         return
-    if any(key.endswith(("tcnn_encoding.params", "mlp_base.model.params")) for key in offered):
-        raise WysError(
-            f'The base run "{path}" was trained with tiny-cuda-nn, whose weights only tiny-cuda-nn can read. Install it, '
-            "or train the base again with --pipeline.model.implementation torch."
-        )
+    if any(key.startswith("field.mlp_base.") for key in offered):  # a scene, not one of another method
+        check_backend(f'The base run "{path}"', offered, scene)
     different = sorted(scene ^ offered)[0]
     raise WysError(
         f'The base run "{path}" is not a scene of this shape: {different} is only in '

@@ -1,5 +1,6 @@
 """Checkpoints: finding, reading and writing them. They are read by torch's weights-only loader."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Optional
 
@@ -16,6 +17,8 @@ CAPTURED_SCENE = "captured.ckpt"
 """File in a run's `wys` folder: the weights before the first edit."""
 RELEVANCE_PREFIX = "field.mlp_relevance."
 MODEL_PREFIX = "_model."
+TCNN_SUFFIXES = ("tcnn_encoding.params", "mlp_base.model.params")
+"""Ends of the names of tiny-cuda-nn's parameters: one vector per encoding or network."""
 
 
 def register_safe_globals() -> None:
@@ -141,3 +144,24 @@ def model_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 def is_wys(checkpoint: dict[str, Any]) -> bool:
     """Return whether a checkpoint comes from this method."""
     return any(key.startswith(RELEVANCE_PREFIX) for key in model_state(checkpoint))
+
+
+def check_backend(what: str, weights: Iterable[str], current: Iterable[str]) -> None:
+    """Refuse weights that another backend of encodings and networks has trained.
+
+    Args:
+        what: The run that they come from.
+        weights: Names of the weights.
+        current: Names of the model's weights.
+
+    Raises:
+        WysError: If one of them comes from tiny-cuda-nn and the other one does not.
+    """
+    theirs, ours = (any(key.endswith(TCNN_SUFFIXES) for key in keys) for keys in (weights, current))
+    if theirs and not ours:
+        raise WysError(
+            f"{what} was trained with tiny-cuda-nn, whose weights only tiny-cuda-nn can read. Install it and add "
+            "--pipeline.model.implementation tcnn, or train that run again with --pipeline.model.implementation torch."
+        )
+    if ours and not theirs:
+        raise WysError(f"{what} was trained without tiny-cuda-nn: add --pipeline.model.implementation torch.")

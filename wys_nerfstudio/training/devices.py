@@ -39,10 +39,18 @@ def choose_implementation(implementation: str) -> str:
     return "torch"
 
 
-def same_device(first: "str | torch.device", second: "str | torch.device") -> bool:
-    """Return whether two names mean the same device; "cuda" is "cuda:0"."""
-    one, other = torch.device(first), torch.device(second)
-    return (one.type, one.index or 0) == (other.type, other.index or 0)
+def has_own_device(editor: Optional[str], training: "str | torch.device", processes: int) -> bool:
+    """Return whether the editor has a device that no process trains on; the same on all processes.
+
+    Args:
+        editor: Device of the editor; None is the training device of each process.
+        training: Training device of this process. Rank i trains on cuda:i.
+        processes: Number of processes.
+    """
+    if editor is None:
+        return False
+    device = torch.device(editor)
+    return device.type != torch.device(training).type or (device.index or 0) >= processes
 
 
 def validate_editor_device(device: Optional[str]) -> None:
@@ -67,11 +75,12 @@ def validate_editor_device(device: Optional[str]) -> None:
         )
 
 
-def validate_machine(machine: MachineConfig, edit_count: int, edit_every: int) -> None:
+def validate_machine(machine: MachineConfig, editor_device: Optional[str], edit_count: int, edit_every: int) -> None:
     """Refuse devices that do not exist, and report devices that will edit nothing.
 
     Args:
         machine: nerfstudio's options of the machine.
+        editor_device: Device of the editor, which exists; None is the training device.
         edit_count: Views per edit step.
         edit_every: Steps from one edit step to the next.
 
@@ -84,6 +93,11 @@ def validate_machine(machine: MachineConfig, edit_count: int, edit_every: int) -
     if devices < 1 or 1 < devices and (devices > found or machine.device_type != "cuda"):
         raise WysError(
             f"--machine.num-devices is {devices}, but this machine has {found} CUDA devices; without CUDA leave it out."
+        )
+    if devices > 1 and editor_device is not None and not has_own_device(editor_device, machine.device_type, devices):
+        raise WysError(
+            f"--pipeline.editor-device {editor_device} is one of the {devices} training devices: leave it out, so that each of "
+            f"them edits views, or name a device from cuda:{devices} on."
         )
     if devices > edit_count:
         CONSOLE.print(
