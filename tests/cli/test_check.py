@@ -84,7 +84,7 @@ def test_the_report_on_an_emulated_gpu(tmp_path: Path, monkeypatch, editor_folde
     assert (report["Device"]["memory, GB"], report["Device"]["free memory, GB"]) == (8.0, 5.0)
     assert report["Device"]["recommended method"].startswith("wys-tiny")
     assert report["Editor"]["precision"] == "float16" and report["Editor"][AGREEMENT[0]] > 0.9
-    assert report["Editor"]["peak memory, GB"] == 0.0  # memory is not emulated
+    assert 0 < report["Editor"]["peak memory, GB"] < 0.1  # the tensors of a small editor
     assert report["Estimate"]["all"] > 0
 
 

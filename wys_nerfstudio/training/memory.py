@@ -39,7 +39,7 @@ def memory_remedies(
         rays = getattr(data, f"{name}_num_rays_per_batch")
         found.append(f"--pipeline.datamanager.{name}-num-rays-per-batch {max(1, rays // 2)}")
     if activity in ("edits", "renders"):
-        found.append(f"--pipeline.model.eval-num-rays-per-chunk {max(1, options.model.eval_num_rays_per_chunk // 2)}")
+        found.append(f"--pipeline.model.eval-num-rays-per-chunk {max(1, options.model.rays_per_chunk() // 2)}")
     if on_gpu and data.images_on_gpu:
         found.append("--pipeline.datamanager.images-on-gpu False")
     if on_gpu and options.editor_device is None and (editor or phase is Phase.EDIT or activity == "preparation"):
