@@ -81,7 +81,7 @@ def measure_editor(
     Returns:
         A table, and the speed; None if the editor is not downloaded, does not load, or needs more memory.
     """
-    dtype = str(resolve_dtype(precision, device)).removeprefix("torch.")
+    dtype = resolve_dtype(precision, device)
     table: Table = {"precision": dtype}
     if editor_place(name) is None:
         return {**table, "speed": f"not measured: {NOT_DOWNLOADED}"}, None
