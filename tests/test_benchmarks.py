@@ -161,16 +161,16 @@ def test_scale_measures_memory_by_count_and_size_of_views(
     assert [(row["views"], row["side"]) for row in rows] == [(3, 40), (6, 40), (3, 40), (3, 80), (3, 40)]
     few, many, same, wide, _ = (row["mib_per_view"] for row in rows)
     # Captured and edited view in 8 bits; the maps are small.
-    assert few == many == pytest.approx(32 * 40 * 6 / 2**20, rel=0.1) and same < few
+    assert few == many == pytest.approx(32 * 40 * 6 / 2**20, rel=0.1) and same <= few
     assert wide == pytest.approx(4 * few, rel=0.1)
 
 
 @pytest.mark.slow
 def test_views_measures_every_action_in_main_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    views.main(views.Options(output=tmp_path, views=40, width=320, height=180))
+    views.main(views.Options(output=tmp_path, views=40, width=800, height=450))
     assert "| save, all views edited | " in capsys.readouterr().out
     result = json.loads((tmp_path / "views.json").read_text())
-    assert result["stack_gib"] == pytest.approx(36 * 320 * 180 * 3 / 2**30)
+    assert result["stack_gib"] == pytest.approx(36 * 800 * 450 * 3 / 2**30)
     peaks = {row["action"]: row["peak_gib"] for row in result["rows"]}
     assert 0 < peaks["read"] and min(peaks.values()) >= 0
     # A save copies the edited views and serializes them.

@@ -128,15 +128,15 @@ def test_a_step_neither_waits_for_the_gpu_nor_copies_to_it(ring_scene, editor_fo
     train_step, recorded = WysTrainer._train_step, {}
 
     def record(trainer: WysTrainer, step: int) -> None:
-        with transfers.recorded("wys_nerfstudio") as places:
+        with transfers.recorded("wys_nerfstudio", "nerfstudio") as places:
             train_step(trainer, step)
-        recorded[step] = places
+        recorded[step] = {place for place in places if place.startswith("wys_nerfstudio.")}
 
     monkeypatch.setattr(WysTrainer, "_train_step", record)
     options = ["--logging.steps-per-log", "100", "--machine.device-type", "cuda", "--mask-threshold", "0.3"]
     with emulated_gpu():
         ns_train(monkeypatch, ring_scene, editor_folder, tmp_path, *options)
-    assert recorded[0] and recorded[5], "the first step is logged, and step 5 has an edit"
+    assert recorded[5], "a step with an edit"
     quiet = [1, 2, 4, 6, 8]
     assert {step: recorded[step] for step in quiet} == {step: set() for step in quiet}
 

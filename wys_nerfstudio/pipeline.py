@@ -392,8 +392,13 @@ class WysPipeline(VanillaPipeline):
                 ) from error
 
     def weights(self) -> dict[str, Any]:
-        """Return the pipeline's state with the same names for any number of processes."""
-        return {name.replace("_model.module.", "_model.", 1): value for name, value in self.state_dict().items()}
+        """Return the pipeline's state with the same names for any number of processes; a tensor with two names is one object."""
+        detached: dict[int, Tensor] = {}
+        state = {}
+        for name, value in self.state_dict(keep_vars=True).items():
+            kept = detached.setdefault(id(value), value.detach()) if isinstance(value, Tensor) else value
+            state[name.replace("_model.module.", "_model.", 1)] = kept
+        return state
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return what renders and evaluation need beside weights; part of the pipeline's state (`SETTINGS_KEY`)."""

@@ -12,7 +12,6 @@ import copy
 import json
 import multiprocessing
 import platform
-import resource
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -26,6 +25,7 @@ from nerfstudio.configs.method_configs import all_methods
 from scale import write_scene
 from speed import FULL_SIZE, full_size_editor
 from torchvision.models import alexnet
+from views import resident_gib
 
 from wys_nerfstudio.editing import Editor, load_editor
 from wys_nerfstudio.trainer import WysTrainer, WysTrainerConfig
@@ -58,7 +58,7 @@ def peak_gib(device: str) -> float:
     """Return the peak memory in GiB since the last reset; on a CPU since the start of the process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resident_gib("VmHWM")
 
 
 def measure(method: str, scene: Path, options: Options) -> dict[str, float]:

@@ -286,6 +286,13 @@ def test_the_grid_is_refined_where_it_is_relevant() -> None:
     assert float(hull.relevance[~relevant].max()) < 0.25
 
 
+def test_cameras_in_double_precision_give_the_same_hull() -> None:
+    single, double = ring(12), ring(12)
+    double.fx, double.fy, double.cx, double.cy = (x.double() for x in (single.fx, single.fy, single.cx, single.cy))
+    first, second = (build_hull(cameras, silhouettes(single), 9.0).relevance for cameras in (single, double))
+    torch.testing.assert_close(first, second, atol=1e-4, rtol=0)
+
+
 def test_unsupported_cameras_give_an_empty_hull() -> None:
     cameras = ring(8, lens=CameraType.EQUIRECTANGULAR)
     hull = build_hull(cameras, torch.ones(8, HEIGHT, WIDTH), 9.0)

@@ -17,6 +17,7 @@ from wys_nerfstudio.model import WysModel
 from wys_nerfstudio.training.base_run import load_base, read_run_config
 from wys_nerfstudio.training.checkpoint import (
     checkpoint_name,
+    copy_to_cpu,
     find_checkpoint,
     is_wys,
     model_state,
@@ -368,3 +369,13 @@ def test_an_older_checkpoint_is_found_by_its_step(tmp_path):
     assert find_checkpoint(run, "--load-dir", 5).name == checkpoint_name(5)
     with pytest.raises(WysError, match="No checkpoint of step 7 found .*--load-step can be 10, 5"):
         find_checkpoint(run, "--load-dir", 7)
+
+
+def test_copies_keep_their_values_and_shared_tensors() -> None:
+    weight = torch.rand(3)
+    state = {"a": weight, "b": [weight, {"c": torch.ones(2)}], "d": (1, "x")}
+    copy = copy_to_cpu(state)
+    expected = weight.clone()
+    weight.zero_()
+    assert torch.equal(copy["a"], expected) and copy["b"][0] is copy["a"]
+    assert copy["b"][1]["c"].tolist() == [1, 1] and copy["d"] == (1, "x")

@@ -159,7 +159,7 @@ def _view_quantile(values: Float[Tensor, "b n"], visible: Bool[Tensor, "b n"]) -
 
 def _sample_linear(images: Float[Tensor, "b h w"], positions: Float[Tensor, "b n 2"]) -> Float[Tensor, "b n"]:
     """Return bilinearly interpolated values at positions in [0, 1], those of the border outside."""
-    grid = positions[:, :, None] * 2 - 1
+    grid = (positions[:, :, None] * 2 - 1).to(images)  # cameras of some formats are in double precision
     return F.grid_sample(images[:, None], grid, padding_mode="border", align_corners=False)[:, 0, :, 0]
 
 

@@ -105,14 +105,22 @@ def save_checkpoint_file(folder: Path, checkpoint: dict[str, Any], only_latest: 
     write_tensors(path, checkpoint, partial=folder.parent / "wys" / "checkpoint.partial")
 
 
-def copy_to_cpu(state: Any) -> Any:
-    """Return a copy of nested dicts and lists whose tensors are in main memory and stay as they are now."""
+def copy_to_cpu(state: Any, copies: Optional[dict[int, Tensor]] = None) -> Any:
+    """Return a copy of nested dicts and lists whose tensors are in main memory and stay as they are now.
+
+    Args:
+        state: Dicts, lists, tensors and plain values.
+        copies: Copies made so far, by the tensors' identity: a tensor with two names is copied once.
+    """
+    copies = {} if copies is None else copies
     if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
+        if id(state) not in copies:
+            copies[id(state)] = state.detach().to("cpu", copy=True)
+        return copies[id(state)]
     if isinstance(state, dict):
-        return {key: copy_to_cpu(value) for key, value in state.items()}
+        return {key: copy_to_cpu(value, copies) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(copy_to_cpu(value) for value in state)
+        return type(state)(copy_to_cpu(value, copies) for value in state)
     return state
 
 
