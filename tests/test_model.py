@@ -1,7 +1,6 @@
 """The model: gradients in each phase, losses, outputs of rendered views, proposal networks."""
 
 import copy
-from itertools import accumulate
 
 import matplotlib
 import pytest
@@ -15,7 +14,7 @@ from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.engine.callbacks import TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.model_components.renderers import RGBRenderer
 from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
-from torch.profiler import ProfilerActivity, profile
+from profiled import peak_bytes
 
 from wys_nerfstudio.model import RAYS_PER_CHUNK, WysModel, WysModelConfig
 from wys_nerfstudio.training.schedule import Phase
@@ -548,14 +547,6 @@ def test_the_uniform_sampler_can_be_selected():
 
 
 # ------------------------------------------------------------------------------------------------------------------- memory
-
-
-def peak_bytes(action) -> int:
-    """Largest sum of the tensors that are alive at one time during an action."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        action()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 @pytest.mark.slow

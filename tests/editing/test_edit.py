@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_editor_folder
+from profiled import peak_bytes
 
 from wys_nerfstudio import relevance
 from wys_nerfstudio.editing import EditSettings, edit_images, load_editor, relevance_maps
@@ -248,6 +249,13 @@ def slow_map(editor: StableDiffusionEditor, image: torch.Tensor, noise: torch.Te
             for text in (INSTRUCTION, "")
         ]
     return (predictions[0] - predictions[1]).abs().mean(dim=1)[0]
+
+
+@pytest.mark.parametrize("part", ["encode", "decode"])
+def test_images_pass_the_vae_one_after_the_other(editor, part):
+    inputs = torch.rand(4, 64, 64, 3) if part == "encode" else torch.rand(4, 4, 16, 16)
+    one, four = (peak_bytes(lambda count=count: getattr(editor, part)(inputs[:count])) for count in (1, 4))
+    assert four < 1.5 * one
 
 
 def test_relevance_maps_equal_their_slow_reference(editor):
