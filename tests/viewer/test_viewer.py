@@ -143,10 +143,14 @@ def test_the_panel_lists_its_controls_in_order(page: Any) -> None:
     labels = ["finished", "Instruction", "Apply on top", "Apply instead", "Mask threshold", "Guidance scale",
               "Image guidance scale", "Localization", "Edit every", "Edit count", "Pause editing", "Preview", "Undo",
               "Reset"]  # fmt: skip
-    wait(lambda: "finished" in panel_text(page))
-    text = panel_text(page)
-    positions = [text.index(label) for label in labels]
-    assert positions == sorted(positions)
+
+    def positions() -> list[int]:
+        text = panel_text(page)
+        return [text.find(label) for label in labels]
+
+    # The page receives one control after the other.
+    wait(lambda: -1 not in positions() and positions() == sorted(positions()))
+    assert positions() == sorted(positions())
 
 
 def mask_area(page: Any) -> float:
