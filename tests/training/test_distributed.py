@@ -84,7 +84,11 @@ BLOCK = "os.kill(os.getpid(), signal.SIGTERM); lock = threading.Lock(); lock.acq
 ENDINGS = {
     "killed": [BLOCK, BLOCK, "os.kill(os.getpid(), signal.SIGKILL)"],
     "failed": [BLOCK, "raise WysError('no space')"],
-    "both failed": ["time.sleep(0.3); raise WysError('mine')", "raise WysError('other')"],
+    # Time enough on a busy machine, too.
+    "both failed": [
+        "distributed.GRACE_SECONDS = 20; time.sleep(0.3); raise WysError('mine')",
+        "distributed.GRACE_SECONDS = 20; raise WysError('other')",
+    ],
     "finished": ["time.sleep(1); saved.touch()", "pass"],
     "interrupted": ["time.sleep(1); saved.touch(); sys.exit(130)", "sys.exit(130)"],
 }
