@@ -40,6 +40,7 @@ class Module(nn.Module):
             return (self.compute(x.float(), params) + params[:0].sum()).half()
 
     def compute(self, x: Tensor, params: Tensor) -> Tensor:
+        """Return outputs (n, n_output_dims) in float32; each kind of module defines it."""
         raise NotImplementedError
 
 

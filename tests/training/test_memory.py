@@ -1,4 +1,4 @@
-"""What a run that has run out of memory is told to change."""
+"""Options that are recommended after a run has run out of memory."""
 
 import copy
 from typing import get_args

@@ -76,7 +76,7 @@ class StableDiffusionEditor:
     _levels: "list[NoiseLevel]" = field(init=False, repr=False)
     """Noise level of each timestep, and the final one."""
     _overflow_reported: bool = field(default=False, init=False, repr=False)
-    """Whether the user knows that the VAE overflows in half precision."""
+    """Whether the overflow of the VAE in half precision has been logged."""
 
     def __post_init__(self) -> None:
         # On the CPU once: reading a number from a GPU at every step would wait for it.
