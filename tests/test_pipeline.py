@@ -183,7 +183,7 @@ def test_the_hull_is_built_once_per_instruction(ring_scene: Path, editor_folder:
         hull.relevance.fill_(0.25)
         pipeline.session.enter_phase(Phase.EDIT)  # as in a resumed run, whose scene is edited already
         assert bool((hull.relevance == 0.25).all())
-        pipeline.session.apply("make the ball red", on_top=False, step=5)
+        pipeline.session.apply("make the ball red", step=5, captured=pipeline.session.captured_scene())
         assert not hull.known
         pipeline.session.enter_phase(Phase.EDIT)
         assert hull.known and not bool((hull.relevance == 0.25).all())

@@ -46,6 +46,7 @@ from wys_nerfstudio.training.interrupts import (
     resume_hint,
 )
 from wys_nerfstudio.training.memory import ACTIVITIES, RunActivity, memory_remedies
+from wys_nerfstudio.training.output_folder import LOCK_FILE, claim_folder, claimed_folder, release_folder
 from wys_nerfstudio.training.run_state import STATE_KEY, RunState, set_random_state
 from wys_nerfstudio.training.settings import RunSettings
 from wys_nerfstudio.training.validation import validate_ranges
@@ -82,32 +83,41 @@ class WysTrainerConfig(TrainerConfig):
         ignore_warnings()
         with exit_on_error():
             self._resolve()
-        super().set_timestamp()
-        with exit_on_error():
-            self._refuse_to_overwrite()
             self._validate_ranges()
+            with self._convert_folder_errors():
+                self._create_dated_folder()
         if self.machine.num_devices > 1:
             shorten_launcher_errors()
 
-    def save_config(self) -> None:
-        """Write config.yml atomically."""
-        path = self.get_base_dir() / "config.yml"
-        with exit_on_error():
+    def _create_dated_folder(self) -> None:
+        """Set the timestamp, unless it is given, to a second in which no other run has started."""
+        if self.timestamp != type(self).timestamp:
+            return
+        while True:
+            super().set_timestamp()
             try:
-                write_text(path, yaml.dump(self))
-            except OSError as error:
-                raise WysError(
-                    f'The run\'s folder "{path.parent}" cannot be written: {error.strerror}. Choose another one with '
-                    "--output-dir."
-                ) from error
+                self.get_base_dir().mkdir(parents=True)
+                return
+            except FileExistsError:
+                self.timestamp = type(self).timestamp
+                time.sleep(1 - time.time() % 1)
 
-    def _refuse_to_overwrite(self) -> None:
-        resumed, folder = self.load_checkpoint, self.get_checkpoint_dir()
-        if newest_checkpoint(folder) is not None and (resumed is None or resumed.parent.resolve() != folder.resolve()):
+    def save_config(self) -> None:
+        """Claim the run's folder and write config.yml atomically."""
+        folder = self.get_base_dir()
+        with exit_on_error(), self._convert_folder_errors():
+            claim_folder(folder, self.get_checkpoint_dir(), self.load_checkpoint)
+            write_text(folder / "config.yml", yaml.dump(self))
+
+    @contextmanager
+    def _convert_folder_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
             raise WysError(
-                f'There is a run in "{self.get_base_dir()}" already: {resume_hint(self.get_base_dir())[:-1]}, or leave out '
-                "--timestamp to start another one."
-            )
+                f'The run\'s folder "{self.get_base_dir()}" cannot be written: {error.strerror}. Choose another one with '
+                "--output-dir."
+            ) from error
 
     def _validate_ranges(self) -> None:
         """Refuse numbers among nerfstudio's own options that cannot work."""
@@ -239,8 +249,10 @@ class WysTrainer(Trainer):
     @main_process_only
     def _remove_empty_run(self) -> None:
         """Remove the folder of a run that did not start, if it contains only config.yml."""
-        if self.base_dir.is_dir() and [path.name for path in self.base_dir.iterdir()] == ["config.yml"]:
-            (self.base_dir / "config.yml").unlink()
+        release_folder(self.base_dir)
+        if self.base_dir.is_dir() and {path.name for path in self.base_dir.iterdir()} <= {"config.yml", LOCK_FILE}:
+            for path in self.base_dir.iterdir():
+                path.unlink()
             for folder in (self.base_dir, *self.base_dir.parents):
                 if folder == self.config.output_dir or any(folder.iterdir()):
                     return
@@ -256,6 +268,7 @@ class WysTrainer(Trainer):
         self.step, self.last_step, self.stop_training = self._start_step - 1, self.config.max_num_iterations - 1, False
         self._paused = self._interrupted = self._stopped = False
         with (
+            claimed_folder(self.base_dir),
             exit_on_error(),
             convert_disk_errors(self.base_dir),
             convert_lost_rank_errors(),

@@ -253,6 +253,10 @@ def main() -> None:
                 break
             assert code == -signal.SIGKILL, log.with_suffix(".txt").read_text()
             moments.append(moment)
+            for captured in folder.glob("*/*/run/wys/captured.ckpt"):
+                if not any(captured.parent.parent.glob("nerfstudio_models/*")):
+                    # A run does not replace this scene; without a checkpoint only its folder's removal starts it again.
+                    shutil.rmtree(captured.parent.parent)
             checkpoints = list(folder.glob("*/*/run/nerfstudio_models"))
             command = [*start, "--output-dir", str(folder)]
             command += [option for path in checkpoints if any(path.iterdir()) for option in ("--load-dir", str(path))]

@@ -198,8 +198,17 @@ def test_invalid_recipes_are_refused(tmp_path: Path, monkeypatch) -> None:
 def test_recipe_arguments_are_command_line_arguments(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("instruction: make it snow\nmask-threshold: 0\nmixed-precision: false\n")
-    expected = ["--instruction", "make it snow", "--mask-threshold", "0", "--mixed-precision", "False"]
+    expected = ["--instruction=make it snow", "--mask-threshold=0", "--mixed-precision=False"]
     assert recipe_arguments(recipe) == expected
+
+
+def test_values_in_recipes_are_never_options(tmp_path: Path, monkeypatch) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text('instruction: "--output-dir=elsewhere"\n')
+    config = resolve(monkeypatch, "wys", "--recipe", recipe)
+    assert config.pipeline.instruction == "--output-dir=elsewhere" and config.output_dir == Path("outputs")
+    recipe.write_text('instruction: x\nlogging.local-writer.stats-to-track: "--output-dir=elsewhere"\n')
+    assert "or an invalid value" in refusal(monkeypatch, "wys", "--recipe", recipe)
 
 
 def test_prompt_sets_the_instruction_and_conflicts_are_refused(monkeypatch) -> None:

@@ -30,7 +30,7 @@ from wys_nerfstudio.training.checkpoint import copy_to_cpu, newest_checkpoint, r
 from wys_nerfstudio.training.run_state import SETTINGS_KEY
 from wys_nerfstudio.training.session import EditSession
 from wys_nerfstudio.viewer.commands import CommandHandler
-from wys_nerfstudio.viewer.panel import ON_TOP, ViewerCommand
+from wys_nerfstudio.viewer.panel import INSTEAD, ON_TOP, ViewerCommand
 
 STEPS = 11
 SHORT = ["--pipeline.reconstruct-steps=4", "--pipeline.localize-steps=2", "--pipeline.edit-steps=5", "--steps-per-save=4",
@@ -365,6 +365,20 @@ def test_a_full_disk_stops_the_run_and_leaves_it_resumable(small_disk, scene, ed
     assert_resume_matches(command, reference)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["captured.ckpt", "history/001.ckpt"])
+def test_a_disk_too_full_for_the_scenes_of_a_run_is_named(command, small_disk, scene, editor_folder, monkeypatch, name):
+    assert command(step=9, action=interrupt) == 130
+    large = command.run / "wys" / name
+    large.parent.mkdir(exist_ok=True)
+    large.write_bytes(bytes(32 << 20))
+    resumed = TrainCommand(scene, editor_folder, small_disk / "out", monkeypatch)
+    message = str(resumed("--load-dir", command.run))
+    copy = resumed.run / "wys" / name
+    assert message.startswith(f'wys: "{copy}" could not be written: No space left on device.'), message
+    assert not copy.exists() and large.stat().st_size == 32 << 20
+
+
 def test_checkpoints_are_written_while_training_continues(command, tmp_path, monkeypatch):
     save, trainers, weights, written = trainer_module.save_checkpoint_file, [], [], []
 
@@ -417,6 +431,64 @@ def test_a_truncated_checkpoint_is_replaced_by_the_previous_one(command, referen
     assert_resume_matches(command, reference)
     message = " ".join(capsys.readouterr().out.split())
     assert "could not be read" in message and "The previous one is used." in message and "Resuming at step 9" in message
+
+
+def test_scenes_of_a_run_without_checkpoints_are_kept(command):
+    assert command(step=7, action=interrupt) == 130
+    shutil.rmtree(command.run / "nerfstudio_models")
+    captured = command.run / "wys" / "captured.ckpt"
+    before = {path: path.read_bytes() for path in command.run.rglob("*") if path.is_file()}
+    for arguments in ([], ["--base-run", captured]):
+        assert f'--base-run "{captured}" starts from such a scene' in str(command(*arguments))
+        assert {path: path.read_bytes() for path in before} == before
+
+
+def test_an_edited_scene_never_becomes_the_captured_one(command, reference, capsys):
+    def reset(trainer: WysTrainer) -> None:
+        for action in (ViewerCommand("reset"), ViewerCommand("apply", INSTEAD, "make the bear red")):
+            trainer.pipeline.panel.commands.put(action)
+
+    assert command(step=7, action=interrupt) == 130
+    (command.run / "wys" / "captured.ckpt").unlink()
+    capsys.readouterr()
+    assert command("--load-dir", command.run, step=9, action=reset) is None
+    message = " ".join(capsys.readouterr().out.split())
+    assert message.count('captured.ckpt" any more, so the captured scene cannot be restored') == 2, message
+    assert not (command.run / "wys" / "captured.ckpt").exists()
+    assert len(json.loads((command.run / "wys" / "history.json").read_text())) == 1
+    assert_equal_weights(command.weights(), reference)
+
+
+def test_an_edited_base_run_without_its_captured_scene_has_none(command, scene, editor_folder, tmp_path, monkeypatch):
+    assert command() is None
+    (command.run / "wys" / "captured.ckpt").unlink()
+    second = TrainCommand(scene, editor_folder, tmp_path / "second", monkeypatch)
+    assert second("--base-run", command.run) is None
+    assert not (second.run / "wys" / "captured.ckpt").exists()
+
+
+def test_the_newest_snapshots_are_kept_and_shared(command, scene, editor_folder, tmp_path, monkeypatch):
+    def apply_thrice(trainer: WysTrainer) -> None:
+        for _ in range(3):
+            trainer.pipeline.panel.commands.put(ViewerCommand("apply", ON_TOP, "make the bear red"))
+
+    def undo_thrice(trainer: WysTrainer) -> None:
+        for _ in range(3):
+            trainer.pipeline.panel.commands.put(ViewerCommand("undo"))
+
+    def snapshots(command: TrainCommand) -> list[str]:
+        return sorted(path.name for path in (command.run / "wys" / "history").iterdir())
+
+    kept = "--pipeline.history-size=2"
+    assert command(kept, step=7, action=apply_thrice) is None
+    assert snapshots(command) == ["002.ckpt", "003.ckpt"]
+    set_total_steps = WysTrainer.set_total_steps
+    monkeypatch.setattr(WysTrainer, "set_total_steps", lambda trainer, steps, paused=False: set_total_steps(trainer, steps))
+    second = TrainCommand(scene, editor_folder, tmp_path / "second", monkeypatch)
+    assert second(kept, "--load-dir", command.run, "--pipeline.edit-steps=7", step=16, action=undo_thrice) is None
+    entries = json.loads((second.run / "wys" / "history.json").read_text())
+    assert len(entries) == 2  # two are undone; the third snapshot is gone
+    assert snapshots(second) == [] and snapshots(command) == ["002.ckpt", "003.ckpt"]
 
 
 @pytest.mark.slow

@@ -89,3 +89,26 @@ def test_resetting_the_scene_discards_pending_edits(overlapped):
 
     assert overlapped("--mask-threshold=0", step=10, action=apply_and_undo) is None
     assert not list((overlapped.run / "wys" / "edits").glob("*"))
+
+
+def test_no_edit_is_lost_when_a_run_is_killed_after_apply(overlapped, scene, editor_folder, tmp_path, monkeypatch):
+    """Apply on top commits the pending edit of the step before, and the checkpoint that follows contains it."""
+
+    def apply(trainer: WysTrainer) -> None:
+        trainer.pipeline.panel.commands.put(ViewerCommand("apply", ON_TOP, "make the bear red"))
+
+    def save_and_end(trainer: WysTrainer, *arguments, **named) -> None:
+        save(trainer, *arguments, **named)
+        if len(trainer.pipeline.session.history.entries) == 2:
+            raise SystemExit("killed")
+
+    save = WysTrainer.save_checkpoint
+    reference = TrainCommand(scene, editor_folder, tmp_path / "reference", monkeypatch)
+    assert reference("--mask-threshold=0", step=9, action=apply) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(WysTrainer, "save_checkpoint", save_and_end)
+        assert overlapped("--mask-threshold=0", step=9, action=apply) == "killed"
+    assert [edit["step"] for edit in edits(overlapped)] == [8, 10]
+    assert overlapped("--mask-threshold=0", "--load-dir", overlapped.run) is None
+    timeless = [[{**edit, "seconds": 0} for edit in edits(command)] for command in (overlapped, reference)]
+    assert len(timeless[0]) == 5 and timeless[0] == timeless[1]

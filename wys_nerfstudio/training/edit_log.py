@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 
 import torch
 from jaxtyping import Bool, Float
@@ -65,23 +64,10 @@ def record_edit(folder: Path, edit: EditRecord) -> None:
     write_png(folder / "masks" / f"{edit.view}.png", edit.mask.float())
 
 
-def read_edit_lines(folder: Path, before_step: Optional[int] = None) -> list[str]:
-    """Return the complete lines of `edits.jsonl` in a run's `wys` folder.
-
-    Args:
-        folder: The folder.
-        before_step: Return only edits that were committed before this step.
-    """
+def read_edit_lines(folder: Path) -> list[bytes]:
+    """Return the complete lines of `edits.jsonl` in a run's `wys` folder; the last one may be cut off in a killed run."""
     path = folder / EDITS_FILE
-    lines = []
-    for line in path.read_text("utf8").splitlines() if path.is_file() else []:
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, TypeError, KeyError):  # cut off when the run was killed
-            continue
-        if before_step is None or step < before_step:
-            lines.append(line)
-    return lines
+    return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
 
 
 def image_row(

@@ -141,6 +141,8 @@ class EditLoop:
         """Number of edits begun so far, skipped ones included: the number of the next edit."""
         self.skipped = 0
         """Number of edits skipped because their mask was empty."""
+        self.recorded = 0
+        """Number of lines in `edits.jsonl`."""
         self.seconds_per_edit: Optional[float] = None
         """Running mean of the duration of an edit."""
         self.paused = False
@@ -178,6 +180,7 @@ class EditLoop:
             self.skipped += edit.image is None
             name = views.view_names[edit.view]
             record_edit(folder, EditRecord(edit.number, step, name, edit.time, edit.steps, edit.mask, edit.seconds))
+            self.recorded += 1
 
     def pending(self) -> list[EditResult]:
         """Collective: return the pending edits of all processes, in order."""

@@ -39,11 +39,12 @@ class History:
 
     Args:
         folder: The run's `wys` folder.
+        size: Number of snapshots that are kept, those of the newest entries.
         entries: Result of `data`.
     """
 
-    def __init__(self, folder: Path, entries: Sequence[dict[str, Any]] = ()) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, size: int, entries: Sequence[dict[str, Any]] = ()) -> None:
+        self._folder, self._size = folder, size
         self.entries = [HistoryEntry(**entry) for entry in entries]
 
     def data(self) -> list[dict[str, Any]]:
@@ -85,6 +86,11 @@ class History:
                 "scene."
             )
         path = self._folder / self.entries[-1].snapshot
+        if not path.is_file():
+            raise WysError(
+                f'This cannot be undone: there is no "{path}" any more. The newest {self._size} snapshots are kept '
+                "(--pipeline.history-size). Reset returns to the captured scene."
+            )
         try:
             return read_checkpoint(path)
         except WysError as error:
@@ -101,8 +107,13 @@ class History:
 
     @main_process_only
     def prune(self) -> None:
-        """Remove snapshots without an entry, once no checkpoint needs them."""
-        kept = {entry.snapshot for entry in self.entries}
-        for path in (self._folder / SNAPSHOTS).glob("*.ckpt"):
+        """Remove snapshots without an entry and those of old entries, once no checkpoint needs them."""
+        kept = {entry.snapshot for entry in self.entries[-self._size :]}
+        for path in find_snapshots(self._folder):
             if f"{SNAPSHOTS}/{path.name}" not in kept:
                 path.unlink()
+
+
+def find_snapshots(folder: Path) -> list[Path]:
+    """Return the files of all snapshots in a run's `wys` folder, oldest first."""
+    return sorted(path for path in (folder / SNAPSHOTS).glob("*.ckpt") if path.stem.isdecimal())

@@ -1,6 +1,5 @@
 """Start of a run: with a clean folder, from a base run's scene, or with the files of the run that is resumed."""
 
-import shutil
 from pathlib import Path
 from typing import Any, Optional
 
@@ -11,12 +10,13 @@ from wys_nerfstudio.training.base_run import load_base
 from wys_nerfstudio.training.checkpoint import CAPTURED_SCENE, find_checkpoint, read_checkpoint, run_folder
 from wys_nerfstudio.training.distributed import main_process_only
 from wys_nerfstudio.training.edit_log import EDITS_FILE, read_edit_lines
-from wys_nerfstudio.training.history import SNAPSHOTS, History
+from wys_nerfstudio.training.history import History, find_snapshots
+from wys_nerfstudio.training.output_folder import remove_unsaved_files
 from wys_nerfstudio.training.run_state import STATE_KEY, RunState
 from wys_nerfstudio.training.scene import EditableViews
 from wys_nerfstudio.training.schedule import Phase
 from wys_nerfstudio.training.settings import RunSettings
-from wys_nerfstudio.utils.atomic_io import write_text
+from wys_nerfstudio.utils.atomic_io import atomic_write, copy_file, link_or_copy
 
 
 def start_run(
@@ -27,6 +27,7 @@ def start_run(
     transform: dict[str, Any],
     settings: RunSettings,
     first_step: int,
+    history_size: int,
 ) -> History:
     """Start a run that is not resumed.
 
@@ -38,29 +39,19 @@ def start_run(
         transform: As for `load_base`.
         settings: The run's settings.
         first_step: First step under the run's instruction.
+        history_size: As `size` of `History`.
 
     Returns:
         The run's history: the base run's, and the run's own instruction.
     """
-    _clear(folder)
+    main_process_only(remove_unsaved_files)(folder)
     entries, edited = [], None
     if base_run is not None:
         entries, edited = _load_base_run(base_run, folder, model, views, transform)
-    history = History(folder, entries)
+    history = History(folder, history_size, entries)
     mode = "captured" if edited is None else "on top"
     history.add(settings.instruction, mode, settings.as_dict(), first_step, before=edited)
     return history
-
-
-@main_process_only
-def _clear(folder: Path) -> None:
-    """Remove what a run of this name left that was killed before its first checkpoint. Relevance maps stay: they are
-    identified by what they depend on."""
-    for path in folder.glob("*"):
-        if path.is_dir() and path.name != "relevance":
-            shutil.rmtree(path)
-        elif path.is_file():
-            path.unlink()
 
 
 def _load_base_run(
@@ -82,7 +73,7 @@ def _load_base_run(
         return [], None
     views.load_views_state(state.views)
     views.start_from_current()
-    _copy(run_folder(path) / "wys", folder, SNAPSHOTS, CAPTURED_SCENE)
+    _copy_scenes(run_folder(path) / "wys", folder)
     return state.history, {key: checkpoint[key] for key in ("step", "pipeline", STATE_KEY)}
 
 
@@ -95,19 +86,17 @@ def copy_resumed_files(state: RunState, old: Path, folder: Path) -> None:
         old: The run's `wys` folder.
         folder: The `wys` folder of the resuming run; may be the same.
     """
-    _copy(old, folder, "relevance", "masks", SNAPSHOTS, CAPTURED_SCENE)
-    lines = read_edit_lines(old, before_step=state.step + 1)
-    write_text(folder / EDITS_FILE, "".join(f"{line}\n" for line in lines))
+    lines = read_edit_lines(old)[: state.recorded]
+    if old.resolve() != folder.resolve():
+        _copy_scenes(old, folder)
+        for path in (*old.glob("relevance/*"), *old.glob("masks/*.png")):
+            copy_file(path, folder / path.relative_to(old))
+    atomic_write(folder / EDITS_FILE, b"".join(line + b"\n" for line in lines))
 
 
 @main_process_only
-def _copy(old: Path, new: Path, *names: str) -> None:
-    """Copy files and folders between the `wys` folders of two runs, those that exist."""
-    if old.resolve() == new.resolve():
-        return
-    new.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        if (old / name).is_dir():
-            shutil.copytree(old / name, new / name, dirs_exist_ok=True)
-        elif (old / name).is_file():
-            shutil.copy2(old / name, new / name)
+def _copy_scenes(old: Path, folder: Path) -> None:
+    """Take the captured scene and the snapshots of another run."""
+    captured = old / CAPTURED_SCENE
+    for path in (*([captured] if captured.is_file() else []), *find_snapshots(old)):
+        link_or_copy(path, folder / path.relative_to(old))

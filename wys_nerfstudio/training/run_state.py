@@ -36,6 +36,8 @@ class RunState:
     """Settings that the run was started with. Of those that differ on resuming, the newly typed ones replace `settings`."""
     edits: int
     """Number of edits begun so far, skipped ones included."""
+    recorded: int
+    """Number of lines in `edits.jsonl`. Not the number of edits, which Undo lowers."""
     pending: list[dict[str, Any]]
     """Edits that are computed and not yet committed."""
     views: dict[str, Any]
@@ -106,7 +108,13 @@ class RunState:
                     "cli_settings": RunSettings(**data["cli_settings"]),  # type: ignore
                 }
             )
-            kinds = [(state.step, int), (state.edits, int), (state.lr_warmup_start, int), (state.localized, bool)]
+            kinds = [
+                (state.step, int),
+                (state.edits, int),
+                (state.recorded, int),
+                (state.lr_warmup_start, int),
+                (state.localized, bool),
+            ]
             kinds += [(part, list) for part in (state.history, state.random, state.pending)]
             kinds += [(part, dict) for part in (state.views, state.scene)]
             kinds += [(steps, int) for steps in vars(state.schedule).values()]

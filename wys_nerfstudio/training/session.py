@@ -20,6 +20,7 @@ from wys_nerfstudio.training.scene import EditableViews, EditOptions, Scene
 from wys_nerfstudio.training.schedule import Phase, PhaseSchedule
 from wys_nerfstudio.training.settings import RunSettings, Settings
 from wys_nerfstudio.utils.atomic_io import write_tensors
+from wys_nerfstudio.utils.errors import WysError
 
 
 @runtime_checkable
@@ -52,6 +53,7 @@ class SessionOptions(EditOptions, Protocol):
     base_run: Optional[Path]
     localize_steps: int
     edit_steps: int
+    history_size: int
 
 
 @dataclass
@@ -99,7 +101,7 @@ class EditSession:
         self.schedule = schedule
         self.cli_settings = settings.current
         """Settings that the run was started with."""
-        self.history = History(Path())
+        self.history = History(Path(), options.history_size)
         """Instructions applied to the scene; belongs to the run's folder once the run has started."""
         self._localized = settings.current.localization != "none"
         self._lr_warmup_start = 0
@@ -150,6 +152,7 @@ class EditSession:
             transform,
             self.settings.current,
             self.schedule.reconstruct_steps,
+            self._options.history_size,
         )
 
     def resume(self, run: Run, state: RunState, checkpoint: Path) -> None:
@@ -162,9 +165,10 @@ class EditSession:
         """
         self._run = run
         copy_resumed_files(state, run_folder(checkpoint) / "wys", run.folder)
-        self.history = History(run.folder, state.history)
+        self.history = History(run.folder, self._options.history_size, state.history)
         self._views.load_views_state(state.views)
         self.edit_loop.load_state(state.edits, state.pending)
+        self.edit_loop.recorded = state.recorded
         self._lr_warmup_start = state.lr_warmup_start
         self._scene.load_training_state(state.scene)
         CONSOLE.print(f"Resuming at step {state.step + 1} with {len(self._views.edited_views)} edited views.")
@@ -211,28 +215,42 @@ class EditSession:
         """Whether there is a captured scene to return to."""
         return (self.run.folder / CAPTURED_SCENE).is_file()
 
+    def captured_scene(self) -> dict[str, Any]:
+        """Return the checkpoint of the scene from before the first edit.
+
+        Raises:
+            WysError: If there is none, or it cannot be read.
+        """
+        if not self.has_captured_scene:
+            raise WysError(
+                f'There is no "{self.run.folder / CAPTURED_SCENE}" any more, so the captured scene cannot be restored: use '
+                "Undo, or apply the instruction on top."
+            )
+        return read_checkpoint(self.run.folder / CAPTURED_SCENE)
+
     @main_process_only
     def _save_captured_scene(self) -> None:
         """Save the scene from before the first edit as a checkpoint that --base-run accepts."""
-        if not self.has_captured_scene:
+        unedited = self.edit_loop.edits == 0 and [entry.start for entry in self.history.entries] == ["captured"]
+        if unedited and not self.has_captured_scene:
             content = {"step": self.schedule.edit_start - 1, "pipeline": self._weights()}
             write_tensors(self.run.folder / CAPTURED_SCENE, content)
 
     # -------------------------------------------------------------------------------------- apply, undo and reset
 
-    def apply(self, instruction: str, on_top: bool, step: int) -> None:
+    def apply(self, instruction: str, step: int, captured: Optional[dict[str, Any]] = None) -> None:
         """Begin another instruction: new relevance maps, relevance head and edits.
 
         Args:
             instruction: What to change.
-            on_top: Start from the scene and the views as they are now instead of as captured.
             step: The last trained step.
+            captured: Result of `captured_scene`, to start from; None to start from scene and views as they are now.
         """
-        if on_top:
+        if captured is None:
             self.edit_loop.commit(step + 1, self.run.folder)
             self._views.start_from_current()
         else:
-            self.reset(step)
+            self.reset(step, captured)
         self._views.forget_relevance()
         self._scene.reset_relevance()
         self.settings.update(instruction=instruction)
@@ -241,14 +259,14 @@ class EditSession:
         self.schedule = PhaseSchedule(step + 1, localize_steps, self._options.edit_steps)
         self._restart_optimizers(step)
 
-    def reset(self, step: int) -> None:
+    def reset(self, step: int, captured: dict[str, Any]) -> None:
         """Return to the captured scene and views; no steps are left.
 
         Args:
             step: The last trained step.
+            captured: Result of `captured_scene`.
         """
-        checkpoint = read_checkpoint(self.run.folder / CAPTURED_SCENE)
-        self._scene.load_state_dict(model_state(checkpoint))
+        self._scene.load_state_dict(model_state(captured))
         self._views.start_from_captured()
         self.edit_loop.load_state(self.edit_loop.edits, pending=[])
         self._restart_optimizers(step)
@@ -311,6 +329,7 @@ class EditSession:
             localized=self.localized,
             cli_settings=self.cli_settings,
             edits=self.edit_loop.edits,
+            recorded=self.edit_loop.recorded,
             pending=[vars(edit) for edit in self.edit_loop.pending()],
             views=self._views.views_state(),
             history=self.history.data(),

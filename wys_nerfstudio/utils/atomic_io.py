@@ -3,35 +3,40 @@
 import io
 import json
 import os
+import shutil
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, BinaryIO, Optional
 
 import torch
 
 
-def atomic_write(path: Path, content: "bytes | memoryview", partial: Optional[Path] = None) -> None:
+def atomic_write(path: Path, content: "bytes | memoryview | BinaryIO", partial: Optional[Path] = None) -> None:
     """Write a temporary file, flush it to disk and rename it.
 
     Args:
         path: The file; its folder is created if necessary.
-        content: Content of the file.
+        content: Content of the file, or an open file with it.
         partial: The temporary file, on the same disk. Default: beside the file, with ".partial" appended.
 
     Raises:
-        OSError: If it cannot be written; an existing file stays unchanged.
+        OSError: If it cannot be written; it names `path`, and an existing file stays unchanged.
     """
     partial = partial or path.with_name(f"{path.name}.partial")
     for folder in {path.parent, partial.parent}:
         folder.mkdir(parents=True, exist_ok=True)
+    partial.unlink(missing_ok=True)
     try:
-        with partial.open("wb") as file:
-            file.write(content)
+        with partial.open("xb") as file:  # a new file: never through a link that has this name
+            if isinstance(content, (bytes, memoryview)):
+                file.write(content)
+            else:
+                shutil.copyfileobj(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
+    except OSError as error:
         partial.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     _sync_folder(path.parent)
 
 
@@ -51,6 +56,37 @@ def write_tensors(path: Path, data: Any, partial: Optional[Path] = None) -> None
     buffer = io.BytesIO()
     torch.save(data, buffer)
     atomic_write(path, buffer.getbuffer(), partial)
+
+
+def link_or_copy(source: Path, path: Path) -> None:
+    """Give a file a second name on the same disk, or copy it to another one; existing files are replaced.
+
+    For files that are only ever replaced as a whole, as this module writes them: both names share the content.
+
+    Raises:
+        OSError: If it cannot be written; it names `path`.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(source, partial)
+    except OSError:  # another disk, or one without hard links
+        copy_file(source, path)
+        return
+    os.replace(partial, path)
+    partial.unlink(missing_ok=True)  # nothing is renamed if both were one file already
+    _sync_folder(path.parent)
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copy a file atomically.
+
+    Raises:
+        OSError: If it cannot be written; it names `path`.
+    """
+    with source.open("rb") as content:
+        atomic_write(path, content)
 
 
 def _sync_folder(folder: Path) -> None:

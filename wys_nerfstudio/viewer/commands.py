@@ -207,9 +207,10 @@ class CommandHandler:
         self.pipeline.editor().encode_text(instruction)
         on_top = command.name == ON_TOP
         mode: ApplyMode = "on top" if on_top else "instead"
+        captured = None if on_top else session.captured_scene()
         settings = self.pipeline.settings.current.as_dict()
         session.history.add(instruction, mode, settings, step + 1, session.snapshot(step))
-        session.apply(instruction, on_top, step)
+        session.apply(instruction, step, captured)
         self._applied_after = step
         self._trainer.set_total_steps(session.schedule.total_steps)
         return ""
@@ -231,9 +232,9 @@ class CommandHandler:
         session = self.session
         if self.was_reset:
             raise WysError("This is the captured scene already.")
-        settings = self.pipeline.settings.current
+        settings, captured = self.pipeline.settings.current, session.captured_scene()
         session.history.add(settings.instruction, "reset", settings.as_dict(), step + 1, session.snapshot(step))
-        session.reset(step)
+        session.reset(step, captured)
         self._trainer.set_total_steps(step + 1)
         return "This is the captured scene. Undo restores the edit, Apply begins another one."
 
