@@ -4,16 +4,20 @@ import dataclasses
 import importlib.metadata
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import tyro
 import yaml
 from conftest import run_wys, sentence_of
+from nerfstudio.configs import experiment_config
 from nerfstudio.configs.method_configs import AnnotatedBaseConfigUnion, all_methods
 from nerfstudio.plugins.types import MethodSpecification
 
+from wys_nerfstudio import trainer
 from wys_nerfstudio.cli import compare
 from wys_nerfstudio.model import RAYS_PER_CHUNK
 from wys_nerfstudio.pipeline import WysPipelineConfig
@@ -127,7 +131,7 @@ def test_every_option_has_a_docstring() -> None:
     import ast
     import inspect
 
-    from wys_nerfstudio import datamanager, model, pipeline, trainer
+    from wys_nerfstudio import datamanager, model, pipeline
 
     for module in (datamanager, model, pipeline, trainer):
         for node in ast.parse(inspect.getsource(module)).body:
@@ -209,6 +213,18 @@ def test_values_in_recipes_are_never_options(tmp_path: Path, monkeypatch) -> Non
     assert config.pipeline.instruction == "--output-dir=elsewhere" and config.output_dir == Path("outputs")
     recipe.write_text('instruction: x\nlogging.local-writer.stats-to-track: "--output-dir=elsewhere"\n')
     assert "or an invalid value" in refusal(monkeypatch, "wys", "--recipe", recipe)
+
+
+def test_runs_of_one_second_get_their_own_folders(tmp_path: Path, monkeypatch) -> None:
+    clock = SimpleNamespace(second=0)
+    moment = SimpleNamespace(now=lambda: datetime(2026, 1, 1, 12, 0, clock.second))
+    monkeypatch.setattr(experiment_config, "datetime", moment)
+    monkeypatch.setattr(trainer.time, "sleep", lambda _: setattr(clock, "second", clock.second + 1))
+    configs = [resolve(monkeypatch, "wys", "--instruction", "x", "--output-dir", tmp_path) for _ in range(3)]
+    assert [config.timestamp for config in configs] == [f"2026-01-01_12000{second}" for second in range(3)]
+    assert all(config.get_base_dir().is_dir() for config in configs)
+    named = resolve(monkeypatch, "wys", "--instruction", "x", "--output-dir", tmp_path, "--timestamp", "mine")
+    assert named.timestamp == "mine" and not named.get_base_dir().exists()
 
 
 def test_prompt_sets_the_instruction_and_conflicts_are_refused(monkeypatch) -> None:

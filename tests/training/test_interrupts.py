@@ -16,6 +16,7 @@ from typing import Any, Optional
 import pytest
 import torch
 from conftest import write_ring_scene
+from filelock import FileLock, Timeout
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from nerfstudio.scripts import eval as ns_eval
@@ -433,6 +434,18 @@ def test_a_truncated_checkpoint_is_replaced_by_the_previous_one(command, referen
     assert "could not be read" in message and "The previous one is used." in message and "Resuming at step 9" in message
 
 
+def test_a_run_has_one_writer_at_a_time(command, reference):
+    def start_again(trainer: WysTrainer) -> None:
+        with pytest.raises(Timeout):
+            FileLock(trainer.base_dir / "run.lock", timeout=0).acquire()
+        interrupt(trainer)
+
+    assert command(step=7, action=start_again) == 130
+    with FileLock(command.run / "run.lock"):
+        assert f'Another process is writing the run in "{command.run}"' in str(command("--load-dir", command.run))
+    assert_resume_matches(command, reference)
+
+
 def test_scenes_of_a_run_without_checkpoints_are_kept(command):
     assert command(step=7, action=interrupt) == 130
     shutil.rmtree(command.run / "nerfstudio_models")
@@ -483,7 +496,9 @@ def test_the_newest_snapshots_are_kept_and_shared(command, scene, editor_folder,
     assert command(kept, step=7, action=apply_thrice) is None
     assert snapshots(command) == ["002.ckpt", "003.ckpt"]
     set_total_steps = WysTrainer.set_total_steps
-    monkeypatch.setattr(WysTrainer, "set_total_steps", lambda trainer, steps, paused=False: set_total_steps(trainer, steps))
+    monkeypatch.setattr(
+        WysTrainer, "set_total_steps", lambda trainer, steps, paused=False: set_total_steps(trainer, steps)
+    )
     second = TrainCommand(scene, editor_folder, tmp_path / "second", monkeypatch)
     assert second(kept, "--load-dir", command.run, "--pipeline.edit-steps=7", step=16, action=undo_thrice) is None
     entries = json.loads((second.run / "wys" / "history.json").read_text())
