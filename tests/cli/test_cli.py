@@ -353,3 +353,14 @@ def test_a_command_out_of_memory_ends_with_a_sentence(tmp_path: Path, monkeypatc
     monkeypatch.setattr(compare, "compare_runs", run_out_of_memory)
     sentence = sentence_of(lambda: run_wys(monkeypatch, "compare", tmp_path))
     assert sentence == "wys: The GPU ran out of memory in this command: end other programs that use its memory."
+
+
+@pytest.mark.parametrize("command", ["demo-scene", "demo-pictures", "demo"])
+def test_demo_files_never_replace_those_of_a_folder(command: str, tmp_path: Path, monkeypatch) -> None:
+    photo = tmp_path / ("scene" if command == "demo" else "") / "images" / "frame_00001.png"
+    photo.parent.mkdir(parents=True)
+    photo.write_text("a photograph")
+    arguments = ["--output", tmp_path] if command == "demo" else [tmp_path]
+    sentence = sentence_of(lambda: run_wys(monkeypatch, command, *arguments))
+    assert f'The folder "{photo.parent.parent}" is not empty: give a new one.' in sentence
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [photo] and photo.read_text() == "a photograph"

@@ -13,7 +13,7 @@ class DemoScene:
     """Write a scene of the toy world in nerfstudio's format, with the ground truth of every edit."""
 
     output: tyro.conf.Positional[Path]
-    """Output folder."""
+    """Output folder, new or empty."""
     seed: int = 0
     """Seed of the scene; 0 is the scene of wys demo."""
     width: int = 80
@@ -25,8 +25,9 @@ class DemoScene:
 
     def main(self) -> None:
         """Write the scene."""
-        from wys_nerfstudio.demo.scene import write_demo_scene
+        from wys_nerfstudio.demo.scene import require_empty_folder, write_demo_scene
 
+        require_empty_folder(self.output)
         try:
             write_demo_scene(self.output, seed=self.seed, width=self.width, height=self.height, num_views=self.views)
         except ValueError as error:

@@ -8,11 +8,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import tyro
 from nerfstudio.cameras.camera_utils import focus_of_attention, viewmatrix
 from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.configs.method_configs import AnnotatedBaseConfigUnion
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.scripts import train as ns_train
 from nerfstudio.utils.eval_utils import eval_setup
@@ -21,7 +24,7 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
-from wys_nerfstudio.demo.scene import write_demo_scene
+from wys_nerfstudio.demo.scene import require_empty_folder, write_demo_scene
 from wys_nerfstudio.demo.score import load_captured_scene, render_views, score
 from wys_nerfstudio.evaluation.ground_truth import GroundTruth
 from wys_nerfstudio.pipeline import WysPipeline
@@ -48,11 +51,10 @@ def run_demo(output: Path, instruction: str, recipe: Path | None) -> None:
     scene = output / "scene"
     if not (scene / "transforms.json").is_file():
         CONSOLE.print("Rendering the demo scene ...")
+        require_empty_folder(scene)
         write_demo_scene(scene)
     options = ["--recipe", str(recipe)] if recipe else []
-    _train(["--data", str(scene), "--instruction", instruction, "--output-dir", str(output / "runs"), *options])
-    configs = (output / "runs").glob("*/wys-tiny/*/config.yml")
-    run = max(configs, key=lambda path: path.stat().st_mtime).parent
+    run = _train(["--data", str(scene), "--instruction", instruction, "--output-dir", str(output / "runs"), *options])
 
     # `eval_setup` can execute code in config.yml, which is safe here: the file has just been written.
     pipeline = eval_setup(run / "config.yml", test_mode="test")[1]
@@ -87,11 +89,13 @@ def run_demo(output: Path, instruction: str, recipe: Path | None) -> None:
     )
 
 
-def _train(options: Sequence[str]) -> None:
-    """Run `ns-train wys-tiny` in this process, which has already imported its dependencies."""
+def _train(options: Sequence[str]) -> Path:
+    """Run `ns-train wys-tiny` in this process, which has already imported its dependencies, and return the run's folder."""
     sys.argv = ["ns-train", "wys-tiny", *options, "--vis", "tensorboard"]
     CONSOLE.print(f"$ {shlex.join(sys.argv)}", soft_wrap=True, highlight=False, markup=False)
-    ns_train.entrypoint()
+    config: Any = tyro.cli(AnnotatedBaseConfigUnion)  # as ns-train's own entry point
+    ns_train.main(config)
+    return config.get_base_dir()
 
 
 def _scored_views(pipeline: WysPipeline) -> list[tuple[InputDataset, int]]:

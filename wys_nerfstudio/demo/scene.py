@@ -16,6 +16,7 @@ from torch import Tensor
 from wys_nerfstudio.demo.instructions import CAPTION, EDITS
 from wys_nerfstudio.demo.render import render_edits
 from wys_nerfstudio.demo.world import DEMO_SEEDS, Camera, Scene, look_at, sample_scenes
+from wys_nerfstudio.utils.errors import WysError
 
 GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))
 FIELD_OF_VIEW = 48.0
@@ -30,6 +31,16 @@ GROUND_TRUTH = (
 )  # fmt: skip
 """Slugs of the edits whose ground truth is written."""
 _CHUNK = 8
+
+
+def require_empty_folder(folder: Path) -> None:
+    """Refuse an output folder with files: a capture's images often have the names of the demo's.
+
+    Raises:
+        WysError: If the folder is not empty.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise WysError(f'The folder "{folder}" is not empty: give a new one.')
 
 
 def demo_cameras(scene: Scene, num_views: int, width: int, height: int) -> Camera:
