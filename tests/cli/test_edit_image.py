@@ -1,6 +1,7 @@
 """`wys edit-image` from the command line: output files, and refusals before the editor is loaded."""
 
 import json
+import os
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_pixels_outside_the_mask_are_bit_exact(tmp_path, monkeypatch, capsys, qu
     )
     assert np.array_equal(read_pixels(source), pixels)
     output = capsys.readouterr().out
-    assert "in.png (1 of 1)" in output and "3/3" in output and "out.png" in output
+    assert "in.png (1 of 1)" in output and "5/5" in output and "out.png" in output
 
 
 def test_a_rotated_jpeg_is_edited_upright(tmp_path, monkeypatch, quick):
@@ -94,6 +95,45 @@ def test_a_given_mask_is_used(tmp_path, monkeypatch, quick):
     run(monkeypatch, source, INSTRUCTION, "-o", tmp_path / "out.png", "--mask", mask_file, *quick)
     assert np.array_equal(read_pixels(tmp_path / "out_mask.png"), mask)
     assert np.array_equal(read_pixels(tmp_path / "out.png")[mask == 0], pixels[mask == 0])
+
+
+@pytest.mark.parametrize("link", [None, os.symlink, os.link])
+def test_outputs_do_not_overwrite_what_is_read(tmp_path, monkeypatch, quick, editor_folder, link):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "load_editor", lambda *_: pytest.fail("the editor was loaded"))
+    save(Path("in.png"), noise(24, 32, 3))
+    save(Path("panda_mask.png"), np.full((24, 32), 255, np.uint8))
+    read = {"panda_mask.png": "panda.png", "in.png": "in.png", str(editor_folder / "model_index.json"): None}
+    for number, (file, own_name) in enumerate(read.items()):
+        if link is not None:
+            link(Path(file).absolute(), f"{number}_side_by_side.png")
+        output = own_name if link is None else f"{number}.png"
+        if output is not None:
+            before = Path(file).read_bytes()
+            arguments = ("in.png", INSTRUCTION, "-o", output, "--mask", "panda_mask.png", *quick)
+            assert "would overwrite" in refusal(monkeypatch, *arguments)
+            assert Path(file).read_bytes() == before
+
+
+def test_temporary_files_do_not_overwrite_inputs(tmp_path, monkeypatch, quick):
+    source = save(tmp_path / "in.png", noise(24, 32, 3)).rename(tmp_path / "out.png.partial")
+    assert "would overwrite" in refusal(monkeypatch, source, INSTRUCTION, "-o", tmp_path / "out.png", *quick)
+
+
+def test_replaced_files_are_named(tmp_path, monkeypatch, capsys, quick):
+    source, mask = save(tmp_path / "in.png", noise(24, 32, 3)), save(tmp_path / "x_mask.png", noise(24, 32, 3))
+    arguments = (source, INSTRUCTION, "-o", f"{tmp_path}/x.png", *quick)
+    run(monkeypatch, *arguments)
+    assert capsys.readouterr().out.endswith(f"Replaced {mask}.\n")
+    run(monkeypatch, *arguments)
+    replaced = ", ".join(f"{tmp_path}/x{extra}.png" for extra in ("", *EXTRAS))
+    assert capsys.readouterr().out.endswith(f"Replaced {replaced}.\n")
+
+
+def test_a_trailing_separator_names_a_folder(tmp_path, monkeypatch, quick):
+    source = save(tmp_path / "in.jpg", noise(24, 32, 3))
+    run(monkeypatch, source, INSTRUCTION, "-o", f"{tmp_path}/new/folder/", *quick)
+    assert (tmp_path / "new" / "folder" / "in.png").is_file()
 
 
 def test_a_folder_is_edited_like_its_images(tmp_path, monkeypatch, quick, editor_folder):
@@ -121,7 +161,7 @@ def test_the_editors_precision_is_used(tmp_path, monkeypatch, quick, editor_fold
     expected = (edit.edited * 255).round().numpy().astype(np.uint8)
     assert np.array_equal(read_pixels(tmp_path / "out.png"), expected)
     with Image.open(tmp_path / "out.png") as written:
-        assert json.loads(written.text["wys-nerfstudio"])["editor_dtype"] == "bfloat16"  # type: ignore
+        assert json.loads(written.text["wys-nerfstudio"])[-1]["editor_dtype"] == "bfloat16"  # type: ignore
 
 
 def test_equal_seeds_give_equal_edits(tmp_path, monkeypatch, quick):
@@ -144,7 +184,7 @@ def test_side_by_side_sheets_of_large_images_are_reduced(tmp_path, monkeypatch, 
     source = save(tmp_path / "in.png", noise(300, 1200, 3))
     run(monkeypatch, source, INSTRUCTION, "-o", tmp_path / "out.png", *quick)
     with Image.open(tmp_path / "out_side_by_side.png") as sheet:
-        assert sheet.width < 4 * 520 < 4 * 1200
+        assert sheet.width < 5 * 520 < 5 * 1200
 
 
 def test_the_python_example_in_the_readme_runs(tmp_path, monkeypatch, editor_folder):
@@ -175,6 +215,10 @@ def test_the_python_example_in_the_readme_runs(tmp_path, monkeypatch, editor_fol
         (["in.png", "b.png", INSTRUCTION], "give -o a folder"),
         (["in.png", INSTRUCTION, "-o", "in.png"], "would overwrite"),
         (["in.png", INSTRUCTION, "-o", "text.png/out.png"], "cannot be created"),
+        (["in.png", INSTRUCTION, "-o", "text.png/"], "cannot be created"),
+        (["in.png", INSTRUCTION, "-o", f"{'o' * 253}.png"], "cannot be written (File name too long)"),
+        ([f"{'i' * 300}.png", INSTRUCTION], "There is no image"),
+        (["in.png", INSTRUCTION, "-o", "empty.png"], '"empty_mask.png" is a folder'),
         (["in.png", INSTRUCTION, "--device", "cuda:9"], '"cuda:9" is not available'),
         (["in.png", INSTRUCTION, "--device", "cuda:one"], '"cuda:one" is not available'),
         (["in.png", INSTRUCTION, "--device", "gpu"], 'The device "gpu" is not supported: --device takes cpu or cuda.'),
@@ -189,6 +233,7 @@ def test_invalid_arguments_are_refused_without_an_editor(tmp_path, monkeypatch, 
     save(Path("small.png"), noise(10, 10, 3))
     Path("text.png").write_text("not an image")
     Path("empty").mkdir()
+    Path("empty_mask.png").mkdir()
     before = sorted(tmp_path.rglob("*"))
     output = [] if {"-o", "--output"} & set(arguments) else ["-o", "out.png"]
     assert message in refusal(monkeypatch, *arguments, *output)
@@ -221,7 +266,7 @@ def test_edited_files_contain_their_provenance(tmp_path, monkeypatch, quick, edi
             texts = written.text  # type: ignore
         assert texts["Software"] == f"wys-nerfstudio {__version__}"
         assert texts["Description"] == f'edited with wys-nerfstudio {__version__}: "{instruction}"'
-        metadata = json.loads(texts["wys-nerfstudio"])
+        (metadata,) = json.loads(texts["wys-nerfstudio"])
         assert metadata["instruction"] == instruction
         assert metadata["editor"] == editor_folder.name, "only the name of a folder may be published"
         settings = command.EditSettings(diffusion_steps=2)
