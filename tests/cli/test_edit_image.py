@@ -3,7 +3,7 @@
 import json
 import os
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,14 @@ from conftest import run_wys, sentence_of
 from emulated_gpu import emulated_gpu
 from pages import PAGES, blocks
 from PIL import Image
+from profiled import peak_bytes
 
 from wys_nerfstudio import __version__
 from wys_nerfstudio.cli import edit_image as command
 from wys_nerfstudio.editing import edit_image, load_editor
 from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor
-from wys_nerfstudio.utils.image_io import read_image
+from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.image_io import ImageFile, read_image
 
 INSTRUCTION = "turn the bear into a panda"
 EXTRAS = ("_relevance", "_mask", "_side_by_side")
@@ -278,6 +280,111 @@ def test_edited_files_contain_their_provenance(tmp_path, monkeypatch, quick, edi
             "seed": 7,
             "mask": "own.png",
         }
+
+
+def test_all_written_files_have_their_provenance(tmp_path, monkeypatch, quick):
+    source = save(tmp_path / "in.png", noise(24, 40, 3))
+    run(monkeypatch, source, INSTRUCTION, "-o", tmp_path / "out.png", *quick)
+    for extra in ("", *EXTRAS):
+        with Image.open(tmp_path / f"out{extra}.png") as written:
+            assert written.info["Software"] == f"wys-nerfstudio {__version__}"
+            assert INSTRUCTION in written.info["Description"]
+
+
+def test_consecutive_edits_keep_all_instructions(tmp_path, monkeypatch, quick):
+    save(tmp_path / "0.png", noise(24, 40, 3))
+    for number, instruction in enumerate(("make it red", "make it blue")):
+        run(monkeypatch, tmp_path / f"{number}.png", instruction, "-o", tmp_path / f"{number + 1}.png", *quick)
+    for name in ("2.png", "2_side_by_side.png"):
+        with Image.open(tmp_path / name) as written:
+            edits = json.loads(written.info["wys-nerfstudio"])
+            assert [edit["instruction"] for edit in edits] == ["make it red", "make it blue"]
+
+
+def test_unreadable_images_of_a_folder_are_reported(tmp_path, monkeypatch, capsys, quick):
+    folder = tmp_path / "in"
+    save(folder / "a.png", noise(24, 32, 3))
+    save(folder / "c.bmp", noise(24, 32, 3, seed=1))
+    (folder / "b.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (folder / "d.png").write_text("damaged")
+    sentence = refusal(monkeypatch, folder, INSTRUCTION, "-o", tmp_path / "out", *quick)
+    assert sentence == f"wys: 2 of 4 images could not be edited: {folder}/b.heic, {folder}/d.png."
+    errors = capsys.readouterr().err
+    assert 'b.heic" is a HEIC image' in errors and 'd.png" cannot be read' in errors
+    assert {file.name for file in (tmp_path / "out").iterdir()} >= {"a.png", "c.png"}
+
+
+def test_images_whose_edit_fails_do_not_end_the_others(tmp_path, monkeypatch, quick):
+    folder, edit = tmp_path / "in", command.edit_image
+    save(folder / "a.png", np.zeros((24, 32, 3), np.uint8))
+    save(folder / "b.png", noise(24, 32, 3))
+
+    def fail_for_black(editor, image, *arguments, **options):
+        if not image.any():
+            raise WysError("The editor failed.")
+        return edit(editor, image, *arguments, **options)
+
+    monkeypatch.setattr(command, "edit_image", fail_for_black)
+    sentence = refusal(monkeypatch, folder, INSTRUCTION, "-o", tmp_path / "out", *quick)
+    assert sentence == f"wys: 1 of 2 images could not be edited: {folder}/a.png."
+    assert (tmp_path / "out" / "b.png").is_file() and not (tmp_path / "out" / "a.png").exists()
+
+
+def test_a_full_disk_ends_with_a_sentence(tmp_path, monkeypatch, quick):
+    def fill(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    source = save(tmp_path / "in.png", noise(24, 32, 3))
+    monkeypatch.setattr(command, "write_image", fill)
+    sentence = refusal(monkeypatch, source, INSTRUCTION, "-o", tmp_path / "out.png", *quick)
+    assert 'out.png" could not be written (No space left on device)' in sentence
+
+
+def test_more_steps_than_noise_levels_are_refused(tmp_path, monkeypatch, quick):
+    source = save(tmp_path / "in.png", noise(24, 32, 3))
+    options = (*quick, "--diffusion-steps", 5000)
+    sentence = refusal(monkeypatch, source, INSTRUCTION, "-o", tmp_path / "out.png", *options)
+    assert "has 999 noise levels" in sentence and "must be at most 999, not 5000" in sentence
+
+
+def test_results_that_are_not_finite_leave_files_unchanged(tmp_path, monkeypatch, quick):
+    source, output = save(tmp_path / "in.png", noise(24, 32, 3)), save(tmp_path / "out.png", noise(24, 32, 3, seed=1))
+    before = output.read_bytes()
+    sentence = refusal(monkeypatch, source, INSTRUCTION, "-o", output, *quick, "--guidance-scale", 1e38)
+    assert "became NaN or Inf" in sentence and output.read_bytes() == before
+
+
+def test_side_by_side_sheets_show_plain_instruct_pix2pix(tmp_path, editor_folder):
+    source = read_image(save(tmp_path / "in.png", noise(32, 32, 3)))
+    settings = command.EditSettings(diffusion_steps=2)
+    editor = load_editor(str(editor_folder))
+    edit = edit_image(editor, source.rgb, INSTRUCTION, settings, with_unmasked=True)
+    plain = edit_image(editor, source.rgb, INSTRUCTION, replace(settings, mask_threshold=0.0)).edited
+    assert edit.mask.any() and not edit.mask.all() and edit.unmasked is not None
+    assert torch.equal(edit.unmasked, plain)
+    sheet = np.array(command.side_by_side(source, edit, "in.png"))
+    cell = sheet[18 : 18 + 160, 4 + 3 * 164 : 4 + 3 * 164 + 160]
+    assert np.array_equal(cell[::5, ::5], (plain * 255).round().numpy().astype(np.uint8))
+    assert edit_image(editor, source.rgb, INSTRUCTION, settings).unmasked is None
+
+
+def test_8_bit_images_are_edited_like_floats(tmp_path, editor_folder):
+    source = read_image(save(tmp_path / "in.png", noise(33, 47, 3)))
+    editor, settings = load_editor(str(editor_folder)), command.EditSettings(diffusion_steps=2)
+    bytes_, floats = (edit_image(editor, image, INSTRUCTION, settings) for image in (source.pixels, source.rgb))
+    assert bytes_.edited.dtype == torch.uint8
+    assert torch.equal(bytes_.edited, (floats.edited * 255).round().to(torch.uint8))
+
+
+def test_large_images_take_few_bytes_per_pixel(tmp_path, editor_folder):
+    pixels = torch.from_numpy(noise(1500, 2000, 3))
+    editor, settings = load_editor(str(editor_folder)), command.EditSettings(diffusion_steps=1)
+    image = ImageFile(pixels)
+
+    def edit() -> None:
+        command.side_by_side(image, edit_image(editor, pixels, INSTRUCTION, settings, with_unmasked=True), "in.png")
+
+    assert peak_bytes(edit) < 22 * pixels.shape[0] * pixels.shape[1]
 
 
 @pytest.mark.parametrize(

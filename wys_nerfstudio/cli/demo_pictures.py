@@ -8,7 +8,8 @@ import tyro
 
 @dataclass
 class DemoPictures:
-    """Write held-out images of the toy world, and list.csv with one edit of each for wys sweep."""
+    """Write held-out images of the toy world, and list.csv with one edit of each for wys sweep; existing ones are
+    replaced."""
 
     output: tyro.conf.Positional[Path]
     """Output folder."""
@@ -19,7 +20,10 @@ class DemoPictures:
         """Write the images."""
         from wys_nerfstudio.demo.images import write_demo_images
 
+        replaced = (self.output / "list.csv").exists()
         print(
             f"Wrote {self.count} images. To edit them: wys sweep {write_demo_images(self.output, self.count)} -o OUT "
             "--editor embedded --clip embedded"
         )
+        if replaced:
+            print(f"Replaced the earlier list.csv and its images in {self.output}.")

@@ -78,9 +78,7 @@ def load(
             f'The UNet of the editor "{name}" is not one of SDXL: its addition_embed_type is {kind}, not text_time.'
         )
     with loading_errors(name, source):
-        encoder = load_text_encoder(
-            name, source, "text_encoder_2", CLIPTextModelWithProjection, dtype, use_safetensors
-        )
+        encoder = load_text_encoder(name, source, "text_encoder_2", CLIPTextModelWithProjection, dtype, use_safetensors)
         tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer_2")
         index = read_json(source, INDEX) or {}
     if dtype == torch.float16 and editor.vae.config.force_upcast:

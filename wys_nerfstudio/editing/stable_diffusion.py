@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Optional
 
@@ -364,23 +365,21 @@ def without_tf32() -> Iterator[None]:
 
 
 def known_punctuation(text: str, vocabulary: Container[str]) -> str:
-    """Reduce each run of punctuation to its first mark, or to a space if that is not in a vocabulary of whole words.
+    """Reduce each run of punctuation to its first mark in a vocabulary of whole words, or to a space if there is none.
 
     Args:
         text: An instruction; apostrophes within words are kept.
         vocabulary: Tokens of a tokenizer; words end with "</w>".
     """
-    result, run = [], False
-    for i, mark in enumerate(text):
-        is_mark = unicodedata.category(mark).startswith("P") and not (
-            mark == "'" and text[i - 1 : i].isalpha() and text[i + 1 : i + 2].isalpha()
-        )
-        if not is_mark:
-            result.append(mark)
-        elif not run:
-            result.append(mark if f"{mark}</w>" in vocabulary else " ")
-        run = is_mark
-    return "".join(result)
+
+    def is_mark(i: int) -> bool:
+        within_word = text[i] == "'" and text[i - 1 : i].isalpha() and text[i + 1 : i + 2].isalpha()
+        return unicodedata.category(text[i]).startswith("P") and not within_word
+
+    parts = [(marks, "".join(text[i] for i in group)) for marks, group in groupby(range(len(text)), is_mark)]
+    return "".join(
+        next((mark for mark in part if f"{mark}</w>" in vocabulary), " ") if marks else part for marks, part in parts
+    )
 
 
 def timesteps(start: int, full_steps: int, num_train_timesteps: int) -> list[int]:
@@ -446,12 +445,12 @@ def load_common_parts(
     from transformers import CLIPTextModel, CLIPTokenizer
 
     with loading_errors(name, source):
+        scheduler = load_scheduler(name, source)
         weights: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": use_safetensors}
         unet = load_network(name, source, "unet", UNet2DConditionModel, **weights)
         vae = load_network(name, source, "vae", AutoencoderKL, **weights)
         text_encoder = load_text_encoder(name, source, "text_encoder", CLIPTextModel, dtype, use_safetensors)
         tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
-        scheduler = load_scheduler(name, source)
         check_networks(name, unet, vae, text_encoder, tokenizer)
         vae.enable_slicing()  # image by image: in float32, eight of 512x512 pixels would take 5 GB
         for network in (unet, vae, text_encoder):
@@ -639,7 +638,9 @@ def check_computes(editor: StableDiffusionEditor, source: str) -> None:
         results = {"vae": [encoding.latents, editor.decode(encoding.latents)], "unet": predictions}
         for part, values in results.items():
             if not all(bool(value.isfinite().all()) for value in values):
-                raise WysError(f'The {part} of the editor "{editor.name}" computes NaN or Inf: its weights are damaged.')
+                raise WysError(
+                    f'The {part} of the editor "{editor.name}" computes NaN or Inf: its weights are damaged.'
+                )
 
 
 def read_json(source: str, file: str) -> "Optional[dict[str, Any]]":
@@ -662,7 +663,10 @@ def read_json(source: str, file: str) -> "Optional[dict[str, Any]]":
             return None  # if the repository is unreachable, its parts are, too
     if not path.is_file():
         return None
-    content = json.loads(path.read_text("utf8"))
+    try:
+        content = json.loads(path.read_text("utf8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} is not a JSON object")
     return content

@@ -103,10 +103,12 @@ def load_clip(name: str, device: "str | torch.device" = "cpu") -> ClipEncoder:
                 use_safetensors=True,
                 dtype=torch.float32,
                 attn_implementation="sdpa",
+                ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-        if info["missing_keys"]:
-            raise ValueError(f"its weights lack {min(info['missing_keys'])}")
+        unset = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+        if unset:
+            raise ValueError(f"its weights lack {min(unset)} or have another size")
         tokenizer = CLIPTokenizer.from_pretrained(source)
     except Exception as error:  # broken configs and weights raise errors of many kinds
         if is_memory_error(error):

@@ -18,7 +18,7 @@ def local_if_offline(source: str, kind: str) -> str:
     Raises:
         WysError: If it is neither downloaded nor reachable.
     """
-    if Path(source).is_dir() or _reachable():
+    if Path(source).is_dir() or source.startswith((".", "/", "~")) or _reachable():
         return source
     from huggingface_hub import snapshot_download
 
