@@ -384,7 +384,7 @@ def test_large_images_take_few_bytes_per_pixel(tmp_path, editor_folder):
     def edit() -> None:
         command.side_by_side(image, edit_image(editor, pixels, INSTRUCTION, settings, with_unmasked=True), "in.png")
 
-    assert peak_bytes(edit) < 22 * pixels.shape[0] * pixels.shape[1]
+    assert peak_bytes(edit) < 30 * pixels.shape[0] * pixels.shape[1]
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from wys_nerfstudio.utils.image_io import (
     write_image,
 )
 from wys_nerfstudio.utils.memory_errors import convert_memory_errors, is_memory_error
-from wys_nerfstudio.utils.visualization import PngMetadata, apply_colormap, contact_sheet, save_png, write_png
+from wys_nerfstudio.utils.visualization import PngMetadata, apply_colormap, contact_sheet, save_png, to_float, write_png
 
 _SHEET_LONG_SIDE = 512
 
@@ -304,14 +304,14 @@ def side_by_side(image: ImageFile, edit: ImageEditOutput, name: str) -> Image.Im
     size = max(1, round(height * scale)), max(1, round(width * scale))
 
     def reduced(cell: torch.Tensor) -> torch.Tensor:
-        return resize_images(cell[None], *size)[0]
+        return resize_images(to_float(cell)[None], *size)[0]
 
     cells = {
-        "captured": reduced(image.rgb),
+        "captured": reduced(image.pixels),
         "relevance": apply_colormap(reduced(edit.relevance[..., None])[..., 0]),
         "mask": reduced(edit.mask[..., None].float()).expand(-1, -1, 3),
         "InstructPix2Pix": None if edit.unmasked is None else reduced(edit.unmasked),
-        "edited": reduced(ImageFile(edit.edited).rgb),
+        "edited": reduced(edit.edited),
     }
     shown = {title: cell for title, cell in cells.items() if cell is not None}
     return contact_sheet(list(shown), [(name, list(shown.values()))], min_height=160 if scale == 1 else 1)

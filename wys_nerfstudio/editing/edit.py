@@ -27,6 +27,7 @@ from wys_nerfstudio.editing.sampling import (
 )
 from wys_nerfstudio.editing.sds import sds_optimize
 from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.visualization import to_float
 
 WITH_AND_WITHOUT_TEXT = (Branch(text=True, image=True, scale=1.0), Branch(text=False, image=True, scale=1.0))
 """The two branches whose difference is the relevance; their scales are unused."""
@@ -379,7 +380,7 @@ def _encode(editor: Editor, images: Tensor, resolution: Optional[int]) -> ImageE
     """Encode images at the editing size."""
     size = editor.editing_size(images.shape[1], images.shape[2], resolution or editor.native_resolution)
     images = images.to(editor.device)
-    return editor.encode(resize_images(images if images.is_floating_point() else images.float().div_(255), *size))
+    return editor.encode(resize_images(to_float(images), *size))
 
 
 def _latent_mask(mask: Tensor, latents: Tensor) -> Optional[Tensor]:

@@ -91,10 +91,10 @@ def load_clip(name: str, device: "str | torch.device" = "cpu") -> ClipEncoder:
     Raises:
         WysError: If the model cannot be loaded.
     """
-    from transformers import CLIPModel, CLIPTokenizer
-
     source = str(Path(__file__).parent.parent / "demo" / "clip") if name == EMBEDDED else name
     source = local_if_offline(source, "CLIP model")
+    from transformers import CLIPModel, CLIPTokenizer
+
     try:
         with no_progress_bar_for_local_files(source):
             # The config's own implementation of attention may be one that transformers downloads as code.

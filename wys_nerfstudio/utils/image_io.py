@@ -19,7 +19,7 @@ from torch import Tensor
 
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.memory_errors import is_memory_error
-from wys_nerfstudio.utils.visualization import SOFTWARE, PngMetadata, save_png, to_uint8
+from wys_nerfstudio.utils.visualization import SOFTWARE, PngMetadata, save_png, to_float, to_uint8
 
 READABLE = ".png .jpg .jpeg .jfif .webp .bmp .tif .tiff .gif .avif .heic .heif".split()
 """Suffixes of the formats that are read."""
@@ -67,7 +67,7 @@ class ImageFile:
     @property
     def rgb(self) -> Float[Tensor, "h w 3"]:
         """Pixels divided by 255."""
-        return self.pixels.float().div_(255)
+        return to_float(self.pixels)
 
     @property
     def size(self) -> tuple[int, int]:

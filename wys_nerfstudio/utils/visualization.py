@@ -45,6 +45,11 @@ def to_uint8(image: Tensor) -> np.ndarray:
     return image.detach().clamp(0, 1).mul_(255).round_().to(torch.uint8).cpu().numpy()
 
 
+def to_float(image: Tensor) -> Tensor:
+    """Convert 8-bit values to floats in [0, 1]; keep floats."""
+    return image if image.is_floating_point() else image.float().div_(255)
+
+
 def write_png(path: Path, image: Tensor, description: str = "") -> None:
     """Write an image (h, w), (h, w, 1) or (h, w, 3) in [0, 1] atomically as an 8-bit PNG.
 
