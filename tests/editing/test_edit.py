@@ -229,7 +229,7 @@ def test_v_predictions_without_signal_equal_diffusers_ddim(velocity_editor):
     editor = replace(velocity_editor, alphas_cumprod=scheduler.alphas_cumprod, final_alpha=final)
     levels = [editor._levels[time] for time in (*scheduler.timesteps, -1)]
     predict = editor.predictor(editor.encode(smooth_images(1)).condition, INSTRUCTION, WITH_AND_WITHOUT_TEXT[:1])
-    noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = noise
     for time, level in zip(scheduler.timesteps, levels):
         expected = scheduler.step(predict(expected, level)[0], time, expected).prev_sample
