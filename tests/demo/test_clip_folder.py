@@ -99,6 +99,13 @@ def test_training_reduces_the_loss(images: np.ndarray, tmp_path: Path, monkeypat
     assert sum(losses[-4:]) < sum(losses[:4]) - 0.3
 
 
+def test_demo_pictures_names_what_it_replaces(tmp_path: Path, monkeypatch, capsys) -> None:
+    for replaced in (False, True):
+        run_wys(monkeypatch, "demo-pictures", tmp_path, "--count", 1)
+        message = f"Replaced the earlier list.csv and its images in {tmp_path}."
+        assert (message in capsys.readouterr().out) == replaced
+
+
 def test_demo_pictures_writes_images_and_a_list_of_edits(tmp_path: Path, monkeypatch) -> None:
     run_wys(monkeypatch, "demo-pictures", tmp_path, "--count", 3)
     with (tmp_path / "list.csv").open() as file:

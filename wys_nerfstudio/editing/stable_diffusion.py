@@ -639,7 +639,8 @@ def check_computes(editor: StableDiffusionEditor, source: str) -> None:
         for part, values in results.items():
             if not all(bool(value.isfinite().all()) for value in values):
                 raise WysError(
-                    f'The {part} of the editor "{editor.name}" computes NaN or Inf: its weights are damaged.'
+                    f'The {part} of the editor "{editor.name}" computes NaN or Inf: its weights are damaged, or need '
+                    "--editor-dtype float32."
                 )
 
 

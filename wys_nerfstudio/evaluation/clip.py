@@ -98,7 +98,7 @@ def load_clip(name: str, device: "str | torch.device" = "cpu") -> ClipEncoder:
     try:
         with no_progress_bar_for_local_files(source):
             # The config's own implementation of attention may be one that transformers downloads as code.
-            model, info = CLIPModel.from_pretrained(
+            loaded: Any = CLIPModel.from_pretrained(
                 source,
                 use_safetensors=True,
                 dtype=torch.float32,
@@ -106,6 +106,7 @@ def load_clip(name: str, device: "str | torch.device" = "cpu") -> ClipEncoder:
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
+        model, info = loaded
         unset = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
         if unset:
             raise ValueError(f"its weights lack {min(unset)} or have another size")
