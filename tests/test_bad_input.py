@@ -313,6 +313,8 @@ OPTIONS = [
          r"The instruction has \d+ tokens, but the text encoder of .* takes at most 40: shorten it"),
     case("unknown words for the embedded editor", lambda c: (setattr(c, "editor", "embedded"),
          setattr(c, "instruction", "снег")) and None, "has words that the editor .embedded. was not trained on"),
+    case("more steps than noise levels", lambda c: ["--pipeline.diffusion-steps", "5000"],
+         "has 999 noise levels: .*--pipeline.diffusion-steps. must be at most 999, not 5000"),
     case("prompt and instruction", lambda c: ["--prompt", "make it red"], "--prompt and --instruction are the same option"),
 ]  # fmt: skip
 

@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from wys_nerfstudio.training.checkpoint import find_checkpoint, read_checkpoint, register_safe_globals
 from wys_nerfstudio.training.run_state import SETTINGS_KEY
+from wys_nerfstudio.utils.visualization import SOFTWARE
 
 register_safe_globals()
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("torch_home")]
@@ -99,6 +100,14 @@ def test_a_finished_run_has_all_its_files(finished_run: Path) -> None:
     events.Reload()
     (tag,) = [tag for tag in events.Tags()["images"] if tag.startswith("Edit (captured")]
     assert len(events.Images(tag)) == 5 and events.Images(tag)[0].width == 5 * 40
+
+
+def test_all_images_of_a_run_have_their_provenance(finished_run: Path) -> None:
+    images = list((finished_run / "wys").rglob("*.png"))
+    assert {image.parent.name for image in images} == {"edits", "masks", "relevance", "wys"}
+    for path in images:
+        with Image.open(path) as image:
+            assert image.info["Software"] == SOFTWARE and "view" in image.info["Description"]
 
 
 def test_edited_views_equal_the_captured_ones_outside_masks(finished_run: Path, ring_scene: Path) -> None:
@@ -211,8 +220,9 @@ def test_compare_tabulates_several_runs(finished_run: Path, tmp_path: Path, monk
     run_wys(monkeypatch, "compare", finished_run, again, "-o", tmp_path / "out")
     results = list(json.loads((tmp_path / "out" / "comparison.json").read_text())["metrics"].values())
     assert len(results) == 2 and results[0] == results[1] and results[0]["edit_psnr"] > 0
-    for image in ("contact_sheet.png", "chart.png", "relevance_A.png", "relevance_B.png"):
-        assert Image.open(tmp_path / "out" / image).width > 300
+    for name in ("contact_sheet.png", "chart.png", "relevance_A.png", "relevance_B.png"):
+        with Image.open(tmp_path / "out" / name) as image:
+            assert image.width > 300 and image.info["Software"] == SOFTWARE and "edited" in image.info["Description"]
 
 
 def test_compare_shows_the_relevance_field_of_a_single_run(finished_run: Path, tmp_path: Path, monkeypatch) -> None:

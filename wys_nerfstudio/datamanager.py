@@ -40,7 +40,7 @@ from wys_nerfstudio.utils.data_checks import check_image
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.log_filters import ignore_warnings
 from wys_nerfstudio.utils.memory_errors import is_memory_error
-from wys_nerfstudio.utils.visualization import apply_colormap, save_png, to_uint8, write_png
+from wys_nerfstudio.utils.visualization import SOFTWARE, apply_colormap, save_png, to_uint8, write_png
 
 REFERENCE_VIEWS = "reference"
 """Folder, beside the edited views, of the views that edits are conditioned on, if these are not the captured ones."""
@@ -270,7 +270,8 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             main_process_only(save_maps)(folder, request, self.view_names, raw)
         maps = relevance.normalize(raw, normalization, outlier_factor)
         for name, view_map in zip(self.view_names, maps):
-            main_process_only(write_png)(folder / f"{name}.png", self._as_colors(view_map))
+            about = f'relevance map of view {name}: "{request.instruction}"'
+            main_process_only(write_png)(folder / f"{name}.png", self._as_colors(view_map), about)
         self.set_relevance(maps, relevance.normalize(raw, normalization, outlier_factor=None))
 
     def _as_colors(self, view_map: Float[Tensor, "mh mw"]) -> Float[Tensor, "h w 3"]:
@@ -444,7 +445,8 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         for name, image in images.items():
             content = hashlib.sha256(image.numpy().data).digest()
             if written.get(name) != content:
-                save_png(folder / f"{name}.png", Image.fromarray(image.numpy()))
+                about = f"view {name} of a scene edited with {SOFTWARE}"
+                save_png(folder / f"{name}.png", Image.fromarray(image.numpy()), about)
                 written[name] = content
         for name in {*self.view_names} - images.keys():
             (folder / f"{name}.png").unlink(missing_ok=True)

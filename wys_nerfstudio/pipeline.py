@@ -327,6 +327,7 @@ class WysPipeline(VanillaPipeline):
         """Load editor and LPIPS once, so that nothing turns out to be missing half an hour later."""
         config, data = self.config, self.datamanager
         self.editor().encode_text(self.settings.current.instruction)
+        self.editor().noise_levels(1.0, config.diffusion_steps)
         if config.model.lpips_loss_mult > 0:
             self.scene_model.perceptual_distance()
             data.check_patches()

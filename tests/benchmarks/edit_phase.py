@@ -81,7 +81,7 @@ def watch_parts(trainer: WysTrainer, stopwatch: Stopwatch) -> None:
     stopwatch.watch(trainer.optimizers, "optimizer_scaler_step_some", "optimizers")
     stopwatch.watch(pipeline.session.edit_loop, "edit", "the rest of the edit: masks, files")
     stopwatch.watch(pipeline.session.edit_loop, "prepare_edit", "render of the view")
-    stopwatch.watch(editor, "predict_noise", "UNet")
+    stopwatch.watch(editor, "predict", "UNet")
     stopwatch.watch(editor, "encode", "VAE")
     stopwatch.watch(editor, "decode", "VAE")
 

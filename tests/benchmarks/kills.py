@@ -101,7 +101,7 @@ class EventLog:
             os.fsync,
             os.replace,
             WysTrainer.train_iteration,
-            StableDiffusionEditor.predict_noise,
+            StableDiffusionEditor.predict,
         )
         enter = EditSession.enter_phase
 
@@ -135,7 +135,7 @@ class EventLog:
             return predict(editor, *arguments, **named)
 
         os.fsync, os.replace = watched_fsync, watched_replace  # type: ignore
-        WysTrainer.train_iteration, StableDiffusionEditor.predict_noise = watched_iteration, watched_predict  # type: ignore
+        WysTrainer.train_iteration, StableDiffusionEditor.predict = watched_iteration, watched_predict  # type: ignore
         EditSession.enter_phase = watched_enter  # type: ignore
 
 

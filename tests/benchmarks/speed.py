@@ -125,7 +125,7 @@ def slow_noise(
     conditions = torch.cat([condition, condition, torch.zeros_like(condition)])
     cuda = editor.device.type == "cuda"
     with torch.autocast("cuda", torch.float16) if cuda else nullcontext():
-        return editor.predict_noise(latents.repeat(3, 1, 1, 1), level, conditions, states).float().chunk(3)
+        return editor.predict(latents.repeat(3, 1, 1, 1), level, conditions, states).float().chunk(3)
 
 
 def level_at(editor: StableDiffusionEditor, timestep: int) -> NoiseLevel:
@@ -422,7 +422,7 @@ def unet_flops(editor: StableDiffusionEditor, images: Float[Tensor, "b h w 3"]) 
     """Return the number of floating-point operations of the UNet for one branch of one view."""
     encoding = editor.encode(images[:1])
     with FlopCounterMode(display=False) as counter:
-        editor.predict_noise(encoding.latents, editor.noise_level(0.5), encoding.condition, editor.encode_text(""))
+        editor.predict(encoding.latents, editor.noise_level(0.5), encoding.condition, editor.encode_text(""))
     return float(counter.get_total_flops())
 
 
@@ -431,7 +431,7 @@ def compile_unet(editor: StableDiffusionEditor, images: Float[Tensor, "b h w 3"]
     editor.unet = torch.compile(editor.unet)
     started = time.perf_counter()
     latents = editor.encode(images[: options.batch]).latents.repeat(3, 1, 1, 1)
-    editor.predict_noise(latents, editor.noise_level(0.5), latents, editor.encode_text("").expand(len(latents), -1, -1))
+    editor.predict(latents, editor.noise_level(0.5), latents, editor.encode_text("").expand(len(latents), -1, -1))
     return time.perf_counter() - started
 
 

@@ -16,6 +16,7 @@ from wys_nerfstudio.cli.sweep_table import SweepResult, read_cases
 from wys_nerfstudio.editing import EditSettings, edit_image, load_editor
 from wys_nerfstudio.evaluation.clip import ClipEncoder, load_clip
 from wys_nerfstudio.utils.image_io import read_image
+from wys_nerfstudio.utils.visualization import SOFTWARE
 
 ENTRIES = [
     {"image": "a.png", "instruction": "paint the ball red", "caption_before": "a ball", "caption_after": "a red ball"},
@@ -86,8 +87,9 @@ def test_results_equal_their_slow_reference(folder, monkeypatch, quick, editor_f
     for name in ("curves.png", "grids/000.png", "grids/001.png"):
         with Image.open(folder / "out" / name) as plot:
             assert min(plot.size) > 100 and np.asarray(plot.convert("L")).std() > 5
+            assert plot.info["Software"] == SOFTWARE and "edit" in plot.info["Description"]
     with Image.open(folder / "out" / rows[0]["file"]) as first:
-        assert json.loads(first.text["wys-nerfstudio"])["instruction"] == ENTRIES[0]["instruction"]  # type: ignore
+        assert json.loads(first.text["wys-nerfstudio"])[0]["instruction"] == ENTRIES[0]["instruction"]  # type: ignore
 
 
 def test_the_editors_precision_is_used(folder, monkeypatch, quick):
@@ -195,7 +197,8 @@ def test_invalid_lists_are_refused(folder, monkeypatch, quick, name, text, sente
         (["--diffusion-steps", "0"], "--diffusion-steps must be at least 1, not 0"),
         (["--device", "cuda:9"], 'The device "cuda:9" is not available'),
         (["--device", "mps"], 'The device "mps" is not supported: --device takes cpu or cuda.'),
-        (["--clip", "nobody/no-clip"], 'The CLIP model "nobody/no-clip" could not be loaded'),
+        (["--clip", "nobody/no-clip"], 'The CLIP model "nobody/no-clip" is not downloaded'),
+        (["--diffusion-steps", "5000"], "must be at most 999, not 5000"),
         (["--editor", "missing"], 'There is no editor folder "missing"'),
     ],
 )

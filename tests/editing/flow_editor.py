@@ -70,8 +70,8 @@ class FlowEditor:
             timestep = self.timestep(s)
             original = NoiseLevel((1 - s) / norm, s / norm, timestep)
             scaled = latents / norm
-            noises = predict(scaled, original)
-            return [noise - (scaled - original.noise * noise) / original.signal for noise in noises]
+            parts = (self.wrapped.split(prediction, scaled, original) for prediction in predict(scaled, original))
+            return [noise - clean for clean, noise in parts]
 
         return velocities
 

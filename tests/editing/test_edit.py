@@ -10,8 +10,9 @@ from profiled import peak_bytes
 
 from wys_nerfstudio import relevance
 from wys_nerfstudio.editing import EditSettings, edit_images, load_editor, relevance_maps
+from wys_nerfstudio.editing.edit import WITH_AND_WITHOUT_TEXT
 from wys_nerfstudio.editing.editor import resize_images
-from wys_nerfstudio.editing.sampling import seeded_noise
+from wys_nerfstudio.editing.sampling import add_noise, masked_denoise, seeded_noise
 from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor, timesteps
 from wys_nerfstudio.evaluation.metrics import psnr
 
@@ -203,13 +204,41 @@ def test_portrait_images_are_edited_in_portrait(editor):
     assert replace(SETTINGS, resolution=64).size_for(editor, 80, 40) == (64, 32)
 
 
-def test_v_predictions_are_converted_to_noise(velocity_editor):
-    latents, condition = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    text, level = velocity_editor.encode_text(INSTRUCTION), velocity_editor.noise_level(0.6)
-    raw = replace(velocity_editor, prediction_type="epsilon").predict_noise(latents, level, condition, text)
-    alpha = float(velocity_editor.alphas_cumprod[600])
-    expected = alpha**0.5 * raw + (1 - alpha) ** 0.5 * latents
-    torch.testing.assert_close(velocity_editor.predict_noise(latents, level, condition, text), expected)
+def test_v_predictions_are_split_by_their_definition(velocity_editor):
+    clean, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    level = velocity_editor.noise_level(0.6)
+    velocity = level.signal * noise - level.noise * clean
+    result = velocity_editor.split(velocity, add_noise(clean, noise, level), level)
+    torch.testing.assert_close(result, (clean, noise))
+
+
+def test_v_predictions_without_signal_equal_diffusers_ddim(velocity_editor):
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+    scheduler.set_timesteps(5)
+    final = scheduler.final_alpha_cumprod
+    editor = replace(velocity_editor, alphas_cumprod=scheduler.alphas_cumprod, final_alpha=final)
+    levels = [editor._levels[time] for time in (*scheduler.timesteps, -1)]
+    predict = editor.predictor(editor.encode(smooth_images(1)).condition, INSTRUCTION, WITH_AND_WITHOUT_TEXT[:1])
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = noise
+    for time, level in zip(scheduler.timesteps, levels):
+        expected = scheduler.step(predict(expected, level)[0], time, expected).prev_sample
+    zeros = torch.zeros_like(noise)
+    result = masked_denoise(
+        zeros, zeros, None, noise, levels, lambda noisy, level: editor.split(predict(noisy, level)[0], noisy, level)
+    )
+    assert levels[0].signal == 0 and result.std() > 0.1
+    torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
 
 
 def test_guidance_scale_zero_ignores_the_instruction(editor):
@@ -315,13 +344,13 @@ def test_maps_have_latent_size_at_the_editing_resolution(editor):
 @pytest.mark.parametrize("scales, branches", [((1.0, 1.0), 1), ((4.0, 1.0), 2), ((4.0, 1.5), 3), ((1.0, 1.5), 3)])
 def test_branches_that_cancel_out_are_not_evaluated(editor, scales, branches, monkeypatch):
     images, batches = smooth_images(2), []
-    predict = StableDiffusionEditor.predict_noise
+    predict = StableDiffusionEditor.predict
 
     def count_batches(self, latents, *arguments):
         batches.append(len(latents))
         return predict(self, latents, *arguments)
 
-    monkeypatch.setattr(StableDiffusionEditor, "predict_noise", count_batches)
+    monkeypatch.setattr(StableDiffusionEditor, "predict", count_batches)
     exact = edit(editor, images, full_mask(images), settings=EditSettings(*scales, 6))
     assert set(batches) == {2 * branches}
     # All three branches, with nearly equal scales.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from wys_nerfstudio.editing import EMBEDDED, Editor, EditSettings, edit_image, load_editor
 from wys_nerfstudio.editing.loading import FAMILIES, editor_source, resolve_dtype
-from wys_nerfstudio.editing.stable_diffusion import PARTS, SCHEDULERS, StableDiffusionEditor
+from wys_nerfstudio.editing.stable_diffusion import PARTS, SCHEDULERS, StableDiffusionEditor, known_punctuation
 from wys_nerfstudio.utils.errors import WysError
 
 
@@ -178,14 +178,37 @@ def test_the_embedded_editor_is_part_of_the_package():
             editor_source(EMBEDDED)
 
 
-def test_a_failed_download_is_reported_with_remedies(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
+def test_a_hub_id_without_a_network_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     message = (
-        'editor "nobody/no-such-editor" could not be loaded from its hub id .is there a network.*--editor embedded'
+        'editor "nobody/no-such-editor" is not downloaded, and the Hugging Face hub cannot be reached: .*"embedded"'
     )
     with pytest.raises(WysError, match=message):
         load_editor("nobody/no-such-editor")
+
+
+def test_the_hub_is_tried_once_without_retries(tmp_path, monkeypatch):
+    attempts = []
+
+    class Session:
+        def head(self, url: str, timeout: float) -> None:
+            attempts.append(timeout)
+            raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_session", Session)
+    with pytest.raises(WysError, match="is not downloaded, and the Hugging Face hub cannot be reached"):
+        load_editor("nobody/no-such-editor")
+    assert len(attempts) == 1 and attempts[0] <= 5
+
+
+def test_downloaded_editors_are_loaded_without_a_network(editor_folder, tmp_path, monkeypatch):
+    repository = tmp_path / "models--someone--editor"
+    shutil.copytree(editor_folder, repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
+    assert load_editor("someone/editor").name == "someone/editor"
 
 
 PICKLES = [("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")]
@@ -218,6 +241,88 @@ def test_pickles_that_execute_code_are_refused(copy, tmp_path, part, name):
     with pytest.raises(WysError, match="could not be loaded from its folder"):
         load_editor(str(copy), allow_pickle=True)
     assert not (tmp_path / "proof").exists()
+
+
+SCHEDULER, UNET, VAE = "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"
+TEXT = "text_encoder/config.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        (SCHEDULER, {"num_train_timesteps": 0}, "has 0 as num_train_timesteps: supported are 2 to 100000"),
+        (SCHEDULER, {"num_train_timesteps": "1000"}, 'has "1000" as num_train_timesteps'),
+        (SCHEDULER, {"num_train_timesteps": 10**12}, "as num_train_timesteps"),
+        (SCHEDULER, {"beta_start": None}, "has no beta_start: its noise schedule is unknown"),
+        (SCHEDULER, {"beta_start": "0.1"}, "could not be loaded from its folder: TypeError"),
+        (SCHEDULER, {"beta_start": -0.5}, "could not be loaded|does not decrease"),
+        (SCHEDULER, {"beta_schedule": "odd"}, "could not be loaded from its folder: odd is not implemented"),
+        (
+            SCHEDULER,
+            {"trained_betas": [0.1, 0.1, 2.0]},
+            "noise schedule of the editor .* does not decrease from 1 to 0",
+        ),
+        (SCHEDULER, {"use_flow_sigmas": True}, "with flow matching .use_flow_sigmas., which is not supported"),
+        (SCHEDULER, {"rescale_betas_zero_snr": True}, "last timestep has no signal .* Supported with it: v_prediction"),
+        (UNET, {"quantization_config": {"quant_method": "bitsandbytes"}}, "unet of the editor .* is quantized"),
+        (UNET, {"layers_per_block": 2}, "unet of the editor .* lacks the weights down_blocks"),
+        (UNET, {"cross_attention_dim": 16}, "unet .* has weights of another size than its config.json: .*attn2"),
+        (UNET, {"norm_num_groups": 0}, "could not be loaded from its folder: ZeroDivisionError"),
+        (UNET, {"sample_size": None}, "UNet of the editor .* has the sample_size null, not a positive number"),
+        (VAE, {"scaling_factor": None}, "VAE of the editor .* has the scaling_factor null, not a positive number"),
+        (VAE, {"scaling_factor": float("nan")}, "scaling_factor NaN, not a positive number"),
+        (TEXT, {"num_hidden_layers": 1}, "text_encoder .* has weights for more layers than its config.json"),
+        (TEXT, {"max_position_embeddings": "40"}, "could not be loaded from its folder"),
+    ],
+)
+def test_broken_configs_are_refused(copy, file, changes, message):
+    edit_json(copy / file, **changes)
+    with pytest.raises(WysError, match=message):
+        load_editor(str(copy))
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_missing_weights_are_refused(copy, part):
+    from safetensors.torch import load_file, save_file
+
+    (file,) = (copy / part).glob("*.safetensors")
+    weights = load_file(file)
+    name = "final_layer_norm.weight" if part == "text_encoder" else min(weights)
+    (key,) = (key for key in weights if key.endswith(name))
+    save_file({other: weights[other] for other in weights if other != key}, file, {"format": "pt"})
+    with pytest.raises(WysError, match=f"The {part} of the editor .* lacks the weights .*{name}. Download it again"):
+        load_editor(str(copy))
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_weights_that_are_not_finite_are_refused(copy, part):
+    from safetensors.torch import load_file, save_file
+
+    (file,) = (copy / part).glob("*.safetensors")
+    save_file({key: value * float("nan") for key, value in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(WysError, match=f"The {part} of the editor .* computes NaN or Inf: its weights are damaged"):
+        load_editor(str(copy))
+
+
+def test_configs_load_no_attention_kernel(copy, monkeypatch):
+    from transformers import modeling_utils
+
+    edit_json(copy / TEXT, _attn_implementation="someone/attention", auto_map={"AutoModel": "code.Model"})
+    (copy / "text_encoder" / "code.py").write_text("raise SystemExit")
+    monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda *_, **__: pytest.fail("code was loaded"))
+    assert load_editor(str(copy)).text_encoder.config._attn_implementation == "sdpa"
+
+
+def test_v_prediction_without_signal_gives_edits(copy):
+    edit_json(
+        copy / SCHEDULER, _class_name="DDIMScheduler", prediction_type="v_prediction", rescale_betas_zero_snr=True
+    )
+    editor = load_editor(str(copy))
+    assert editor.noise_levels(1.0, 10)[0].signal == 0
+    assert editor.noise_level(0.9999).signal > 0
+    settings = EditSettings(diffusion_steps=10, mask_threshold=0.0)
+    edited = edit_image(editor, torch.full((32, 32, 3), 0.5), "make it red", settings).edited
+    assert edited.isfinite().all() and edited.std() > 0.01
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
@@ -266,7 +371,7 @@ def test_networks_use_the_dtype_and_results_are_fp32(editor_folder):
     assert editor.alphas_cumprod.dtype == torch.float32
     latents = editor.encode(torch.rand(1, 16, 24, 3)).latents
     assert (latents.dtype, latents.shape) == (torch.float32, (1, 4, 4, 6))
-    noise = editor.predict_noise(latents, editor.noise_level(0.01), latents, editor.encode_text("make it red"))
+    noise = editor.predict(latents, editor.noise_level(0.01), latents, editor.encode_text("make it red"))
     assert (noise.dtype, noise.shape) == (torch.float32, latents.shape)
     assert (editor.decode(latents).dtype, editor.decode(latents).shape) == (torch.float32, (1, 16, 24, 3))
 
@@ -325,6 +430,25 @@ def test_unknown_words_of_whole_word_tokenizers_are_refused(editor, tmp_path):
         sentence = f'"{instruction}" has words that the editor .* was not trained on; its words are: (a, )?([a-z]{{2,}}, )*[a-z]{{2,}}[.]'
         with pytest.raises(WysError, match=f"{sentence} .*--editor timbrooks/"):
             limited.encode_text(instruction)
+
+
+def test_punctuation_of_whole_word_tokenizers_is_ignored(editor, tmp_path):
+    limited = whole_word_editor(editor, tmp_path)
+    expected = limited.encode_text("make it red")
+    for instruction in ("make it red!!", "make it, red...", '"make it" (red)?!', "make it\u2026 red;", "make-it-red"):
+        assert torch.equal(limited.encode_text(instruction), expected)
+    with pytest.raises(WysError, match="has words that the editor"):
+        limited.encode_text("make it red + blue")
+
+
+def test_known_punctuation_is_kept_once():
+    vocabulary = {"!</w>", "don</w>", "'t</w>"}
+    assert known_punctuation("don't make it 'red'!!?", vocabulary) == "don't make it  red!"
+    assert known_punctuation("'red':", vocabulary) == " red "
+
+
+def test_the_embedded_editor_takes_exclamations():
+    assert torch.equal(load_embedded().encode_text("make it red!!"), load_embedded().encode_text("make it red!"))
 
 
 def test_subword_tokenizers_accept_any_word(editor):
@@ -416,7 +540,7 @@ def test_shapes_of_the_full_size_networks(full_size, width, height):
     with torch.device("meta"):
         latents = full_size.encode(torch.rand(2, height, width, 3)).latents
         assert latents.shape == (2, 4, height // 8, width // 8)
-        noise = full_size.predict_noise(latents, full_size.noise_level(0.5), latents, torch.rand(2, 77, 768))
+        noise = full_size.predict(latents, full_size.noise_level(0.5), latents, torch.rand(2, 77, 768))
         assert noise.shape == latents.shape
         assert full_size.decode(latents).shape == (2, height, width, 3)
     assert noise.device.type == "meta"

@@ -16,7 +16,7 @@ from wys_nerfstudio.editing.sampling import (
     needed_branches,
     seeded_noise,
 )
-from wys_nerfstudio.editing.stable_diffusion import timesteps, v_to_epsilon
+from wys_nerfstudio.editing.stable_diffusion import timesteps
 
 alphas = st.floats(0.01, 0.999)
 numbers = st.floats(-3, 3)
@@ -234,13 +234,6 @@ def test_omitted_branches_cancel_out(both, image, unconditional, s_t, s_i):
     assert float(reduced) == pytest.approx(float(guided((both, image, unconditional), s_t, s_i)), abs=1e-9)
 
 
-@given(numbers, numbers, alphas)
-def test_v_to_epsilon_equals_its_formula(x, eps, a):
-    noisy = math.sqrt(a) * x + math.sqrt(1 - a) * eps
-    velocity = math.sqrt(a) * eps - math.sqrt(1 - a) * x
-    assert float(v_to_epsilon(tensor(velocity), tensor(noisy), level(a))) == pytest.approx(eps, abs=1e-9)
-
-
 @given(seed=st.integers(0, 50), start_timestep=st.integers(1, 999), full_steps=st.integers(1, 30))
 def test_results_are_target_inside_and_reference_outside(seed, start_timestep, full_steps):
     case = random_case(seed)
@@ -248,17 +241,6 @@ def test_results_are_target_inside_and_reference_outside(seed, start_timestep, f
     inside = case["mask"][:, None].expand_as(result)
     torch.testing.assert_close(result[inside], case["target"][inside], atol=1e-9, rtol=0)
     assert torch.equal(result[~inside], case["reference"][~inside])
-
-
-def test_v_prediction_gives_the_same_result():
-    case = random_case()
-
-    def denoise(latents: torch.Tensor, at: NoiseLevel) -> tuple[torch.Tensor, torch.Tensor]:
-        noise = toward(case["target"])(latents, at)[1]
-        velocity = at.signal * noise - at.noise * case["target"]
-        return split(v_to_epsilon(velocity, latents, at), latents, at)
-
-    torch.testing.assert_close(run(case, denoise), run(case, toward(case["target"])), atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("final_alpha", [1.0, float(ALPHAS[0])])

@@ -121,7 +121,7 @@ def test_the_unet_is_conditioned_on_the_image_size(folder: Path, monkeypatch: py
         editor.unet, "forward", lambda *args, **kwargs: (calls.append(kwargs), forward(*args, **kwargs))[1]
     )
     latents = torch.zeros(2, 4, 6, 8)
-    editor.predict_noise(latents, editor.noise_level(0.5), latents, editor.encode_text(INSTRUCTION).expand(2, -1, -1))
+    editor.predict(latents, editor.noise_level(0.5), latents, editor.encode_text(INSTRUCTION).expand(2, -1, -1))
     (kwargs,) = calls
     assert kwargs["added_cond_kwargs"]["time_ids"].tolist() == [[24, 32, 0, 0, 24, 32]] * 2
     assert kwargs["added_cond_kwargs"]["text_embeds"].shape == (2, 24)
@@ -143,10 +143,12 @@ def test_an_sdxl_editor_without_model_index_is_refused(folder: Path, tmp_path: P
 
 
 def test_a_unet_with_other_conditions_is_refused(folder: Path, tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
     copy = shutil.copytree(folder, tmp_path / "copy")
     config = json.loads((copy / "unet" / "config.json").read_text())
     config |= {"addition_embed_type": "text", "addition_embed_type_num_heads": 8, "encoder_hid_dim": 80}
-    (copy / "unet" / "config.json").write_text(json.dumps(config))
+    UNet2DConditionModel.from_config(config).save_pretrained(copy / "unet")
     with pytest.raises(WysError, match="is not one of SDXL: its addition_embed_type is text, not text_time"):
         load_editor(str(copy))
 

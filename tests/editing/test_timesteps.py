@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from wys_nerfstudio.editing import load_editor
 from wys_nerfstudio.editing.stable_diffusion import timesteps
+from wys_nerfstudio.utils.errors import WysError
 
 starts = st.integers(2, 2000).flatmap(lambda total: st.tuples(st.integers(1, total - 1), st.just(total)))
 
@@ -26,7 +27,7 @@ def test_timesteps_decrease_from_the_start_to_at_least_one(start_and_total, full
 def test_the_number_of_timesteps_is_proportional_to_the_noise(start_and_total, full_steps):
     start, total = start_and_total
     count = len(timesteps(start, full_steps, total))
-    share = full_steps * start / total
+    share = full_steps * start / (total - 1)
     assert 1 <= count <= start
     assert count in (1, start) or abs(count - share) <= 0.5
 
@@ -78,6 +79,20 @@ def test_noise_levels_match_the_timesteps(editor_folder: Path):
         noise = (1 - editor.alphas_cumprod[steps]).sqrt()
         assert torch.equal(torch.tensor([level.noise for level in levels[:-1]]), noise)
         assert (levels[-1].signal, levels[-1].noise) == (1, 0)
+
+
+@pytest.mark.parametrize("num_steps", [1, 500, 501, 999])
+def test_a_full_run_has_the_requested_number_of_steps(editor_folder: Path, num_steps):
+    assert len(load_editor(str(editor_folder)).noise_levels(1.0, num_steps)) == num_steps + 1
+
+
+def test_more_steps_than_noise_levels_are_refused(editor_folder: Path):
+    editor = load_editor(str(editor_folder))
+    for num_steps in (1000, 5000):
+        with pytest.raises(
+            WysError, match=f"has 999 noise levels: --diffusion-steps .* at most 999, not {num_steps}[.]"
+        ):
+            editor.noise_levels(0.02, num_steps)
 
 
 def test_noise_levels_of_maps_are_valid_timesteps(editor_folder: Path):

@@ -1,12 +1,15 @@
 """CLIP embeddings, compared with transformers; errors."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, modeling_utils
 
 from wys_nerfstudio.evaluation.clip import load_clip
 from wys_nerfstudio.utils.errors import WysError
@@ -46,10 +49,35 @@ def test_overlong_captions_are_refused(clip_folder: Path) -> None:
         load_clip(str(clip_folder)).embed_texts(["ball " * 11])
 
 
-@pytest.mark.parametrize("name", ["nobody/no-such-clip", "/missing/clip"])
-def test_a_clip_model_that_cannot_be_loaded_is_reported(name: str) -> None:
-    with pytest.raises(WysError, match=f'The CLIP model "{name}" could not be loaded: .* Give a local folder'):
-        load_clip(name)
+def test_a_clip_model_that_cannot_be_loaded_is_reported() -> None:
+    with pytest.raises(WysError, match='The CLIP model "/missing/clip" could not be loaded: .* Give a local folder'):
+        load_clip("/missing/clip")
+
+
+def test_a_clip_model_without_a_network_is_reported() -> None:
+    with pytest.raises(
+        WysError, match='The CLIP model "nobody/no-such-clip" is not downloaded, and the Hugging Face hub'
+    ):
+        load_clip("nobody/no-such-clip")
+
+
+def test_a_clip_model_without_all_weights_is_refused(clip_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    weights = load_file(folder / "model.safetensors")
+    name = next(key for key in weights if key.endswith("final_layer_norm.weight"))
+    save_file({key: weights[key] for key in weights if key != name}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WysError, match="its weights lack .*final_layer_norm.weight"):
+        load_clip(str(folder))
+
+
+def test_configs_of_clip_load_no_attention_kernel(clip_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    config = json.loads((folder / "config.json").read_text())
+    for part in (config, config["text_config"], config["vision_config"]):
+        part["_attn_implementation"] = "someone/attention"
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda *_, **__: pytest.fail("code was loaded"))
+    load_clip(str(folder))
 
 
 def test_memory_errors_are_not_taken_for_a_bad_model(clip_folder: Path, monkeypatch) -> None:

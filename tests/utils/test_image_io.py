@@ -1,14 +1,20 @@
 """Image files: lossless reading and writing, refusals, output paths."""
 
+import struct
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, features
+from PIL.ImageFile import ImageFile
+from PIL.PngImagePlugin import PngInfo
 
+from wys_nerfstudio import __version__
 from wys_nerfstudio.utils.errors import WysError
-from wys_nerfstudio.utils.image_io import find_images, plan_outputs, read_image, read_mask, write_image
+from wys_nerfstudio.utils.image_io import find_images, plan_outputs, provenance, read_image, read_mask, write_image
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -46,6 +52,127 @@ def test_reading_and_writing_is_lossless(tmp_path, channels):
 def test_lossy_files_are_read_as_pillow_decodes_them(tmp_path, suffix):
     path = save(tmp_path / f"a{suffix}", noise(16, 24, 3))
     assert np.array_equal((read_image(path).rgb * 255).round().numpy(), read_pixels(path))
+
+
+@pytest.mark.parametrize("suffix", [".bmp", ".tif", ".gif"])
+def test_other_lossless_formats_are_read(tmp_path, suffix):
+    pixels = np.array(Image.fromarray(noise(16, 24, 3)).quantize(16).convert("RGB"))
+    image = read_image(save(tmp_path / f"a{suffix}", pixels))
+    assert np.array_equal(image.pixels.numpy(), pixels) and image.alpha is None
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
+def test_avif_files_are_read_as_pillow_decodes_them(tmp_path):
+    path = save(tmp_path / "a.avif", noise(16, 24, 3))
+    assert np.array_equal(read_image(path).pixels.numpy(), read_pixels(path))
+    if "AVIF" in Image.OPEN:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delitem(Image.OPEN, "AVIF")
+            assert "is an AVIF image, which the installed Pillow cannot read: update it" in refusal(path)
+
+
+@pytest.mark.parametrize("name", ["photo.heic", "photo.jpg"])
+def test_heic_files_are_read_by_a_plugin(tmp_path, monkeypatch, name):
+    path, pixels = tmp_path / name, noise(16, 24, 3)
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + pixels.tobytes())
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    assert "is a HEIC image: install the plugin that reads it (pip install pillow-heif)" in refusal(path)
+
+    class Heif(ImageFile):
+        format = "HEIF"
+
+        def _open(self) -> None:
+            self._size, self._mode = (24, 16), "RGB"
+            self.tile = [("raw", (0, 0, 24, 16), 24, ("RGB", 0, 1))]
+
+    def register() -> None:
+        monkeypatch.setitem(Image.OPEN, "HEIF", (Heif, lambda head: head[4:8] == b"ftyp"))
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+    assert np.array_equal(read_image(path).pixels.numpy(), pixels)
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [(".CR2", "a camera raw file"), (".psd", "a Photoshop file")])
+def test_other_formats_are_named(tmp_path, suffix, kind):
+    path = save(tmp_path / "a.png", noise(16, 24, 3)).rename(tmp_path / f"a{suffix}")
+    assert f"is {kind}, which is not supported: convert it to PNG" in refusal(path)
+
+
+def test_deep_tiff_files_are_refused(tmp_path):
+    assert "has 16 bits per channel" in refusal(save(tmp_path / "a.tif", noise(16, 24).astype(np.uint16)))
+    assert "has 32 bits per channel" in refusal(save(tmp_path / "b.tif", noise(16, 24).astype(np.float32)))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_color_and_resolution_are_kept(tmp_path, mode):
+    info = PngInfo()
+    info.add(b"gAMA", struct.pack(">I", 45455))
+    info.add(b"cHRM", struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000))
+    info.add_text("Copyright", "© somebody")
+    info.add_text("Software", "another program")
+    image = Image.fromarray(noise(16, 24, 4 if mode == "RGBA" else 3))
+    image = image.quantize(16) if mode == "P" else image
+    image.save(tmp_path / "a.png", pnginfo=info, dpi=(300, 150), icc_profile=b"a profile")
+    source = read_image(tmp_path / "a.png")
+    write_image(tmp_path / "b.png", source.rgb, like=source)
+    with Image.open(tmp_path / "a.png") as read, Image.open(tmp_path / "b.png") as written:
+        for key in ("gamma", "chromaticity", "dpi", "icc_profile", "Copyright"):
+            assert written.info[key] == read.info[key]
+        assert written.info["Software"] == f"wys-nerfstudio {__version__}"
+
+
+def test_the_rendering_intent_is_kept(tmp_path):
+    info = PngInfo()
+    info.add(b"sRGB", b"\1")
+    Image.fromarray(noise(16, 24, 3)).save(tmp_path / "a.png", pnginfo=info)
+    source = read_image(tmp_path / "a.png")
+    write_image(tmp_path / "b.png", source.rgb, like=source)
+    with Image.open(tmp_path / "b.png") as written:
+        assert written.info["srgb"] == 1
+
+
+def test_profiles_of_gray_values_are_not_kept(tmp_path):
+    gray, color = (b"x" * 16 + space + b"x" * 100 for space in (b"GRAY", b"RGB "))
+    for profile, kept in ((gray, None), (color, color)):
+        assert read_image(save(tmp_path / "a.png", noise(16, 24), icc_profile=profile)).metadata.icc_profile == kept
+
+
+def test_metadata_of_rotated_photographs_is_kept(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.Base.Copyright] = "somebody"
+    exif[ExifTags.Base.Artist] = "a photographer"
+    source = read_image(save(tmp_path / "a.jpg", noise(16, 24, 3), exif=exif, dpi=(300, 150)))
+    write_image(tmp_path / "b.png", source.rgb, like=source)
+    with Image.open(tmp_path / "b.png") as written:
+        assert written.info["dpi"] == pytest.approx((150, 300), abs=0.1)
+        assert (written.info["Author"], written.info["Copyright"]) == ("a photographer", "somebody")
+        assert not written.getexif()
+
+
+def test_images_written_without_a_record_are_marked(tmp_path):
+    write_image(tmp_path / "a.png", torch.rand(16, 16, 3))
+    with Image.open(tmp_path / "a.png") as written:
+        software = f"wys-nerfstudio {__version__}"
+        assert written.info["Software"] == software and written.info["Description"] == f"edited with {software}"
+
+
+def test_records_of_earlier_edits_are_kept(tmp_path):
+    like = None
+    for number in range(3):
+        origin = provenance(f"edit {number}", "embedded", {"seed": number})
+        write_image(tmp_path / "a.png", torch.rand(16, 16, 3), like=like, origin=origin)
+        like = read_image(tmp_path / "a.png")
+    assert like is not None and [edit["instruction"] for edit in like.edits] == ["edit 0", "edit 1", "edit 2"]
+
+
+@pytest.mark.parametrize("record", ["{", "7", "[1]", "[" * 100_000, '{"instruction": "x"}'])
+def test_foreign_records_are_not_errors(tmp_path, record):
+    info = PngInfo()
+    info.add_text("wys-nerfstudio", record)
+    Image.fromarray(noise(16, 24, 3)).save(tmp_path / "a.png", pnginfo=info)
+    expected = ({"instruction": "x"},) if record.startswith('{"') else ()
+    assert read_image(tmp_path / "a.png").edits == expected
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -114,8 +241,9 @@ def test_unsupported_images_are_refused(tmp_path):
     Image.new("CMYK", (20, 20)).save(tmp_path / "cmyk.jpg")
     assert "CMYK" in refusal(tmp_path / "cmyk.jpg")
     frames = [Image.fromarray(noise(16, 16, 3, seed=i)) for i in range(2)]
-    frames[0].save(tmp_path / "animated.png", save_all=True, append_images=frames[1:])
-    assert "animation" in refusal(tmp_path / "animated.png")
+    for suffix in ("png", "gif", "webp", "tif"):
+        frames[0].save(tmp_path / f"animated.{suffix}", save_all=True, append_images=frames[1:])
+        assert "is an animation or has several pages" in refusal(tmp_path / f"animated.{suffix}")
     assert "15x40 pixels" in refusal(save(tmp_path / "small.png", noise(40, 15, 3)))
 
 
@@ -129,10 +257,10 @@ def test_masks_are_true_where_bright(tmp_path):
 
 
 def test_folders_are_replaced_by_their_images(tmp_path):
-    for name in ("b.png", "a.JPG", "notes.txt"):
+    for name in ("b.png", "a.JPG", "d.heic", "e.psd", "notes.txt", ".DS_Store", "._b.png"):
         (tmp_path / name).touch()
     (tmp_path / "c.png").mkdir()
-    assert find_images([tmp_path]) == [tmp_path / "a.JPG", tmp_path / "b.png"]
+    assert find_images([tmp_path]) == [tmp_path / name for name in ("a.JPG", "b.png", "d.heic", "e.psd")]
     assert find_images([tmp_path / "b.png", tmp_path / "a.JPG"]) == [tmp_path / "b.png", tmp_path / "a.JPG"]
     for missing in (tmp_path / "c.png", tmp_path / "missing.png"):
         with pytest.raises(WysError, match="There is no image"):
@@ -157,14 +285,12 @@ def test_outputs_are_a_file_or_files_in_a_folder(tmp_path):
         (["a.jpg"], "x.jpg", "lossless PNG"),
         (["a.jpg"], "x", "lossless PNG"),
         (["a.jpg", "b.png"], "x.png", "give -o a folder"),
-        (["b.png"], "b.png", "would overwrite"),
-        (["a.jpg", "b.png"], "", "would overwrite"),
         (["a.jpg", "a.png"], "out", "rename one of them"),
         (["a.jpg", "a_mask.png"], "out", "rename one of them"),
-        (["x_mask.png"], "x.png", "would overwrite"),
+        (["a.jpg", "A.png"], "out", "rename one of them"),
     ],
 )
-def test_outputs_that_overwrite_files_are_refused(tmp_path, inputs, output, message):
+def test_unsuitable_outputs_are_refused(tmp_path, inputs, output, message):
     files = [tmp_path / name for name in inputs]
     for file in files:
         file.touch()

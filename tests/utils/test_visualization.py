@@ -6,13 +6,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib import colormaps
+from matplotlib.figure import Figure
 from PIL import Image
 
 from wys_nerfstudio.utils.visualization import (
+    SOFTWARE,
     apply_colormap,
     contact_sheet,
     evenly_spaced,
     read_png,
+    save_figure,
+    save_png,
     to_uint8,
     write_png,
 )
@@ -41,6 +45,16 @@ def test_gray_images_are_written_with_one_channel(tmp_path, shape):
     with Image.open(tmp_path / "mask.png") as image:
         assert (image.mode, image.size) == ("L", (6, 4))
         assert np.array(image).ravel().tolist() == [round(255 * i / 23) for i in range(24)]
+
+
+def test_every_png_has_software_and_description(tmp_path):
+    figure = Figure(figsize=(1, 1))
+    write_png(tmp_path / "a.png", torch.zeros(4, 6), "a mask")
+    save_png(tmp_path / "b.png", contact_sheet(["a"], [("row", [torch.ones(4, 6, 3)])]), "a sheet")
+    save_figure(tmp_path / "c.png", figure, "a chart")
+    for name, description in (("a", "a mask"), ("b", "a sheet"), ("c", "a chart")):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert (image.info["Software"], image.info["Description"]) == (SOFTWARE, description)
 
 
 def test_writing_replaces_the_file_without_leftovers(tmp_path):

@@ -204,5 +204,6 @@ def _sample(editor: Editor, options: WysPipelineConfig) -> Sample:
     level = editor.noise_level(settings.relevance_noise_level)
     noise = seeded_noise([0], encoding.latents.shape[1:], editor.device)
     predict = editor.predictor(encoding.condition, INSTRUCTION, WITH_AND_WITHOUT_TEXT)
-    raw_map = relevance.noise_difference(*predict(add_noise(encoding.latents, noise, level), level))
+    noisy = add_noise(encoding.latents, noise, level)
+    raw_map = relevance.noise_difference(*(editor.split(p, noisy, level)[1] for p in predict(noisy, level)))
     return Sample(raw_map.cpu(), _edit(editor, picture, settings).cpu())

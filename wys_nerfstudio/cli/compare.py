@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wys_nerfstudio.utils.atomic_io import write_json
 from wys_nerfstudio.utils.errors import WysError
-from wys_nerfstudio.utils.visualization import contact_sheet, evenly_spaced
+from wys_nerfstudio.utils.visualization import SOFTWARE, contact_sheet, evenly_spaced, save_figure, save_png
 
 SHOWN_VIEWS = 6
 """Number of views in contact sheets."""
@@ -103,10 +103,11 @@ def compare_runs(runs: Sequence[Path], output: Path) -> None:
     write_json(output / "comparison.json", {"runs": folders, "metrics": dict(zip(titles, metrics))})
     shown_names = [names[view] for view in evenly_spaced(SHOWN_VIEWS, len(names))]
     rows = [(name, [captured[i], *(views[i]["rgb"] for views in renders)]) for i, name in enumerate(shown_names)]
-    contact_sheet(["captured", *titles], rows).save(output / "contact_sheet.png")
+    about = f"renders of scenes edited with {SOFTWARE}"
+    save_png(output / "contact_sheet.png", contact_sheet(["captured", *titles], rows), about)
     for title, views in zip(titles, renders):
         rows = [(name, [captured[i], *views[i].values()]) for i, name in enumerate(shown_names)]
-        contact_sheet(["captured", *RENDERS.values()], rows).save(output / f"relevance_{title[0]}.png")
+        save_png(output / f"relevance_{title[0]}.png", contact_sheet(["captured", *RENDERS.values()], rows), about)
     _draw_chart(titles, metrics, output / "chart.png")
     CONSOLE.print(metrics_table(titles, metrics))
     CONSOLE.print(f"See contact_sheet.png, chart.png and relevance_*.png in {output}.", markup=False)
@@ -140,4 +141,4 @@ def _draw_chart(titles: Sequence[str], metrics: Sequence[dict[str, float]], file
         axes.set_xticks(range(len(titles)), [title[0] for title in titles])
         axes.set_title(name, fontsize=7)
         axes.tick_params(labelsize=7)
-    figure.savefig(file, dpi=120)
+    save_figure(file, figure, "metrics of edited scenes")

@@ -1,11 +1,12 @@
 """`wys edit-image`: edits image files and writes each result with its relevance map, its mask and a comparison."""
 
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import torch
 import tyro
@@ -14,13 +15,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from wys_nerfstudio.editing import EditSettings, ImageEditOutput, edit_image, load_editor
 from wys_nerfstudio.editing.editor import resize_images
-from wys_nerfstudio.editing.loading import Precision, resolve_dtype
+from wys_nerfstudio.editing.loading import Precision, editor_files, resolve_dtype
 from wys_nerfstudio.utils.devices import check_device_type
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.image_io import (
     ImageFile,
+    check_outputs,
+    edited_metadata,
     extra_file,
     find_images,
+    output_files,
     plan_outputs,
     provenance,
     read_image,
@@ -28,7 +32,7 @@ from wys_nerfstudio.utils.image_io import (
     write_image,
 )
 from wys_nerfstudio.utils.memory_errors import convert_memory_errors, is_memory_error
-from wys_nerfstudio.utils.visualization import apply_colormap, contact_sheet, save_png, write_png
+from wys_nerfstudio.utils.visualization import PngMetadata, apply_colormap, contact_sheet, save_png, to_float, write_png
 
 _SHEET_LONG_SIDE = 512
 
@@ -36,13 +40,15 @@ _SHEET_LONG_SIDE = 512
 @dataclass
 class EditImage:
     """Edit the region of images that an instruction refers to. Besides the edited image OUT.png, writes OUT_relevance.png,
-    OUT_mask.png and OUT_side_by_side.png. Pixels outside the mask keep their exact values."""
+    OUT_mask.png and OUT_side_by_side.png; existing ones are replaced. Pixels outside the mask keep their exact values. For
+    OUT_side_by_side.png the whole image is edited, too, by plain InstructPix2Pix: half of the denoising steps."""
 
     # One positional list: a separate list of files would also consume the instruction.
     arguments: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar='IN... "INSTRUCTION"')]
-    """Images (PNG, JPEG, WebP) or folders of images, followed by the instruction: "turn the bear into a panda"."""
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """A .png file for a single image, a folder for several."""
+    """Images (PNG, JPEG, WebP, BMP, TIFF, GIF, AVIF, and HEIC with pillow-heif) or folders of images, followed by the
+    instruction: "turn the bear into a panda"."""
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="PATH")]
+    """A .png file for a single image, a folder for several; FOLDER/ for a single image in a folder."""
     editor: str = "timbrooks/instruct-pix2pix"
     """InstructPix2Pix-type checkpoint: a hub id, a local folder in diffusers format, or "embedded" for the small editor of
     toy images that is part of the package."""
@@ -68,7 +74,7 @@ class EditImage:
                 "-o OUT.png."
             )
         *inputs, instruction = self.arguments
-        outputs = edit_files(
+        result = edit_files(
             [Path(path) for path in inputs],
             instruction,
             self.output,
@@ -80,13 +86,40 @@ class EditImage:
             seed=self.seed,
             device=self.device,
         )
-        print(f"Wrote {', '.join(str(file) for file in outputs)}; the comparison is in *_side_by_side.png.")
+        if result.written:
+            print(f"Wrote {_names(result.written)}; the comparison is in *_side_by_side.png.")
+        if result.replaced:
+            print(f"Replaced {_names(result.replaced)}.")
+        if result.failed:
+            count = len(result.written) + len(result.failed)
+            raise WysError(f"{len(result.failed)} of {count} images could not be edited: {_names(result.failed)}.")
+
+
+def _names(files: Sequence[Path]) -> str:
+    return ", ".join(map(str, files))
+
+
+@dataclass
+class EditedFiles:
+    """What became of image files."""
+
+    written: list[Path] = field(default_factory=list)
+    """The edited files, without those beside them."""
+    replaced: list[Path] = field(default_factory=list)
+    """Written files that existed before, those beside the edited files included."""
+    failed: list[Path] = field(default_factory=list)
+    """Images that could not be edited."""
+
+    def report_failure(self, path: Path, error: WysError) -> None:
+        """Print why an image of several cannot be edited, and go on."""
+        self.failed.append(path)
+        print(f"wys: {error}", file=sys.stderr)
 
 
 def edit_files(
     paths: Sequence[Path],
     instruction: str,
-    output: Path,
+    output: "str | Path",
     settings: EditSettings,
     *,
     editor_name: str,
@@ -95,13 +128,13 @@ def edit_files(
     mask_file: Optional[Path] = None,
     seed: int = 0,
     device: Optional[str] = None,
-) -> list[Path]:
+) -> EditedFiles:
     """Edit image files with a progress bar; all arguments are validated before the editor is loaded.
 
     Args:
         paths: Image files and folders of image files.
         instruction: What to change.
-        output: A .png file for a single image, else a folder.
+        output: As in `plan_outputs`.
         settings: How to edit.
         editor_name: As in `load_editor`.
         editor_dtype: As `dtype` in `load_editor`.
@@ -111,10 +144,10 @@ def edit_files(
         device: Device of the editor; by default the GPU if there is one, else the CPU.
 
     Returns:
-        The edited files.
+        The files. Of several images, those that cannot be edited are reported, and the others are edited.
 
     Raises:
-        WysError: If an argument is invalid.
+        WysError: If an argument is invalid, or a single image cannot be edited.
     """
     settings.check()
     if not instruction.strip():
@@ -128,15 +161,23 @@ def edit_files(
     check_device(device)
     files = find_images(paths)
     mask = None if mask_file is None else read_mask(mask_file)
+    result, images = EditedFiles(), []
     for path in files:
-        height, width = read_image(path).size
-        if mask is not None and mask.shape != (height, width):
-            raise WysError(
-                f'The mask "{mask_file}" has {mask.shape[1]}x{mask.shape[0]} pixels, but "{path}" has {width}x{height}: give '
-                "a mask of the image's size."
-            )
-    outputs = plan_outputs(paths, files, output)
-    make_folder(outputs[0].parent)
+        try:
+            _read(path, mask, mask_file)
+            images.append(path)
+        except WysError as error:
+            if len(files) == 1:
+                raise
+            result.report_failure(path, error)
+    outputs = plan_outputs(paths, images, output)
+    masks = [] if mask_file is None else [mask_file]
+    targets = [target for file in outputs for target in output_files(file)]
+    existing = set(check_outputs(targets, [*files, *masks, *editor_files(editor_name)]))
+    if images:
+        make_folder(outputs[0].parent)
+    else:
+        return result
 
     used_settings = {
         "editor_dtype": resolve_dtype(editor_dtype, device),
@@ -148,29 +189,53 @@ def edit_files(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with convert_editor_memory_errors(device), Progress(*columns, TimeRemainingColumn()) as bar:
         editor = load_editor(editor_name, device, editor_dtype, allow_pickle)
-        steps = settings.relevance_num_samples + settings.diffusion_steps
-        task = bar.add_task("", total=len(files) * steps)
-        for i, (path, target) in enumerate(zip(files, outputs)):
-            bar.update(task, description=f"{path.name} ({i + 1} of {len(files)})")
-            image = read_image(path)
-            edit = edit_image(
-                editor,
-                image.rgb,
-                instruction,
-                settings,
-                mask=mask,
-                seed=seed,
-                on_progress=lambda done, _: bar.update(task, completed=i * steps + done),
-            )
-            _write(target, path.name, image, edit, instruction, origin)
-            bar.update(task, completed=(i + 1) * steps)
+        editor.encode_text(instruction)
+        editor.noise_levels(1.0, settings.diffusion_steps)
+        steps = settings.relevance_num_samples + 2 * settings.diffusion_steps
+        task = bar.add_task("", total=len(images) * steps)
+        for i, (path, target) in enumerate(zip(images, outputs)):
+            bar.update(task, description=f"{path.name} ({i + 1} of {len(images)})")
+            try:
+                image = _read(path, mask, mask_file)
+                edit = edit_image(
+                    editor,
+                    image.pixels,
+                    instruction,
+                    settings,
+                    mask=mask,
+                    seed=seed,
+                    with_unmasked=True,
+                    on_progress=lambda done, _: bar.update(task, completed=i * steps + done),
+                )
+                _write(target, path.name, image, edit, instruction, origin)
+            except WysError as error:
+                if len(files) == 1:
+                    raise
+                result.report_failure(path, error)
+                continue
+            finally:
+                bar.update(task, completed=(i + 1) * steps)
+            result.written.append(target)
+            result.replaced += [file for file in output_files(target) if file in existing]
             if not edit.mask.any():
                 bar.print(
                     f"{path.name}: no pixel reaches the mask threshold, so nothing was edited. Lower --mask-threshold.",
                     markup=False,
                     highlight=False,
                 )
-    return outputs
+    return result
+
+
+def _read(path: Path, mask: Optional[torch.Tensor], mask_file: Optional[Path]) -> ImageFile:
+    """Read an image, and refuse one that does not have the mask's size."""
+    image = read_image(path)
+    height, width = image.size
+    if mask is not None and mask.shape != (height, width):
+        raise WysError(
+            f'The mask "{mask_file}" has {mask.shape[1]}x{mask.shape[0]} pixels, but "{path}" has {width}x{height}: give a '
+            "mask of the image's size."
+        )
+    return image
 
 
 def check_device(device: str) -> None:
@@ -217,21 +282,36 @@ def make_folder(folder: Path) -> None:
 
 
 def _write(
-    file: Path, name: str, image: ImageFile, edit: ImageEditOutput, instruction: str, origin: dict[str, str]
+    file: Path, name: str, image: ImageFile, edit: ImageEditOutput, instruction: str, origin: dict[str, Any]
 ) -> None:
-    write_image(file, edit.edited, like=image, origin=origin)
-    write_png(extra_file(file, "relevance"), edit.relevance)
-    write_png(extra_file(file, "mask"), edit.mask.float())
-    save_png(extra_file(file, "side_by_side"), side_by_side(image, edit, f"{name}: {instruction}"), texts=origin)
+    about = f'of the edit "{instruction}"'
+    try:
+        write_image(file, edit.edited, like=image, origin=origin)
+        write_png(extra_file(file, "relevance"), edit.relevance, f"relevance map {about}")
+        write_png(extra_file(file, "mask"), edit.mask.float(), f"mask {about}")
+        sheet = side_by_side(image, edit, f"{name}: {instruction}")
+        description, metadata = edited_metadata(image, origin)
+        save_png(extra_file(file, "side_by_side"), sheet, description, PngMetadata(texts=metadata.texts))
+    except OSError as error:
+        raise WysError(f'"{file}" could not be written ({error.strerror}): give -o another path.') from error
 
 
 def side_by_side(image: ImageFile, edit: ImageEditOutput, name: str) -> Image.Image:
-    """Arrange input, relevance map, mask and edited image side by side; large images are reduced."""
-    cells = torch.stack(
-        [image.rgb, apply_colormap(edit.relevance), edit.mask[..., None].expand(-1, -1, 3).float(), edit.edited]
-    )
+    """Arrange input, relevance map, mask, plain InstructPix2Pix and the edited image side by side (the paper's Fig. 14);
+    large images are reduced."""
     height, width = image.size
     scale = min(1.0, _SHEET_LONG_SIDE / max(height, width))
-    cells = resize_images(cells, max(1, round(height * scale)), max(1, round(width * scale)))
-    titles = ["captured", "relevance", "mask", "edited"]
-    return contact_sheet(titles, [(name, list(cells))], min_height=160 if scale == 1 else 1)
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+
+    def reduced(cell: torch.Tensor) -> torch.Tensor:
+        return resize_images(to_float(cell)[None], *size)[0]
+
+    cells = {
+        "captured": reduced(image.pixels),
+        "relevance": apply_colormap(reduced(edit.relevance[..., None])[..., 0]),
+        "mask": reduced(edit.mask[..., None].float()).expand(-1, -1, 3),
+        "InstructPix2Pix": None if edit.unmasked is None else reduced(edit.unmasked),
+        "edited": reduced(edit.edited),
+    }
+    shown = {title: cell for title, cell in cells.items() if cell is not None}
+    return contact_sheet(list(shown), [(name, list(shown.values()))], min_height=160 if scale == 1 else 1)

@@ -154,6 +154,7 @@ def run_sweep(
             editor = load_editor(editor_name, device, editor_dtype)
             for case in cases:
                 editor.encode_text(case.instruction)
+            editor.noise_levels(1.0, settings.diffusion_steps)
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             with Progress(*columns, TimeRemainingColumn()) as bar:
                 task = bar.add_task("", total=len(todo))

@@ -1,6 +1,5 @@
 """Plots of a sweep: the trade-off curves of the paper's Fig. 6 and 12, and the grid of edits of Fig. 13."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,9 +8,8 @@ from torch import Tensor
 
 from wys_nerfstudio.cli.sweep_table import SweepCase, SweepResult
 from wys_nerfstudio.editing.editor import resize_images
-from wys_nerfstudio.utils.atomic_io import atomic_write
 from wys_nerfstudio.utils.image_io import read_image
-from wys_nerfstudio.utils.visualization import contact_sheet, save_png
+from wys_nerfstudio.utils.visualization import SOFTWARE, contact_sheet, save_figure, save_png
 
 _CELL = 192
 """Longest side of an image in the grid, in pixels."""
@@ -53,9 +51,7 @@ def draw_curves(rows: Sequence[SweepResult], file: Path) -> None:
     axes.set_title(f"{cases} edit{'s' if cases > 1 else ''}; small numbers: image guidance scale S_I", fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    atomic_write(file, buffer.getbuffer())
+    save_figure(file, figure, "image and text-image similarity of edits")
 
 
 def draw_grid(case: SweepCase, rows: Sequence[SweepResult], folder: Path, file: Path) -> None:
@@ -73,7 +69,8 @@ def draw_grid(case: SweepCase, rows: Sequence[SweepResult], folder: Path, file: 
     for tau in dict.fromkeys(row.mask_threshold for row in rows):
         edits = [_cell(folder / row.file) for row in rows if row.mask_threshold == tau]
         lines.append((f"tau = {tau:g}: {case.instruction}", [captured, *edits]))
-    save_png(file, contact_sheet(["input", *(f"S_I = {scale:g}" for scale in scales)], lines, min_height=96))
+    sheet = contact_sheet(["input", *(f"S_I = {scale:g}" for scale in scales)], lines, min_height=96)
+    save_png(file, sheet, f'edited with {SOFTWARE}: "{case.instruction}"')
 
 
 def _cell(path: Path) -> Float[Tensor, "h w 3"]:

@@ -25,7 +25,7 @@ from wys_nerfstudio.evaluation.ground_truth import GroundTruth
 from wys_nerfstudio.evaluation.metrics import intersection_over_union, psnr
 from wys_nerfstudio.training.checkpoint import CAPTURED_SCENE
 from wys_nerfstudio.utils.errors import WysError
-from wys_nerfstudio.utils.visualization import contact_sheet, evenly_spaced, read_png
+from wys_nerfstudio.utils.visualization import SOFTWARE, contact_sheet, evenly_spaced, read_png, save_png
 
 VARIANTS = {
     "none": "nothing (Instruct-NeRF2NeRF)",
@@ -115,7 +115,8 @@ def run_ablations(output: Path, instruction: str, seeds: int) -> None:
         )
         for name in renders["none"]
     ]
-    contact_sheet(["captured", "ground truth", *VARIANTS], rows).save(output / "contact_sheet.png")
+    sheet = contact_sheet(["captured", "ground truth", *VARIANTS], rows)
+    save_png(output / "contact_sheet.png", sheet, f"renders of scenes edited with {SOFTWARE}")
     CONSOLE.print(table(metrics))
     CONSOLE.print(f"See {output}/contact_sheet.png.", markup=False)
 

@@ -16,7 +16,7 @@ from wys_nerfstudio.demo.images import held_out_views
 from wys_nerfstudio.demo.instructions import BY_SLUG, EDITS
 from wys_nerfstudio.editing import EMBEDDED, EditSettings, edit_image, load_editor
 from wys_nerfstudio.evaluation import metrics
-from wys_nerfstudio.utils.visualization import apply_colormap, contact_sheet, save_png
+from wys_nerfstudio.utils.visualization import SOFTWARE, apply_colormap, contact_sheet, save_png
 
 SLUGS = ("ball-blue", "block-red", "panda", "polar-bear", "hat")
 TINY = wys_tiny.config.pipeline
@@ -59,7 +59,7 @@ def main(options: Options) -> None:
             relevance, mask = apply_colormap(edits[0].relevance), edits[0].mask.float()[..., None].expand(-1, -1, 3)
             rows.append((instruction, [before, relevance, mask, edits[0].edited, edits[1].edited, target]))
     titles = ["captured", "relevance", "mask", "local edit", "SDS", "ground truth"]
-    save_png(options.out, contact_sheet(titles, rows, min_height=128))
+    save_png(options.out, contact_sheet(titles, rows, min_height=128), f"edited with {SOFTWARE}")
     inside, outside, sds_inside, sds_outside = np.mean(values, axis=0)
     print(f"PSNR to the ground truth inside and outside the ground-truth mask, means of {len(values)} images:")
     print(f"local edit {inside:.1f} and {outside:.1f} dB, SDS {sds_inside:.1f} and {sds_outside:.1f} dB")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, Optional
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from wys_nerfstudio import relevance
@@ -27,6 +27,7 @@ from wys_nerfstudio.editing.sampling import (
 )
 from wys_nerfstudio.editing.sds import sds_optimize
 from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.visualization import to_float
 
 WITH_AND_WITHOUT_TEXT = (Branch(text=True, image=True, scale=1.0), Branch(text=False, image=True, scale=1.0))
 """The two branches whose difference is the relevance; their scales are unused."""
@@ -94,7 +95,7 @@ class EditSettings:
 
 def relevance_maps(
     editor: Editor,
-    images: Float[Tensor, "b h w 3"],
+    images: Shaped[Tensor, "b h w 3"],
     instruction: str,
     *,
     noise_level: float = 0.8,
@@ -109,7 +110,7 @@ def relevance_maps(
 
     Args:
         editor: The editor.
-        images: Images in [0, 1], of any size.
+        images: Images in [0, 1] or with 8-bit values, of any size.
         instruction: What to change.
         noise_level: t_rel, as a share of the diffusion, in (0, 1).
         num_samples: Noise draws that are averaged (1 in the paper).
@@ -129,7 +130,10 @@ def relevance_maps(
             predict = editor.predictor(encoding.condition, instruction, WITH_AND_WITHOUT_TEXT)
             total = torch.zeros_like(clean[:, 0])
             for draw in range(num_samples):
-                total += relevance.noise_difference(*predict(add_noise(clean, noise[:, draw], level), level))
+                noisy = add_noise(clean, noise[:, draw], level)
+                total += relevance.noise_difference(
+                    *(editor.split(prediction, noisy, level)[1] for prediction in predict(noisy, level))
+                )
         yield total / num_samples
 
 
@@ -161,6 +165,27 @@ def edit_images(
     Returns:
         Edited images in [0, 1] on the device of `reference`; outside the mask equal to `reference`, bit for bit.
     """
+    arguments = (editor, images, reference, mask, instruction, settings)
+    return _composite(_local_edit(*arguments, strength=strength, seeds=seeds, on_progress=on_progress), reference, mask)
+
+
+def _local_edit(
+    editor: Editor,
+    images: Shaped[Tensor, "b start_h start_w 3"],
+    reference: Shaped[Tensor, "b h w 3"],
+    mask: Bool[Tensor, "b h w"],
+    instruction: str,
+    settings: EditSettings,
+    *,
+    strength: float,
+    seeds: Sequence[int],
+    on_progress: ProgressCallback,
+) -> Float[Tensor, "b edit_h edit_w 3"]:
+    """Edit images inside a mask at latent resolution; arguments as in `edit_images`.
+
+    Returns:
+        Decoded images at the editing size, also outside the mask.
+    """
     start, kept = (_encode(editor, x, settings.resolution) for x in (images, reference))
     edited = masked_denoise(
         start=start.latents,
@@ -171,19 +196,19 @@ def edit_images(
         denoise=guided_denoiser(editor, kept, instruction, settings),
         report=on_progress,
     )
-    return _decode(editor, edited, reference, mask)
+    return editor.decode(edited)
 
 
 def sds_edit_images(
     editor: Editor,
-    reference: Float[Tensor, "b h w 3"],
+    reference: Shaped[Tensor, "b h w 3"],
     mask: Bool[Tensor, "b h w"],
     instruction: str,
     settings: EditSettings,
     *,
     seeds: Sequence[int],
     on_progress: ProgressCallback = no_progress,
-) -> Float[Tensor, "b h w 3"]:
+) -> Float[Tensor, "b edit_h edit_w 3"]:
     """Edit images by descending along their signed relevance (supplement E, eq. 13) instead of denoising them.
 
     The latents are optimized, not the pixels: a gradient through the VAE's encoder draws checkerboard patterns that only
@@ -193,7 +218,7 @@ def sds_edit_images(
 
     Args:
         editor: The editor.
-        reference: The input: start, condition, and the result outside the mask.
+        reference: The input: start and condition.
         mask: Where the images may change. All True is eq. 13 unchanged.
         instruction: What to change.
         settings: Step size, steps, resolution.
@@ -201,7 +226,7 @@ def sds_edit_images(
         on_progress: Called after each step.
 
     Returns:
-        Edited images in [0, 1] on the device of `reference`; outside the mask equal to `reference`, bit for bit.
+        Decoded images at the editing size, also outside the mask.
     """
     encoding = _encode(editor, reference, settings.resolution)
     predict = editor.predictor(encoding.condition, instruction, WITH_AND_WITHOUT_TEXT)
@@ -221,40 +246,44 @@ def sds_edit_images(
         step_size=settings.guidance_scale / len(levels),
         report=on_progress,
     )
-    return _decode(editor, edited, reference, mask)
+    return editor.decode(edited)
 
 
 @dataclass(frozen=True)
 class ImageEditOutput:
     """An edited image, its relevance map and its mask."""
 
-    edited: Float[Tensor, "h w 3"]
-    """The edited image in [0, 1]; outside the mask equal to the input, bit for bit."""
+    edited: Shaped[Tensor, "h w 3"]
+    """The edited image, with the input's type; outside the mask equal to the input, bit for bit."""
     relevance: Float[Tensor, "h w"]
     """Relevance of each pixel to the instruction, in [0, 1]."""
     mask: Bool[Tensor, "h w"]
     """Pixels that were edited."""
+    unmasked: Optional[Float[Tensor, "edit_h edit_w 3"]] = None
+    """InstructPix2Pix's edit of the whole image with the same noise, at the editing size; None unless requested."""
 
 
 def edit_image(
     editor: Editor,
-    image: Float[Tensor, "h w 3"],
+    image: Shaped[Tensor, "h w 3"],
     instruction: str,
     settings: Optional[EditSettings] = None,
     *,
     mask: Optional[Bool[Tensor, "mask_h mask_w"]] = None,
     seed: int = 0,
+    with_unmasked: bool = False,
     on_progress: ProgressCallback = no_progress,
 ) -> ImageEditOutput:
     """Edit the region of an image that the instruction refers to (the paper's section on images).
 
     Args:
         editor: The editor, from `load_editor`.
-        image: The image in [0, 1], of any size.
+        image: The image in [0, 1] or with 8-bit values, of any size. With 8 bits, large images take less memory.
         instruction: What to change.
         settings: By default the paper's.
         mask: Replaces the mask of the relevance map and `mask_threshold`.
         seed: Seed of all noise; equal seeds give equal edits.
+        with_unmasked: Also edit the whole image, for comparison: twice the denoising steps.
         on_progress: Called with the number of finished steps and the number of all steps.
 
     Returns:
@@ -291,28 +320,33 @@ def edit_image(
         return ImageEditOutput(image, relevance_map, mask)
 
     reference, seeds = image[None], [edit_seed(seed, 0)]
+    runs = 2 if with_unmasked and (settings.method == "sds" or not mask.all()) else 1
 
-    def step_done(done: int, total: int) -> None:
-        on_progress(num_samples + done, num_samples + total)
+    def denoise(mask: Tensor, run: int) -> Tensor:
+        def step_done(done: int, total: int) -> None:
+            on_progress(num_samples + run * total + done, num_samples + runs * total)
 
-    if settings.method == "sds":
-        edited = sds_edit_images(
-            editor, reference, mask[None], instruction, settings, seeds=seeds, on_progress=step_done
-        )
-    else:
-        edited = edit_images(
-            editor,
-            reference,
-            reference,
-            mask[None],
-            instruction,
-            settings,
-            strength=1.0,
-            seeds=seeds,
-            on_progress=step_done,
-        )
-    check_finite(edited, ["the edit"], "Lower the guidance scales, or use --editor-dtype float32.")
-    return ImageEditOutput(edited[0], relevance_map, mask)
+        if settings.method == "sds" and run == 0:
+            small = sds_edit_images(editor, reference, mask, instruction, settings, seeds=seeds, on_progress=step_done)
+        else:
+            small = _local_edit(
+                editor,
+                reference,
+                reference,
+                mask,
+                instruction,
+                settings,
+                strength=1.0,
+                seeds=seeds,
+                on_progress=step_done,
+            )
+        check_finite(small, ["the edit"], "Lower the guidance scales, or use --editor-dtype float32.")
+        return small
+
+    small = denoise(mask[None], 0)
+    unmasked = small if runs == 1 else denoise(torch.ones_like(mask[None]), 1)
+    edited = _composite(small, reference, mask[None])[0]
+    return ImageEditOutput(edited, relevance_map, mask, unmasked[0].to(image.device) if with_unmasked else None)
 
 
 def check_finite(values: Float[Tensor, "b ..."], names: Sequence[str], remedy: str) -> None:
@@ -345,7 +379,8 @@ def guided_denoiser(editor: Editor, encoding: ImageEncoding, instruction: str, s
 def _encode(editor: Editor, images: Tensor, resolution: Optional[int]) -> ImageEncoding:
     """Encode images at the editing size."""
     size = editor.editing_size(images.shape[1], images.shape[2], resolution or editor.native_resolution)
-    return editor.encode(resize_images(images.to(editor.device), *size))
+    images = images.to(editor.device)
+    return editor.encode(resize_images(to_float(images), *size))
 
 
 def _latent_mask(mask: Tensor, latents: Tensor) -> Optional[Tensor]:
@@ -353,7 +388,13 @@ def _latent_mask(mask: Tensor, latents: Tensor) -> Optional[Tensor]:
     return None if bool(mask.all()) else relevance.latent_mask(mask.to(latents.device), *latents.shape[-2:])
 
 
-def _decode(editor: Editor, latents: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-    """Images of clean latents inside the mask, the reference outside."""
-    pixels = resize_images(editor.decode(latents), *reference.shape[1:3]).to(reference.device)
-    return relevance.composite(pixels, reference, mask)
+def _composite(decoded: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+    """Decoded images, resized and with the reference's type, inside the mask, the reference outside."""
+    result = torch.empty_like(reference)
+    for channel in range(3):  # one after the other: a large image has few bytes, but four times as many as floats
+        pixels = resize_images(decoded[..., channel : channel + 1], *reference.shape[1:3])
+        if not reference.is_floating_point():
+            pixels = (pixels * 255).round_().to(reference.dtype)
+        kept = reference[..., channel : channel + 1]
+        result[..., channel : channel + 1] = relevance.composite(pixels.to(kept.device), kept, mask)
+    return result

@@ -148,11 +148,11 @@ class Editor(Protocol):
         ...
 
 
-def resize_images(images: Float[Tensor, "b h w 3"], height: int, width: int) -> Float[Tensor, "b height width 3"]:
+def resize_images(images: Float[Tensor, "b h w c"], height: int, width: int) -> Float[Tensor, "b height width c"]:
     """Bicubic, antialiased resize, clamped to [0, 1]; returns the same tensor if the size is already right."""
     if images.shape[1:3] == (height, width):
         return images
     channels_first = F.interpolate(
         images.permute(0, 3, 1, 2), size=(height, width), mode="bicubic", align_corners=False, antialias=True
     )
-    return channels_first.permute(0, 2, 3, 1).clamp(0, 1)
+    return channels_first.permute(0, 2, 3, 1).clamp_(0, 1)

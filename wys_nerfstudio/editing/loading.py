@@ -8,8 +8,9 @@ import torch
 
 from wys_nerfstudio.editing import sdxl, stable_diffusion
 from wys_nerfstudio.editing.editor import EMBEDDED, Editor
-from wys_nerfstudio.editing.stable_diffusion import loading_errors, read_index
+from wys_nerfstudio.editing.stable_diffusion import INDEX, loading_errors, read_json
 from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.hub import local_if_offline
 
 FAMILIES: dict[str, ModuleType] = {
     "StableDiffusionInstructPix2PixPipeline": stable_diffusion,
@@ -36,7 +37,7 @@ def load_editor(
     Raises:
         WysError: If the editor cannot be loaded or is not supported.
     """
-    source = editor_source(name)
+    source = local_if_offline(editor_source(name), "editor")
     family = family_of(name, source)
     if Path(source).is_dir():
         _check_parts(name, Path(source), family.PARTS)
@@ -63,6 +64,16 @@ def editor_source(name: str) -> str:
     return name
 
 
+def editor_files(name: str) -> list[Path]:
+    """The files of a local editor; none of a hub id.
+
+    Raises:
+        WysError: As in `editor_source`.
+    """
+    folder = Path(editor_source(name))
+    return [file for file in (*folder.glob("*"), *folder.glob("*/*")) if file.is_file()]
+
+
 def family_of(name: str, source: str) -> ModuleType:
     """The module that loads an editor; Stable Diffusion if there is no model_index.json.
 
@@ -74,7 +85,7 @@ def family_of(name: str, source: str) -> ModuleType:
         WysError: If the pipeline class is not supported.
     """
     with loading_errors(name, source):
-        index = read_index(source)
+        index = read_json(source, INDEX)
     if index is None:
         return stable_diffusion
     pipeline: Optional[str] = index.get("_class_name")

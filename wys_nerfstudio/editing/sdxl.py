@@ -11,9 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wys_nerfstudio.editing import stable_diffusion
-from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor, load_common_parts, loading_errors, read_index
+from wys_nerfstudio.editing.stable_diffusion import (
+    INDEX,
+    StableDiffusionEditor,
+    check_computes,
+    load_common_parts,
+    load_text_encoder,
+    loading_errors,
+    read_json,
+)
 from wys_nerfstudio.utils.errors import WysError
-from wys_nerfstudio.utils.log_filters import no_progress_bar_for_local_files
 
 NETWORKS = (*stable_diffusion.NETWORKS, "text_encoder_2")
 """Parts with weights."""
@@ -71,17 +78,16 @@ def load(
             f'The UNet of the editor "{name}" is not one of SDXL: its addition_embed_type is {kind}, not text_time.'
         )
     with loading_errors(name, source):
-        with no_progress_bar_for_local_files(source):
-            encoder: Any = CLIPTextModelWithProjection.from_pretrained(
-                source, subfolder="text_encoder_2", dtype=dtype, use_safetensors=use_safetensors
-            )
+        encoder = load_text_encoder(name, source, "text_encoder_2", CLIPTextModelWithProjection, dtype, use_safetensors)
         tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer_2")
-        index = read_index(source) or {}
+        index = read_json(source, INDEX) or {}
     if dtype == torch.float16 and editor.vae.config.force_upcast:
         editor.vae.float()  # SDXL's own VAE overflows in half precision
-    return SdxlEditor(
+    editor = SdxlEditor(
         **{part.name: getattr(editor, part.name) for part in fields(StableDiffusionEditor) if part.init},
         text_encoder_2=encoder.to(device).eval().requires_grad_(False),
         tokenizer_2=tokenizer,
         empty_text_is_zero=bool(index.get("force_zeros_for_empty_prompt", True)),
     )
+    check_computes(editor, source)
+    return editor

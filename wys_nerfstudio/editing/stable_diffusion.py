@@ -6,10 +6,12 @@ purpose: a pipeline that holds one neither saves nor moves its networks.
 
 import json
 import logging
-import pickle
-from collections.abc import Callable, Iterator, Sequence
+import math
+import unicodedata
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Optional
 
@@ -21,6 +23,9 @@ from wys_nerfstudio.editing.editor import EMBEDDED, Branch, ImageEncoding, Noise
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.log_filters import no_progress_bar_for_local_files
 from wys_nerfstudio.utils.memory_errors import is_memory_error
+
+INDEX = "model_index.json"
+"""File that names the pipeline class of a repository."""
 
 NETWORKS = ("unet", "vae", "text_encoder")
 """Parts with weights."""
@@ -46,6 +51,9 @@ SCHEDULERS = (
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 """Supported meanings of the UNet's output."""
+
+MAX_TIMESTEPS = 100_000
+"""Largest number of timesteps of a noise schedule."""
 
 MAX_SQUEEZE = 0.02
 """Largest change of an image's proportions by the size at which it is edited."""
@@ -182,27 +190,27 @@ class StableDiffusionEditor:
         return self.text_encoder(self._tokens(instruction, self.tokenizer))[0]
 
     def _tokens(self, instruction: str, tokenizer: Any) -> Tensor:
+        # CLIP's own tokenizer splits unseen words into letters, and its unknown token is the end-of-text token.
+        unknown = tokenizer.unk_token_id
+        whole_words = unknown is not None and unknown not in (tokenizer.eos_token_id, tokenizer.pad_token_id)
+        text = known_punctuation(instruction, tokenizer.get_vocab()) if whole_words else instruction
         limit = tokenizer.model_max_length
-        count = len(tokenizer(instruction).input_ids)
+        count = len(tokenizer(text).input_ids)
         if count > limit:
             raise WysError(
                 f'The instruction has {count} tokens, but the text encoder of "{self.name}" takes at most {limit}: '
                 "shorten it."
             )
-        ids = tokenizer(instruction, padding="max_length", max_length=limit, return_tensors="pt").input_ids
-        self._check_words(instruction, ids[0].tolist())
+        ids = tokenizer(text, padding="max_length", max_length=limit, return_tensors="pt").input_ids
+        if whole_words:
+            self._check_words(instruction, ids[0].tolist(), tokenizer)
         return ids.to(self.device)
 
-    def _check_words(self, instruction: str, ids: list[int]) -> None:
-        tokenizer = self.tokenizer
-        unknown = tokenizer.unk_token_id
-        # CLIP's own tokenizer splits unseen words into letters, and its unknown token is the end-of-text token.
-        if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.pad_token_id):
-            return
+    def _check_words(self, instruction: str, ids: list[int], tokenizer: Any) -> None:
         # A whole-word tokenizer also has the pieces that its words are merged from; the editor was not trained on these.
         ordinary = [token for token in ids if token not in tokenizer.all_special_ids]
         whole = all(token.endswith("</w>") for token in tokenizer.convert_ids_to_tokens(ordinary))
-        if whole and unknown not in ids:
+        if whole and tokenizer.unk_token_id not in ids:
             return
         ends = {w.removesuffix("</w>") for w in tokenizer.get_vocab() if w.endswith("</w>")}
         known = sorted(word for word in ends if word.isalpha() and (len(word) > 1 or word == "a"))
@@ -230,8 +238,9 @@ class StableDiffusionEditor:
     # ------------------------------------------------------------------------------------------------------ noise levels
 
     def noise_level(self, strength: float) -> NoiseLevel:
-        """The level at a share of the diffusion, in (0, 1)."""
-        return self._levels[min(round(strength * self.num_train_timesteps), self.num_train_timesteps - 1)]
+        """The level at a share of the diffusion, in (0, 1); never one without signal, where all predictions are equal."""
+        last = self.num_train_timesteps - (2 if self._levels[-2].signal == 0 else 1)
+        return self._levels[min(round(strength * self.num_train_timesteps), last)]
 
     def noise_levels(self, strength: float, num_steps: int) -> list[NoiseLevel]:
         """Strictly descending levels of a denoising run; the last is the final, clean level.
@@ -239,7 +248,16 @@ class StableDiffusionEditor:
         Args:
             strength: First level, as a share of the diffusion in [0, 1]; 1 is the last timestep.
             num_steps: Steps of a run from the last timestep; a run from less noise takes its share of them.
+
+        Raises:
+            WysError: If there are fewer levels than steps.
         """
+        most = self.num_train_timesteps - 1
+        if num_steps > most:
+            raise WysError(
+                f'The editor "{self.name}" has {most} noise levels: --diffusion-steps (of ns-train, '
+                f"--pipeline.diffusion-steps) must be at most {most}, not {num_steps}."
+            )
         start = max(1, round(strength * (self.num_train_timesteps - 1)))
         steps = timesteps(start, num_steps, self.num_train_timesteps)
         return [*(self._levels[timestep] for timestep in steps), self._levels[-1]]
@@ -269,19 +287,19 @@ class StableDiffusionEditor:
         conditions = torch.cat([condition if branch.image else no_image for branch in branches])
 
         def predict(latents: Tensor, level: NoiseLevel) -> Sequence[Tensor]:
-            return self.predict_noise(latents.repeat(count, 1, 1, 1), level, conditions, text).chunk(count)
+            return self.predict(latents.repeat(count, 1, 1, 1), level, conditions, text).chunk(count)
 
         return predict
 
     @torch.no_grad()
-    def predict_noise(
+    def predict(
         self,
         latents: Float[Tensor, "b c h w"],
         level: NoiseLevel,
         condition: Float[Tensor, "b c h w"],
         text: Float[Tensor, "b tokens width"],
     ) -> Float[Tensor, "b c h w"]:
-        """The UNet's noise prediction, without guidance; v-predictions are converted.
+        """The UNet's prediction, without guidance: noise or v, see `split`.
 
         Args:
             latents: Noisy latents.
@@ -290,15 +308,12 @@ class StableDiffusionEditor:
             text: Text states; those of "" for "no text".
 
         Returns:
-            Predicted noise, float32.
+            Prediction, float32.
         """
         inputs = torch.cat([latents, condition], dim=1).to(self._weight.dtype)
         # A tensor, not a number: diffusers would copy a number to the device in every call.
         timestep = torch.full((len(inputs),), int(level.time), device=inputs.device)
-        prediction = self._predict(inputs, timestep, text.to(self._weight.dtype)).float()
-        if self.prediction_type == "v_prediction":
-            return v_to_epsilon(prediction, latents.float(), level)
-        return prediction
+        return self._predict(inputs, timestep, text.to(self._weight.dtype)).float()
 
     def _predict(self, inputs: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         return self.unet(inputs, timestep, encoder_hidden_states=text).sample
@@ -306,7 +321,12 @@ class StableDiffusionEditor:
     def split(
         self, prediction: Float[Tensor, "b c h w"], latents: Float[Tensor, "b c h w"], level: NoiseLevel
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
-        """Split noisy latents into clean latents and the predicted noise."""
+        """Split noisy latents into clean latents and the predicted noise; a v-prediction also does without any signal."""
+        if self.prediction_type == "v_prediction":
+            return (
+                level.signal * latents - level.noise * prediction,
+                level.signal * prediction + level.noise * latents,
+            )
         return (latents - level.noise * prediction) / level.signal, prediction
 
 
@@ -344,11 +364,22 @@ def without_tf32() -> Iterator[None]:
         torch.set_float32_matmul_precision(matmul_precision)
 
 
-def v_to_epsilon(
-    velocity: Float[Tensor, "b c h w"], latents: Float[Tensor, "b c h w"], level: NoiseLevel
-) -> Float[Tensor, "b c h w"]:
-    """Convert a v-prediction to the noise: signal v + noise z_t."""
-    return level.signal * velocity + level.noise * latents
+def known_punctuation(text: str, vocabulary: Container[str]) -> str:
+    """Reduce each run of punctuation to its first mark in a vocabulary of whole words, or to a space if there is none.
+
+    Args:
+        text: An instruction; apostrophes within words are kept.
+        vocabulary: Tokens of a tokenizer; words end with "</w>".
+    """
+
+    def is_mark(i: int) -> bool:
+        within_word = text[i] == "'" and text[i - 1 : i].isalpha() and text[i + 1 : i + 2].isalpha()
+        return unicodedata.category(text[i]).startswith("P") and not within_word
+
+    parts = [(marks, "".join(text[i] for i in group)) for marks, group in groupby(range(len(text)), is_mark)]
+    return "".join(
+        next((mark for mark in part if f"{mark}</w>" in vocabulary), " ") if marks else part for marks, part in parts
+    )
 
 
 def timesteps(start: int, full_steps: int, num_train_timesteps: int) -> list[int]:
@@ -372,7 +403,7 @@ def timesteps(start: int, full_steps: int, num_train_timesteps: int) -> list[int
         raise ValueError(f"the first timestep must be in [1, {num_train_timesteps - 1}], not {start}")
     if full_steps < 1:
         raise ValueError(f"the number of diffusion steps must be at least 1, not {full_steps}")
-    count = min(start, max(1, round(full_steps * start / num_train_timesteps)))
+    count = min(start, max(1, round(full_steps * start / (num_train_timesteps - 1))))
     return [start - (i * start) // count for i in range(count)]
 
 
@@ -401,6 +432,7 @@ def load(
             f'The UNet of the editor "{name}" has conditions other than text ({kind}), which is not supported: give '
             "--editor an InstructPix2Pix of Stable Diffusion, or of SDXL with its model_index.json."
         )
+    check_computes(editor, source)
     return editor
 
 
@@ -410,35 +442,103 @@ def load_common_parts(
     """Load and check the parts that Stable Diffusion and SDXL have in common; arguments as in `load`."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    weights: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": use_safetensors}
     with loading_errors(name, source):
-        unet: Any = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **weights)
-        vae: Any = AutoencoderKL.from_pretrained(source, subfolder="vae", **weights)
-        with no_progress_bar_for_local_files(source):
-            text_encoder: Any = CLIPTextModel.from_pretrained(
-                source, subfolder="text_encoder", dtype=dtype, use_safetensors=use_safetensors
-            )
+        scheduler = load_scheduler(name, source)
+        weights: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": use_safetensors}
+        unet = load_network(name, source, "unet", UNet2DConditionModel, **weights)
+        vae = load_network(name, source, "vae", AutoencoderKL, **weights)
+        text_encoder = load_text_encoder(name, source, "text_encoder", CLIPTextModel, dtype, use_safetensors)
         tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
-        config: Any = DDIMScheduler.load_config(source, subfolder="scheduler")
-        check_scheduler(name, config)
-        scheduler: Any = DDIMScheduler.from_config(config)
-    check_networks(name, unet, vae, text_encoder, tokenizer)
-    vae.enable_slicing()  # image by image: in float32, eight of 512x512 pixels would take 5 GB
-    for network in (unet, vae, text_encoder):
-        network.to(device).eval().requires_grad_(False)
-    return StableDiffusionEditor(
-        name=name,
-        unet=unet,
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        alphas_cumprod=scheduler.alphas_cumprod.float().to(device),
-        final_alpha=scheduler.final_alpha_cumprod.float().to(device),
-        prediction_type=scheduler.config["prediction_type"],
+        check_networks(name, unet, vae, text_encoder, tokenizer)
+        vae.enable_slicing()  # image by image: in float32, eight of 512x512 pixels would take 5 GB
+        for network in (unet, vae, text_encoder):
+            network.to(device).eval().requires_grad_(False)
+        return StableDiffusionEditor(
+            name=name,
+            unet=unet,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            alphas_cumprod=scheduler.alphas_cumprod.float().to(device),
+            final_alpha=getattr(scheduler, "final_alpha_cumprod", torch.tensor(1.0)).float().to(device),
+            prediction_type=scheduler.config["prediction_type"],
+        )
+
+
+def load_network(name: str, source: str, part: str, kind: Any, **options: Any) -> Any:
+    """Load a network with all of its weights.
+
+    Args:
+        name: The editor's name.
+        source: Folder or hub id of its parts.
+        part: Folder of the network.
+        kind: Its class in diffusers or transformers.
+        **options: Further arguments of `from_pretrained`.
+
+    Raises:
+        WysError: If weights are missing, left over or of another size, or the network is quantized.
+    """
+    config = read_json(source, f"{part}/config.json") or {}
+    if config.get("quantization_config") is not None:
+        raise WysError(f'The {part} of the editor "{name}" is quantized (quantization_config), which is not supported.')
+    network, info = kind.from_pretrained(
+        source, subfolder=part, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
+    modules = {child for child, _ in network.named_children()}
+    faults = {
+        "lacks the weights": info["missing_keys"],
+        "has weights of another size than its config.json:": [key for key, *_ in info["mismatched_keys"]],
+        # Weights of other models may be stored beside those of the network.
+        "has weights for more layers than its config.json:": [
+            key for key in info["unexpected_keys"] if key.split(".")[0] in modules
+        ],
+    }
+    for fault, keys in faults.items():
+        if keys:
+            others = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise WysError(f'The {part} of the editor "{name}" {fault} {min(keys)}{others}. Download it again.')
+    return network
+
+
+def load_text_encoder(
+    name: str, source: str, part: str, kind: Any, dtype: torch.dtype, use_safetensors: Optional[bool]
+) -> Any:
+    """Load a text encoder of transformers; arguments as in `load_network`."""
+    with no_progress_bar_for_local_files(source):
+        # The config's own implementation may be one that transformers downloads as code.
+        options = {"dtype": dtype, "use_safetensors": use_safetensors, "attn_implementation": "sdpa"}
+        return load_network(name, source, part, kind, **options)
+
+
+def load_scheduler(name: str, source: str) -> Any:
+    """Load the scheduler and check its noise levels.
+
+    Args:
+        name: The editor's name.
+        source: Folder or hub id of its parts.
+
+    Raises:
+        WysError: If it is not supported, or its noise levels are not those of a diffusion.
+    """
+    import diffusers
+
+    config = read_json(source, "scheduler/scheduler_config.json") or {}
+    check_scheduler(name, config)
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    alphas = scheduler.alphas_cumprod
+    if not (alphas.isfinite().all() and (alphas.diff() < 0).all() and alphas[0] < 1 and alphas[-1] >= 0):
+        raise WysError(
+            f'The noise schedule of the editor "{name}" does not decrease from 1 to 0: check beta_start, beta_end, '
+            "beta_schedule and trained_betas in its scheduler_config.json."
+        )
+    if config.get("rescale_betas_zero_snr") and scheduler.config["prediction_type"] == "epsilon":
+        raise WysError(
+            f'The editor "{name}" predicts noise, but its last timestep has no signal (rescale_betas_zero_snr in its '
+            "scheduler_config.json), where noise predictions determine no image. Supported with it: v_prediction."
+        )
+    return scheduler
 
 
 def check_scheduler(name: str, config: "dict[str, Any]") -> None:
@@ -449,7 +549,7 @@ def check_scheduler(name: str, config: "dict[str, Any]") -> None:
         config: The repository's scheduler_config.json.
 
     Raises:
-        WysError: If the class, its timesteps or its prediction type is not supported.
+        WysError: If the class, its betas, its timesteps or its prediction type is not supported.
     """
     kind = config.get("_class_name")
     if kind not in SCHEDULERS:
@@ -461,6 +561,20 @@ def check_scheduler(name: str, config: "dict[str, Any]") -> None:
         raise WysError(
             f'The editor "{name}" uses {kind} with {config["timestep_type"]} timesteps, which is not supported. Supported: '
             "discrete."
+        )
+    if config.get("use_flow_sigmas"):
+        raise WysError(f'The editor "{name}" uses {kind} with flow matching (use_flow_sigmas), which is not supported.')
+    needed = ["beta_start", "beta_end", "beta_schedule"] if config.get("trained_betas") is None else []
+    missing = [key for key in needed if config.get(key) is None]
+    if missing:
+        raise WysError(
+            f'The scheduler_config.json of the editor "{name}" has no {missing[0]}: its noise schedule is unknown.'
+        )
+    count = config.get("num_train_timesteps", 1000)
+    if not isinstance(count, int) or not 2 <= count <= MAX_TIMESTEPS:
+        raise WysError(
+            f'The scheduler_config.json of the editor "{name}" has {json.dumps(count)} as num_train_timesteps: supported are '
+            f"2 to {MAX_TIMESTEPS}."
         )
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:
@@ -489,33 +603,79 @@ def check_networks(name: str, unet: Any, vae: Any, text_encoder: Any, tokenizer:
             f'The tokenizer of the editor "{name}" is incomplete: it has {len(tokenizer)} tokens, and the text encoder '
             f"{text.vocab_size}. Download it again."
         )
+    factor = vae.config.scaling_factor
+    if not _is_positive(factor):
+        raise WysError(
+            f'The VAE of the editor "{name}" has the scaling_factor {json.dumps(factor)}, not a positive number. Download it '
+            "again."
+        )
+    size = unet.config.sample_size
+    if not all(map(_is_positive, size if isinstance(size, (list, tuple)) else [size])):
+        raise WysError(
+            f'The UNet of the editor "{name}" has the sample_size {json.dumps(size)}, not a positive number. Download it again.'
+        )
 
 
-def read_index(source: str) -> "Optional[dict[str, Any]]":
-    """The model_index.json of a folder or hub repository; None without one.
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def check_computes(editor: StableDiffusionEditor, source: str) -> None:
+    """Edit a small gray image, so that parts that do not fit together fail before the first training step.
+
+    Args:
+        editor: The editor.
+        source: Folder or hub id of its parts.
+
+    Raises:
+        WysError: If the networks cannot compute, or their result is NaN or infinite.
+    """
+    with loading_errors(editor.name, source):
+        side = 8 * editor.latent_factor
+        encoding = editor.encode(torch.full((1, side, side, 3), 0.5))
+        branches = editor.branches(1.0, 1.0)
+        predictions = editor.predictor(encoding.condition, "", branches)(encoding.latents, editor.noise_level(0.8))
+        results = {"vae": [encoding.latents, editor.decode(encoding.latents)], "unet": predictions}
+        for part, values in results.items():
+            if not all(bool(value.isfinite().all()) for value in values):
+                raise WysError(
+                    f'The {part} of the editor "{editor.name}" computes NaN or Inf: its weights are damaged, or need '
+                    "--editor-dtype float32."
+                )
+
+
+def read_json(source: str, file: str) -> "Optional[dict[str, Any]]":
+    """A JSON file of a folder or hub repository; None without one.
+
+    Args:
+        source: Folder or hub id.
+        file: Path in it.
 
     Raises:
         ValueError: If it is not a JSON object.
     """
-    file = Path(source) / "model_index.json"
+    path = Path(source) / file
     if not Path(source).is_dir():
         from huggingface_hub import hf_hub_download
 
         try:
-            file = Path(hf_hub_download(source, file.name))
+            path = Path(hf_hub_download(source, file))
         except OSError:
             return None  # if the repository is unreachable, its parts are, too
-    if not file.is_file():
+    if not path.is_file():
         return None
-    index = json.loads(file.read_text("utf8"))
-    if not isinstance(index, dict):
-        raise ValueError(f"{file.name} is not a JSON object")
-    return index
+    try:
+        content = json.loads(path.read_text("utf8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return content
 
 
 @contextmanager
 def loading_errors(name: str, source: str) -> Iterator[None]:
-    """Turn errors of diffusers and transformers into one sentence, and silence diffusers' notes on scheduler classes.
+    """Turn errors of diffusers and transformers into one sentence, and silence their notes on classes and weights.
 
     Args:
         name: The editor's name.
@@ -525,20 +685,26 @@ def loading_errors(name: str, source: str) -> Iterator[None]:
         WysError: If something cannot be loaded.
     """
     from diffusers.utils import logging as diffusers_logging
-    from safetensors import SafetensorError
+    from transformers.utils import logging as transformers_logging
 
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
+    libraries = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
+    for library, _ in libraries:
+        library.set_verbosity_error()
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+    except WysError:
+        raise
+    except Exception as error:  # broken configs and weights raise errors of many kinds
         if is_memory_error(error):
             raise
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        where = "folder" if Path(source).is_dir() else "hub id (is there a network?)"
+        first_line = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        kind = "" if isinstance(error, (OSError, ValueError, RuntimeError)) and first_line else type(error).__name__
+        reason = ": ".join(filter(None, (kind, first_line)))
+        where = "folder" if Path(source).is_dir() else "hub id"
         raise WysError(
-            f'The editor "{name}" could not be loaded from its {where}: {first_line}. Give --editor a local folder, or '
+            f'The editor "{name}" could not be loaded from its {where}: {reason}. Give --editor a local folder, or '
             f"--editor {EMBEDDED} for the small one that comes with the package."
         ) from error
     finally:
-        diffusers_logging.set_verbosity(verbosity)
+        for library, verbosity in libraries:
+            library.set_verbosity(verbosity)

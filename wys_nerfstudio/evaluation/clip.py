@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from wys_nerfstudio.editing.loading import EMBEDDED
 from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.hub import local_if_offline
 from wys_nerfstudio.utils.log_filters import no_progress_bar_for_local_files
 from wys_nerfstudio.utils.memory_errors import is_memory_error
 
@@ -90,15 +91,27 @@ def load_clip(name: str, device: "str | torch.device" = "cpu") -> ClipEncoder:
     Raises:
         WysError: If the model cannot be loaded.
     """
-    from safetensors import SafetensorError
+    source = str(Path(__file__).parent.parent / "demo" / "clip") if name == EMBEDDED else name
+    source = local_if_offline(source, "CLIP model")
     from transformers import CLIPModel, CLIPTokenizer
 
-    source = str(Path(__file__).parent.parent / "demo" / "clip") if name == EMBEDDED else name
     try:
         with no_progress_bar_for_local_files(source):
-            model: Any = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+            # The config's own implementation of attention may be one that transformers downloads as code.
+            loaded: Any = CLIPModel.from_pretrained(
+                source,
+                use_safetensors=True,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        model, info = loaded
+        unset = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+        if unset:
+            raise ValueError(f"its weights lack {min(unset)} or have another size")
         tokenizer = CLIPTokenizer.from_pretrained(source)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # broken configs and weights raise errors of many kinds
         if is_memory_error(error):
             raise
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -9,7 +9,7 @@ import math
 from typing import Literal, Optional
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -168,7 +168,7 @@ def latent_mask(mask: Bool[Tensor, "b height width"], h: int, w: int) -> Bool[Te
 
 
 def composite(
-    edited: Float[Tensor, "b h w 3"], reference: Float[Tensor, "b h w 3"], mask: Bool[Tensor, "b h w"]
-) -> Float[Tensor, "b h w 3"]:
+    edited: Shaped[Tensor, "b h w c"], reference: Shaped[Tensor, "b h w c"], mask: Bool[Tensor, "b h w"]
+) -> Shaped[Tensor, "b h w c"]:
     """Return the edit inside the mask and the unchanged reference outside, bit for bit."""
     return torch.where(mask[..., None], edited, reference)

@@ -61,7 +61,7 @@ def record_edit(folder: Path, edit: EditRecord) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / EDITS_FILE).open("a", encoding="utf8") as file:
         file.write(edit.line())
-    write_png(folder / "masks" / f"{edit.view}.png", edit.mask.float())
+    write_png(folder / "masks" / f"{edit.view}.png", edit.mask.float(), f"mask of edit {edit.edit}, view {edit.view}")
 
 
 def read_edit_lines(folder: Path) -> list[bytes]:

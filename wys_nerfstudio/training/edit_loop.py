@@ -25,7 +25,7 @@ from wys_nerfstudio.training.edit_log import TITLES, EditRecord, image_row, reco
 from wys_nerfstudio.training.scene import EditInput, EditOptions, Scene, TrainingViews
 from wys_nerfstudio.training.settings import Settings
 from wys_nerfstudio.utils.errors import WysError
-from wys_nerfstudio.utils.visualization import contact_sheet, evenly_spaced, save_png
+from wys_nerfstudio.utils.visualization import SOFTWARE, contact_sheet, evenly_spaced, save_png
 
 NOT_FINITE_REMEDY = (
     "Resume with --pipeline.editor-dtype float32, and with lower guidance scales if that does not suffice."
@@ -348,7 +348,7 @@ class EditLoop:
             mask = localizer.mask_from(value) if localizer.uses_field else localizer.view_mask(view, height, width)
             row = image_row(views, view, value, mask)
             rows.append((views.view_names[view], [*row, colors.view(height, width, 3).clamp(0, 1).cpu()]))
-        save_png(folder / "contact_sheet.png", contact_sheet(TITLES, rows))
+        save_png(folder / "contact_sheet.png", contact_sheet(TITLES, rows), f"views of a scene edited with {SOFTWARE}")
         CONSOLE.print(
             f"{len(views.edited_views)} of {views.num_views} views are edited; see {folder}/contact_sheet.png."
         )

@@ -2,8 +2,9 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import numpy as np
 import torch
@@ -13,39 +14,80 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from wys_nerfstudio import __version__
 from wys_nerfstudio.utils.atomic_io import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SOFTWARE = f"wys-nerfstudio {__version__}"
+"""Value of the text chunk Software of every PNG."""
+
+
+@dataclass(frozen=True)
+class PngMetadata:
+    """Metadata of an image that a PNG can store."""
+
+    icc_profile: Optional[bytes] = None
+    """Color profile."""
+    dpi: Optional[tuple[float, float]] = None
+    """Horizontal and vertical pixels per inch."""
+    chunks: Mapping[bytes, bytes] = field(default_factory=dict)
+    """Chunks gAMA, cHRM and sRGB by name."""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """Text chunks (iTXt) by keyword."""
 
 
 def to_uint8(image: Tensor) -> np.ndarray:
-    """Convert floats in [0, 1] to rounded 8-bit values; the inverse of dividing by 255."""
-    return (image.detach().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    """Convert floats in [0, 1] to rounded 8-bit values, the inverse of dividing by 255; keep 8-bit values."""
+    if image.dtype == torch.uint8:
+        return image.cpu().numpy()
+    return image.detach().clamp(0, 1).mul_(255).round_().to(torch.uint8).cpu().numpy()
 
 
-def write_png(path: Path, image: Tensor) -> None:
-    """Write an image (h, w), (h, w, 1) or (h, w, 3) in [0, 1] atomically as an 8-bit PNG."""
-    save_png(path, Image.fromarray(to_uint8(image.squeeze(-1) if image.shape[-1] == 1 else image)))
+def to_float(image: Tensor) -> Tensor:
+    """Convert 8-bit values to floats in [0, 1]; keep floats."""
+    return image if image.is_floating_point() else image.float().div_(255)
 
 
-def save_png(
-    path: Path,
-    image: Image.Image,
-    icc_profile: Optional[bytes] = None,
-    texts: Optional[Mapping[str, str]] = None,
-) -> None:
-    """Write an image atomically as PNG.
+def write_png(path: Path, image: Tensor, description: str = "") -> None:
+    """Write an image (h, w), (h, w, 1) or (h, w, 3) in [0, 1] atomically as an 8-bit PNG.
 
     Args:
         path: The file.
         image: The image.
-        icc_profile: Color profile.
-        texts: PNG text chunks (iTXt) by keyword.
+        description: What it shows, as in `save_png`.
     """
-    chunks = PngInfo()
-    for keyword, text in (texts or {}).items():
-        chunks.add_itxt(keyword, text)
+    save_png(path, Image.fromarray(to_uint8(image.squeeze(-1) if image.shape[-1] == 1 else image)), description)
+
+
+def save_png(path: Path, image: Image.Image, description: str = "", metadata: Optional[PngMetadata] = None) -> None:
+    """Write an image atomically as PNG, with this package as its Software.
+
+    Args:
+        path: The file.
+        image: The image.
+        description: What it shows, as its Description.
+        metadata: Further metadata.
+    """
+    metadata = metadata or PngMetadata()
+    described = {"Description": description} if description else {}
+    info = PngInfo()
+    for keyword, text in {**metadata.texts, **described, "Software": SOFTWARE}.items():
+        info.add_itxt(keyword, text)
+    for name, content in metadata.chunks.items():
+        info.add(name, content)
+    options = {} if metadata.dpi is None else {"dpi": metadata.dpi}
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", icc_profile=icc_profile, pnginfo=chunks)
+    image.save(buffer, format="PNG", icc_profile=metadata.icc_profile, pnginfo=info, **options)
     atomic_write(path, buffer.getbuffer())
+
+
+def save_figure(path: Path, figure: "Figure", description: str) -> None:
+    """Write a chart atomically as PNG; `description` as in `save_png`."""
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=120)
+    with Image.open(buffer) as image:
+        save_png(path, image, description)
 
 
 def read_png(path: Path) -> Float[Tensor, "h w 3"]:
