@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -67,10 +68,11 @@ class CliCase:
         self.scene = write_ring_scene(folder / "scene", **SIZE)
         self.editor = str(editor)
         self.instruction: Optional[str] = "make the ball blue"
+        self.method = "wys-tiny"
 
     def arguments(self, *extra: object) -> list[str]:
         """Return the arguments of ns-train."""
-        fixed = ["wys-tiny", "--data", self.scene, "--output-dir", self.folder / "out", "--editor", self.editor, *TINY]
+        fixed = [self.method, "--data", self.scene, "--output-dir", self.folder / "out", "--editor", self.editor, *TINY]
         typed = [] if self.instruction is None else ["--instruction", self.instruction]
         return [str(argument) for argument in (*fixed, *typed, *extra)]
 
@@ -373,6 +375,34 @@ def change_scale(cli_case: CliCase) -> list[object]:
     return ["--base-run", run]
 
 
+MORE_STEPS = ["--pipeline.edit-steps=9"]
+
+
+def repaint_frame(cli_case: CliCase) -> None:
+    """Change one pixel of a picture by one level."""
+    path = cli_case.scene / "images" / "frame_002.png"
+    pixels = np.array(Image.open(path))
+    pixels[3, 5, 1] ^= 1
+    Image.fromarray(pixels).save(path)
+
+
+def move_frame(cli_case: CliCase) -> None:
+    """Change the focal length of one camera."""
+    lengths = {"fl_x": 28.8, "fl_y": 28.8}
+    cli_case.change_scene(lambda meta: [meta.pop(key) for key in lengths])
+    cli_case.change_scene(lambda meta: [each.update(lengths) for each in meta["frames"]])
+    cli_case.change_scene(lambda meta: frame(meta).update(fl_x=29))
+
+
+def zoom_frames(cli_case: CliCase) -> None:
+    cli_case.change_scene(lambda meta: meta.update(fl_x=31))
+
+
+def widen(checkpoint: dict[str, Any]) -> None:
+    key = next(key for key in checkpoint["pipeline"] if "mlp_head" in key)
+    checkpoint["pipeline"][key] = torch.zeros(99, 3)
+
+
 RUNS = [
     case("missing base run", lambda c: ["--base-run", c.folder / "none"], "No checkpoint found in .*--base-run takes"),
     case("base run without a checkpoint", lambda c: ["--base-run", c.scene], "No checkpoint found in .*--base-run takes"),
@@ -382,7 +412,7 @@ RUNS = [
     case("base run with renamed keys", lambda c: base(c, rename_weight), "is not a scene of this shape: .*head"),
     case("base run with another scale", change_scale, "has its cameras in another place or scale"),
     case("base run with edited views of other data",
-         lambda c: base(c, lambda checkpoint: checkpoint["wys"]["views"].update(size=[9, 9]), nerfacto=False), "edited views of that run"),
+         lambda c: base(c, lambda checkpoint: checkpoint["wys"]["views"].update(size=[9, 9]), nerfacto=False), "views of that run are of other data"),
     case("base run of an empty checkpoint", lambda c: ["--base-run", truncate(c, 0)], "could not be read"),
     case("resume from a truncated checkpoint", lambda c: ["--load-dir", truncate(c, 1000)], "could not be read"),
     case("resume without a state", lambda c: ["--load-dir", c.copy_run(lambda checkpoint: checkpoint.pop("wys"))], "cannot be resumed from"),
@@ -391,11 +421,54 @@ RUNS = [
     case("resume from a missing step", lambda c: ["--load-dir", c.finished_run, "--load-step=3"],
          "No checkpoint of step 3 found in .*--load-step can be 4"),
     case("resume with another backend", lambda c: ["--load-dir", c.copy_run(use_tiny_cuda_nn), "--pipeline.edit-steps=9"],
-         "The run was trained with tiny-cuda-nn, whose weights only"),
-    case("resume with another shape", lambda c: ["--load-dir", c.finished_run, "--pipeline.edit-steps=9",
-         "--pipeline.model.hidden-dim=16"], "weights do not fit this model: use the --data and the --pipeline.model options"),
-    case("resume with other views", lambda c: (c.change_scene(lambda m: m["frames"].pop()),
-         ["--load-dir", c.finished_run, "--pipeline.edit-steps=9"])[1], "weights do not fit this model: use the --data"),
+         "The run .*run. was trained with tiny-cuda-nn, whose weights only"),
+    *(
+        case(f"resume with {' '.join(option)}", lambda c, option=option: ["--load-dir", c.finished_run, *MORE_STEPS, *option],
+             f'The run ".*run" was trained with other options: {remedy}[.]')
+        for option, remedy in [
+            (["--pipeline.model.hidden-dim=16"], "add --pipeline.model.hidden-dim 32"),
+            (["--pipeline.model.log2-hashmap-size=11"], "add --pipeline.model.log2-hashmap-size 10"),
+            (["--pipeline.model.num-levels=7"], "add --pipeline.model.num-levels 8"),
+            (["--pipeline.model.max-res=256"], "add --pipeline.model.max-res 512"),
+            (["--pipeline.model.base-res=8"], "add --pipeline.model.base-res 16"),
+            (["--pipeline.model.average-init-density=0.5"], "add --pipeline.model.average-init-density 1.0"),
+            (["--pipeline.model.use-appearance-embedding=False"], "add --pipeline.model.use-appearance-embedding True"),
+            (["--pipeline.model.relevance-input=geometry"], "add --pipeline.model.relevance-input geometry.position"),
+            (["--pipeline.model.camera-optimizer.mode=SE3"], "add --pipeline.model.camera-optimizer.mode off"),
+            (["--pipeline.model.background-color=white"], "add --pipeline.model.background-color last_sample"),
+            (["nerfstudio-data", "--eval-mode", "all"], "end the command with nerfstudio-data --eval-mode fraction"),
+            (["nerfstudio-data", "--orientation-method=none", "--scale-factor=2"],
+             "end the command with nerfstudio-data --orientation-method up --scale-factor 1.0"),
+            (["blender-data"], "end the command with nerfstudio-data"),
+        ]
+    ),
+    case("resume with another method", lambda c: (setattr(c, "method", "wys"), ["--load-dir", c.finished_run, *MORE_STEPS])[1],
+         'The run ".*run" is a wys-tiny run: resume it with ns-train wys-tiny.'),
+    case("resume with fewer views", lambda c: (c.change_scene(lambda m: m["frames"].pop()),
+         ["--load-dir", c.finished_run, *MORE_STEPS])[1], "views of that run are of other data .6 views.* than this run's .5 views"),
+    *(
+        case(f"{option} with {change.__name__}", lambda c, option=option, change=change: (change(c), [option, c.finished_run, *MORE_STEPS])[1],
+             f"{message} not what that run was trained on: use the same --data")
+        for option, change, message in [
+            ("--load-dir", repaint_frame, "The picture of the view frame_002 is"),
+            ("--base-run", repaint_frame, "The picture of the view frame_002 is"),
+            ("--load-dir", move_frame, "The camera of the view frame_003 is"),
+            ("--load-dir", zoom_frames, "The cameras of 6 views, the first of them frame_000, are"),
+            ("--base-run", zoom_frames, "The cameras of 6 views, the first of them frame_000, are"),
+        ]
+    ),
+    case("resume from weights of another shape", lambda c: ["--load-dir", c.copy_run(widen), *MORE_STEPS],
+         "The run .*run. is not a scene of this shape: field.mlp_head.* there and .* here. Resume it with the options"),
+    case("resume from the captured scene", lambda c: ["--load-checkpoint", c.finished_run / "wys" / "captured.ckpt"],
+         "cannot be resumed from .*captured.ckpt.*Give it to --base-run instead"),
+    case("resume from a snapshot", lambda c: ["--load-dir", c.copy_run(lambda checkpoint: checkpoint.pop("optimizers")), *MORE_STEPS],
+         "cannot be resumed from .*, which contains no optimizers. Give it to --base-run instead"),
+    case("resume with a damaged config.yml", lambda c: ((run := c.copy_run()), (run / "config.yml").write_text("["),
+         ["--load-dir", run, *MORE_STEPS])[-1], "config.yml. cannot be read: .* Restore that run's options"),
+    case("base run with a damaged config.yml", lambda c: ((run := c.copy_run()), (run / "config.yml").write_bytes(b"\xff"),
+         ["--base-run", run])[-1], "config.yml. cannot be read: .* Restore that run's options"),
+    case("base run with a damaged transform", lambda c: ((run := c.copy_run()), (run / "dataparser_transforms.json").write_text("{}"),
+         ["--base-run", run])[-1], "because .dataparser_transforms.json. is damaged: restore"),
     case("resume of a finished run", lambda c: ["--load-dir", c.finished_run], "The run is finished: it has 5 of 5 steps"),
     case("resume with another instruction", lambda c: (setattr(c, "instruction", "make it snow"),
          ["--load-dir", c.finished_run])[1], "resumes a run whose instruction is"),

@@ -27,6 +27,7 @@ from wys_nerfstudio.training.checkpoint import (
     is_wys,
     newest_checkpoint,
     read_checkpoint,
+    run_folder,
     save_checkpoint_file,
 )
 from wys_nerfstudio.training.devices import choose_device, choose_implementation, validate_machine
@@ -46,7 +47,9 @@ from wys_nerfstudio.training.interrupts import (
     resume_hint,
 )
 from wys_nerfstudio.training.memory import ACTIVITIES, RunActivity, memory_remedies
+from wys_nerfstudio.training.run_options import check_resumed_options, read_run_config
 from wys_nerfstudio.training.run_state import STATE_KEY, RunState, set_random_state
+from wys_nerfstudio.training.scene_checks import check_resumed_scene
 from wys_nerfstudio.training.settings import RunSettings
 from wys_nerfstudio.training.validation import validate_ranges
 from wys_nerfstudio.utils.atomic_io import write_text
@@ -178,7 +181,15 @@ class WysTrainerConfig(TrainerConfig):
         if is_wys(checkpoint):
             # The resumed run has a scene already.
             self.pipeline.base_run = None
-            return RunState.from_checkpoint(checkpoint, path)
+            state = RunState.from_checkpoint(checkpoint, path)
+            if not checkpoint.keys() >= {"optimizers", "schedulers", "scalers"}:
+                raise WysError(
+                    f'The run cannot be resumed from "{path}", which contains no optimizers. Give it to --base-run instead, '
+                    "to start a new edit from its scene."
+                )
+            folder = run_folder(path)
+            check_resumed_options(folder, read_run_config(folder), self)
+            return state
         if self.pipeline.base_run is not None:
             raise WysError("--load-dir names a nerfacto run and --base-run is given too: give one of them.")
         CONSOLE.print(f'"{path.parent}" is not a wys run: it is used as the base, as with --base-run.', markup=False)
@@ -472,8 +483,11 @@ class WysTrainer(Trainer):
             return
         checkpoint = read_checkpoint(path)
         self._start_step = checkpoint["step"] + 1
+        state = RunState.from_checkpoint(checkpoint, path)
+        self.pipeline.datamanager.check_views(state.views)
+        check_resumed_scene(path, checkpoint, self.pipeline.scene_model)
         self.pipeline.load_pipeline(checkpoint["pipeline"], checkpoint["step"])
-        self.pipeline.resume(RunState.from_checkpoint(checkpoint, path), path)
+        self.pipeline.resume(state, path)
         self.optimizers.load_optimizers(checkpoint["optimizers"])
         if self.config.load_scheduler:
             self.optimizers.load_schedulers(checkpoint["schedulers"])
