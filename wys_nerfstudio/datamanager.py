@@ -31,7 +31,7 @@ from wys_nerfstudio.editing import Editor, EditSettings, edit_images, relevance_
 from wys_nerfstudio.editing.edit import check_finite
 from wys_nerfstudio.editing.editor import resize_images
 from wys_nerfstudio.editing.sampling import edit_seed
-from wys_nerfstudio.relevance.cache import RelevanceRequest, find_maps, save_maps
+from wys_nerfstudio.relevance.cache import MAPS_FILE, RelevanceRequest, find_maps, save_maps
 from wys_nerfstudio.training.distributed import broadcast_from_main, gather, main_process_only, shard
 from wys_nerfstudio.training.image_stack import ImageStack, read_images, to_device
 from wys_nerfstudio.training.scene import EditInput
@@ -270,12 +270,31 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             raw = torch.stack([by_view[view] for view in range(self.num_views)])
             main_process_only(save_maps)(folder, request, self.view_names, raw)
         maps = relevance.normalize(raw, normalization, outlier_factor)
-        for name, view_map in zip(self.view_names, maps):
-            main_process_only(write_png)(folder / f"{name}.png", self._as_colors(view_map))
         self.set_relevance(maps, relevance.normalize(raw, normalization, outlier_factor=None))
+        self.write_relevance_images(folder)
 
-    def _as_colors(self, view_map: Float[Tensor, "mh mw"]) -> Float[Tensor, "h w 3"]:
-        return apply_colormap(relevance.resize(view_map[None], *self.view_size)[0])
+    @main_process_only
+    def write_relevance_images(self, folder: Path) -> None:
+        """Write an image of each view's relevance map; without maps remove the images of earlier ones.
+
+        Args:
+            folder: Folder of the images.
+        """
+        maps = [] if self._relevance is None or self._relevance.dtype == torch.bool else self._relevance
+        for name, view_map in zip(self.view_names, maps):
+            write_png(folder / f"{name}.png", apply_colormap(relevance.resize(view_map[None], *self.view_size)[0]))
+        for name in self.view_names[len(maps) :]:
+            (folder / f"{name}.png").unlink(missing_ok=True)
+
+    def discard_relevance(self, folder: Path) -> None:
+        """Remove the relevance maps and their files: another instruction follows.
+
+        Args:
+            folder: As for `make_relevance_maps`.
+        """
+        self.forget_relevance()
+        self.write_relevance_images(folder)
+        main_process_only((folder / MAPS_FILE).unlink)(missing_ok=True)
 
     def compute_relevance_map(
         self, editor: Editor, view: int, request: RelevanceRequest, outlier_factor: float
@@ -336,7 +355,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         return self._unclamped_maps
 
     def forget_relevance(self) -> None:
-        """Remove the relevance maps: another instruction follows."""
+        """Remove the relevance maps."""
         self._relevance: Optional[Tensor] = None
         self._unclamped_maps: Optional[Tensor] = None
 

@@ -97,7 +97,7 @@ class WysTrainerConfig(TrainerConfig):
         path = self.get_base_dir() / "config.yml"
         with exit_on_error():
             try:
-                write_text(path, yaml.dump(self))
+                write_text(path, yaml.dump(SavedConfig(**vars(self))))
             except OSError as error:
                 raise WysError(
                     f'The run\'s folder "{path.parent}" cannot be written: {error.strerror}. Choose another one with '
@@ -206,6 +206,25 @@ class WysTrainerConfig(TrainerConfig):
                 f"The run is finished: it has {done} of {self.max_num_iterations} steps. For more editing raise "
                 "--pipeline.edit-steps; for another edit give this run to --base-run."
             )
+
+
+class SavedConfig(WysTrainerConfig):
+    """Options of a run in its config.yml, from which nerfstudio's other commands load it."""
+
+    def get_checkpoint_dir(self) -> Path:
+        """Return the folder of checkpoints, after choosing the newest undamaged one.
+
+        nerfstudio (1.1.5) calls this right before it loads the newest checkpoint, whatever that contains.
+        """
+        folder = super().get_checkpoint_dir()
+        with exit_on_error():
+            self.load_step = read_checkpoint(find_checkpoint(folder, "--load-config", self.load_step))["step"]
+        return folder
+
+    def set_timestamp(self) -> None:
+        """Start a run with these options: ns-train's --load-config."""
+        self.__class__ = WysTrainerConfig
+        self.set_timestamp()
 
 
 class WysTrainer(Trainer):

@@ -15,15 +15,18 @@ from typing import Any, Optional
 
 import pytest
 import torch
+import yaml
 from conftest import write_ring_scene
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from nerfstudio.scripts import eval as ns_eval
 from nerfstudio.scripts import train
 from nerfstudio.utils import writer
+from nerfstudio.utils.eval_utils import eval_setup
 from test_bad_input import TINY
 
 from wys_nerfstudio import trainer as trainer_module
+from wys_nerfstudio.datamanager import WysDataManager
 from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor
 from wys_nerfstudio.trainer import WysTrainer
 from wys_nerfstudio.training.checkpoint import copy_to_cpu, newest_checkpoint, read_checkpoint
@@ -330,6 +333,31 @@ def test_ns_eval_out_of_memory_ends_with_a_sentence(command, monkeypatch, tmp_pa
     )
 
 
+def test_evaluation_uses_the_newest_undamaged_checkpoint(command, capsys):
+    assert command() is None
+    config, newest = command.run / "config.yml", command.newest()
+    assert eval_setup(config)[2] == newest
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    capsys.readouterr()
+    _, pipeline, path, step = eval_setup(config)
+    assert path.name == "step-000000008.ckpt" and step == 8
+    assert torch.equal(pipeline.state_dict()["_model.field.mlp_head.layers.0.weight"],
+                       read_checkpoint(path)["pipeline"]["_model.field.mlp_head.layers.0.weight"])  # fmt: skip
+    assert "The previous one is used." in " ".join(capsys.readouterr().out.split())
+    again = yaml.load(config.read_text(), Loader=yaml.Loader)
+    again.timestamp = "again"
+    again.set_timestamp()  # as ns-train does with --load-config
+    assert again.get_checkpoint_dir() == command.run.parent / "again" / "nerfstudio_models" and again.load_step is None
+    path.write_bytes(b"")
+    with pytest.raises(SystemExit, match=f'wys: The checkpoint "{path}" could not be read'):
+        eval_setup(config)
+    shutil.rmtree(command.run / "nerfstudio_models")
+    with pytest.raises(SystemExit, match="wys: No checkpoint found in"):
+        eval_setup(config)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 16 MB."""
@@ -417,6 +445,58 @@ def test_a_truncated_checkpoint_is_replaced_by_the_previous_one(command, referen
     assert_resume_matches(command, reference)
     message = " ".join(capsys.readouterr().out.split())
     assert "could not be read" in message and "The previous one is used." in message and "Resuming at step 9" in message
+
+
+def test_relevance_files_are_those_of_the_instruction_in_force(command, monkeypatch):
+    folder, make_maps = command.run / "wys" / "relevance", WysDataManager.make_relevance_maps
+    seen: list[dict[str, bytes]] = []
+
+    def images() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.glob("*.png")}
+
+    def undo_after_maps(data: WysDataManager, *arguments: object) -> None:
+        make_maps(data, *arguments)  # type: ignore
+        seen.append(images())
+        if len(seen) == 2:
+            trainers[0].pipeline.panel.commands.put(ViewerCommand("undo"))
+
+    trainers: list[WysTrainer] = []
+
+    def apply(trainer: WysTrainer) -> None:
+        trainers.append(trainer)
+        send("apply", ON_TOP, "make the bear red")(trainer)
+
+    monkeypatch.setattr(WysDataManager, "make_relevance_maps", undo_after_maps)
+    assert command(step=STEPS - 1, action=apply) is None
+    assert len(seen[0]) == 4 and seen[0] != seen[1]
+    assert images() == seen[0] and not (folder / "maps.safetensors").exists()
+
+
+def test_relevance_images_of_later_steps_are_removed_on_resume(command):
+    assert command(step=1, action=interrupt) == 130
+    image = command.run / "wys" / "relevance" / "frame_000.png"
+    image.parent.mkdir()
+    image.write_bytes(b"of another instruction")
+    assert command("--load-dir", command.run, step=2, action=interrupt) == 130
+    assert not image.exists()
+
+
+def test_an_instruction_without_relevance_has_no_relevance_files(command):
+    def apply(trainer: WysTrainer) -> None:
+        send("set", "localization", "none")(trainer)
+        send("apply", ON_TOP, "make the bear red")(trainer)
+
+    assert command(step=STEPS - 1, action=apply) is None
+    assert not list((command.run / "wys" / "relevance").iterdir())
+
+
+def test_damaged_relevance_maps_are_made_again(command, reference):
+    assert command(step=7, action=interrupt) == 130
+    path = command.run / "wys" / "relevance" / "maps.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:200])
+    assert_resume_matches(command, reference)
+    assert path.read_bytes() == content
 
 
 @pytest.mark.slow

@@ -21,6 +21,9 @@ from wys_nerfstudio.training.schedule import Phase, PhaseSchedule
 from wys_nerfstudio.training.settings import RunSettings, Settings
 from wys_nerfstudio.utils.atomic_io import write_tensors
 
+RELEVANCE_FOLDER = "relevance"
+"""Folder of the relevance maps, in a run's `wys` folder."""
+
 
 @runtime_checkable
 class TrainedScene(Scene, Protocol):
@@ -164,6 +167,9 @@ class EditSession:
         copy_resumed_files(state, run_folder(checkpoint) / "wys", run.folder)
         self.history = History(run.folder, state.history)
         self._views.load_views_state(state.views)
+        self._views.write_relevance_images(
+            run.folder / RELEVANCE_FOLDER
+        )  # the checkpoint may be of another instruction
         self.edit_loop.load_state(state.edits, state.pending)
         self._lr_warmup_start = state.lr_warmup_start
         self._scene.load_training_state(state.scene)
@@ -233,7 +239,7 @@ class EditSession:
             self._views.start_from_current()
         else:
             self.reset(step)
-        self._views.forget_relevance()
+        self._views.discard_relevance(self.run.folder / RELEVANCE_FOLDER)
         self._scene.reset_relevance()
         self.settings.update(instruction=instruction)
         self.localized = self.settings.current.localization != "none"
@@ -282,10 +288,11 @@ class EditSession:
         self.edit_loop.load_state(state.edits, state.pending)
         self.settings.load(state.settings)
         self.localized = state.localized
-        self._views.forget_relevance()
+        self._views.discard_relevance(self.run.folder / RELEVANCE_FOLDER)
         maps = snapshot.get("relevance")  # absent from a base run's checkpoint, and with given masks
         if maps is not None:
             self._views.set_relevance(*maps)
+            self._views.write_relevance_images(self.run.folder / RELEVANCE_FOLDER)
         else:
             self.prepare_relevance(Phase.EDIT)
         self._restart_optimizers(step)
