@@ -276,11 +276,33 @@ OPTIONS = [
             "machine.seed": ["-1"],
             "max-num-iterations": ["0"],
             "steps-per-save": ["-1"],
+            "steps-per-eval-batch": ["-1"],
+            "steps-per-eval-image": ["-2"],
+            "steps-per-eval-all-images": ["-1"],
+            "logging.steps-per-log": ["0", "-5"],
+            "logging.max-buffer-size": ["0"],
+            "logging.local-writer.max-log-size": ["-1"],
             "optimizers.fields.optimizer.lr": ["nan", "-0.1"],
             "optimizers.fields.scheduler.max-steps": ["0"],
         }.items()
         for value in values
     ),
+    case("gradients accumulated over no step", lambda c: ["--gradient-accumulation-steps", "fields", "0"],
+         "--gradient-accumulation-steps fields must be at least 1, not 0"),
+    *(
+        case(f"{option} of 256 bytes", lambda c, option=option: [option, "é" * 128], "has a file or folder name of 256 bytes")
+        for option in ("--experiment-name", "--timestamp", "--output-dir", "--pipeline.masks-dir", "--load-dir", "--base-run")
+    ),
+    case("path of 5000 bytes", lambda c: ["--output-dir", "a/" * 2500], "is a path of more than 4095 bytes"),
+    case("instruction that is not UTF-8", lambda c: setattr(c, "instruction", "make it \udcff"),
+         r"--pipeline.instruction .make it .udcff. has bytes that are not UTF-8"),
+    case("output folder that is not UTF-8", lambda c: ["--output-dir", c.folder / "\udce9t\udce9"], "--output-dir .* has bytes that are not UTF-8"),
+    case("data that are not UTF-8", lambda c: ["--data", c.scene.rename(c.folder / "\udce9")], "--data .* has bytes that are not UTF-8"),
+    case("editor that is not UTF-8", lambda c: setattr(c, "editor", "\udce9"), "--pipeline.editor .* has bytes that are not UTF-8"),
+    case("null byte in the instruction", lambda c: setattr(c, "instruction", "make it\0"), "--pipeline.instruction contains a null byte"),
+    case("null byte in a path", lambda c: ["--base-run", "a\0b"], "--pipeline.base-run contains a null byte"),
+    case("editor of an unknown user", lambda c: setattr(c, "editor", "~nosuchuser/editor"), "no editor folder"),
+    case("editor with an overlong name", lambda c: setattr(c, "editor", "/" + "x" * 300), "File name too long|no editor folder"),
     case("near above far", lambda c: ["--pipeline.model.near-plane=9", "--pipeline.model.far-plane=3"], "must be below"),
     case("minimum strength above maximum", lambda c: ["--pipeline.min-strength=0.9", "--pipeline.max-strength=0.2"],
          "swap them"),

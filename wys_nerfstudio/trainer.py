@@ -47,13 +47,15 @@ from wys_nerfstudio.training.interrupts import (
     resume_hint,
 )
 from wys_nerfstudio.training.memory import ACTIVITIES, RunActivity, memory_remedies
+from wys_nerfstudio.training.option_text import check_path_length, check_text
 from wys_nerfstudio.training.run_options import check_resumed_options, read_run_config
 from wys_nerfstudio.training.run_state import STATE_KEY, RunState, set_random_state
 from wys_nerfstudio.training.scene_checks import check_resumed_scene
 from wys_nerfstudio.training.settings import RunSettings
-from wys_nerfstudio.training.validation import validate_ranges
+from wys_nerfstudio.training.validation import minimum, validate_range, validate_ranges
 from wys_nerfstudio.utils.atomic_io import write_text
 from wys_nerfstudio.utils.background import BackgroundJob
+from wys_nerfstudio.utils.console import keep_output
 from wys_nerfstudio.utils.data_checks import check_capture
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.log_filters import ignore_warnings
@@ -61,6 +63,8 @@ from wys_nerfstudio.utils.memory_errors import MemoryExhaustedError, convert_mem
 from wys_nerfstudio.utils.recipes import parse_with_recipe
 from wys_nerfstudio.viewer.commands import CommandHandler
 
+STEP_OPTIONS = ("steps_per_save", "steps_per_eval_batch", "steps_per_eval_image", "steps_per_eval_all_images")
+"""Options of nerfstudio that count steps from one time to the next; 0 is never."""
 NEVER = 2**62
 """A step that no run reaches."""
 
@@ -83,8 +87,11 @@ class WysTrainerConfig(TrainerConfig):
         nerfstudio's train script calls this first after parsing, once per run. Errors end the program here with a sentence.
         """
         ignore_warnings()
+        keep_output()
         with exit_on_error():
+            check_text(self)
             self._resolve()
+            check_path_length("The run's folder", self.get_base_dir())
         super().set_timestamp()
         with exit_on_error():
             self._refuse_to_overwrite()
@@ -114,7 +121,11 @@ class WysTrainerConfig(TrainerConfig):
 
     def _validate_ranges(self) -> None:
         """Refuse numbers among nerfstudio's own options that cannot work."""
-        validate_ranges("", self, {"max_num_iterations": 1, "steps_per_save": 0})
+        validate_ranges("", self, {"max_num_iterations": 1, **minimum(0, *STEP_OPTIONS)})
+        validate_ranges("logging.", self.logging, minimum(1, "steps_per_log", "max_buffer_size"))
+        validate_ranges("logging.local-writer.", self.logging.local_writer, minimum(0, "max_log_size"))
+        for group, steps in self.gradient_accumulation_steps.items():
+            validate_range(f"--gradient-accumulation-steps {group}", steps, 1)
         if not 0 <= self.machine.seed < 2**32:
             raise WysError(f"--machine.seed must be from 0 to {2**32 - 1}, not {self.machine.seed}.")
         validate_machine(self.machine, self.pipeline.editor_device, self.pipeline.edit_count, self.pipeline.edit_every)
@@ -253,6 +264,7 @@ class WysTrainer(Trainer):
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """Build pipeline and viewer, before the first step."""
         CONSOLE.quiet = rank() > 0
+        keep_output()  # for the other processes of several GPUs
         try:
             with (
                 exit_on_error(),

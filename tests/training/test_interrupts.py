@@ -30,8 +30,10 @@ from wys_nerfstudio.datamanager import WysDataManager
 from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor
 from wys_nerfstudio.trainer import WysTrainer
 from wys_nerfstudio.training.checkpoint import copy_to_cpu, newest_checkpoint, read_checkpoint
+from wys_nerfstudio.training.interrupts import convert_disk_errors, exit_on_error
 from wys_nerfstudio.training.run_state import SETTINGS_KEY
 from wys_nerfstudio.training.session import EditSession
+from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.viewer.commands import CommandHandler
 from wys_nerfstudio.viewer.panel import ON_TOP, ViewerCommand
 
@@ -152,6 +154,72 @@ def test_repeated_sigterm_is_handled_as_one_ctrl_c(command, reference, capsys):
     assert "wys: Stopped after step 7; to resume" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
     assert_resume_matches(command, reference)
+
+
+def hang_up(_trainer: WysTrainer) -> None:
+    os.kill(os.getpid(), signal.SIGHUP)
+
+
+def test_a_closed_terminal_saves_the_run(command, reference, capsys):
+    before = signal.getsignal(signal.SIGHUP)
+    assert command(step=7, action=hang_up) == 130
+    assert "wys: Stopped after step 7; to resume" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGHUP) is before
+    assert_resume_matches(command, reference)
+
+
+def test_nohup_keeps_the_run_alive(command, reference):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert command(step=7, action=hang_up) is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert_equal_weights(command.weights(), reference)
+
+
+def test_a_closed_output_does_not_end_the_run(command, reference, monkeypatch):
+    reader, writer = os.pipe()
+    with open(writer, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        assert command(step=2, action=lambda trainer: os.close(reader)) is None
+    assert_equal_weights(command.weights(), reference)
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+                                    errno.ELOOP, errno.EFBIG, errno.ENOSPC, errno.EBUSY])  # fmt: skip
+def test_every_error_of_a_file_of_the_run_is_a_sentence(tmp_path, number):
+    with pytest.raises(WysError, match=f'"{tmp_path}/wys/x" could not be written: {os.strerror(number)}. Correct'):
+        with convert_disk_errors(tmp_path):
+            raise OSError(number, os.strerror(number), str(tmp_path / "wys" / "x"))
+    with pytest.raises(SystemExit, match=f'wys: "/other/x" cannot be used: {os.strerror(number)}. Correct the path'):
+        with exit_on_error(), convert_disk_errors(tmp_path):
+            raise OSError(number, os.strerror(number), "/other/x")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO])
+def test_disk_errors_without_a_file_name_are_a_sentence(tmp_path, number):
+    with pytest.raises(WysError, match=f'"{tmp_path}" could not be written: {os.strerror(number)}. Correct'):
+        with convert_disk_errors(tmp_path):
+            raise OSError(number, os.strerror(number))
+
+
+def test_errors_of_no_file_are_not_blamed_on_the_disk(tmp_path):
+    with pytest.raises(OSError, match=os.strerror(errno.EADDRINUSE)):
+        with exit_on_error(), convert_disk_errors(tmp_path):
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+@pytest.mark.parametrize("name", ["masks", "edits", "checkpoint.partial", "../nerfstudio_models"])
+def test_a_file_or_folder_in_the_way_stops_the_run(command, name):
+    def obstruct(trainer: WysTrainer) -> None:
+        path = (command.run / "wys" / name).resolve()
+        if name == "checkpoint.partial":
+            path.mkdir()
+        else:
+            path.touch()
+
+    message = str(command(step=3, action=obstruct))
+    assert re.match(f'wys: ".*{Path(name).name}.*" could not be written: ', message), message
 
 
 def test_a_second_ctrl_c_stops_at_once_without_saving(command, reference, capsys):
