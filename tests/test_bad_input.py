@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import WORDS, write_ring_scene
+from conftest import WORDS, sentence_of, write_ring_scene
 from hypothesis import given
 from hypothesis import strategies as st
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
@@ -297,7 +297,7 @@ OPTIONS = [
     case("instruction that is not UTF-8", lambda c: setattr(c, "instruction", "make it \udcff"),
          r"--pipeline.instruction .make it .udcff. has bytes that are not UTF-8"),
     case("output folder that is not UTF-8", lambda c: ["--output-dir", c.folder / "\udce9t\udce9"], "--output-dir .* has bytes that are not UTF-8"),
-    case("data that are not UTF-8", lambda c: ["--data", c.scene.rename(c.folder / "\udce9")], "--data .* has bytes that are not UTF-8"),
+    case("data that are not UTF-8", lambda c: ["--data", c.scene.rename(c.folder / "\udce9")], "--pipeline.datamanager.data .* has bytes that are not UTF-8"),
     case("editor that is not UTF-8", lambda c: setattr(c, "editor", "\udce9"), "--pipeline.editor .* has bytes that are not UTF-8"),
     case("null byte in the instruction", lambda c: setattr(c, "instruction", "make it\0"), "--pipeline.instruction contains a null byte"),
     case("null byte in a path", lambda c: ["--base-run", "a\0b"], "--pipeline.base-run contains a null byte"),
@@ -555,6 +555,21 @@ def test_unusable_output_folders_are_refused_and_not_changed(cli_case, refusal, 
     before = {path: path.read_bytes() for path in (cli_case.folder / "out").rglob("*") if path.is_file()}
     assert re.search(message, refusal(cli_case.arguments(*extra)))
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_refused_resume_keeps_the_config_of_the_run(cli_case, no_training, monkeypatch):
+    run = cli_case.folder / "out" / "scene" / "wys-tiny" / "run"
+    shutil.copytree(cli_case.finished_run, run)
+    before = (run / "config.yml").read_bytes()
+    repaint_frame(cli_case)
+    arguments = cli_case.arguments("--timestamp=run", "--load-dir", run, *MORE_STEPS)
+    monkeypatch.setattr(sys, "argv", ["ns-train", *arguments])
+    assert "The picture of the view frame_002" in sentence_of(train.entrypoint)
+    assert (run / "config.yml").read_bytes() == before
+    repaint_frame(cli_case)  # as before
+    with pytest.raises(TrainingStarted):
+        train.entrypoint()
+    assert b"edit_steps: 9" in (run / "config.yml").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -100,16 +100,22 @@ class WysTrainerConfig(TrainerConfig):
             shorten_launcher_errors()
 
     def save_config(self) -> None:
-        """Write config.yml atomically."""
+        """Write config.yml. That of a run that is resumed in its own folder is replaced once nothing can be refused any more."""
         path = self.get_base_dir() / "config.yml"
+        if self.load_checkpoint is not None and path.is_file():
+            return
         with exit_on_error():
             try:
-                write_text(path, yaml.dump(SavedConfig(**vars(self))))
+                self.write_config()
             except OSError as error:
                 raise WysError(
                     f'The run\'s folder "{path.parent}" cannot be written: {error.strerror}. Choose another one with '
                     "--output-dir."
                 ) from error
+
+    def write_config(self) -> None:
+        """Write config.yml atomically."""
+        write_text(self.get_base_dir() / "config.yml", yaml.dump(SavedConfig(**vars(self))))
 
     def _refuse_to_overwrite(self) -> None:
         resumed, folder = self.load_checkpoint, self.get_checkpoint_dir()
@@ -234,7 +240,7 @@ class SavedConfig(WysTrainerConfig):
 
     def set_timestamp(self) -> None:
         """Start a run with these options: ns-train's --load-config."""
-        self.__class__ = WysTrainerConfig
+        self.__class__ = WysTrainerConfig  # type: ignore
         self.set_timestamp()
 
 
@@ -274,6 +280,8 @@ class WysTrainer(Trainer):
             ):
                 self._peers = PeerMonitor()
                 super().setup(test_mode)
+                if self.config.load_checkpoint is not None:
+                    main_process_only(self.config.write_config)()
         except SystemExit:
             self._remove_empty_run()
             raise
