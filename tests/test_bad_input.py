@@ -14,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import WORDS, write_ring_scene
+from conftest import WORDS, sentence_of, write_ring_scene
 from hypothesis import given
 from hypothesis import strategies as st
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
@@ -67,10 +68,11 @@ class CliCase:
         self.scene = write_ring_scene(folder / "scene", **SIZE)
         self.editor = str(editor)
         self.instruction: Optional[str] = "make the ball blue"
+        self.method = "wys-tiny"
 
     def arguments(self, *extra: object) -> list[str]:
         """Return the arguments of ns-train."""
-        fixed = ["wys-tiny", "--data", self.scene, "--output-dir", self.folder / "out", "--editor", self.editor, *TINY]
+        fixed = [self.method, "--data", self.scene, "--output-dir", self.folder / "out", "--editor", self.editor, *TINY]
         typed = [] if self.instruction is None else ["--instruction", self.instruction]
         return [str(argument) for argument in (*fixed, *typed, *extra)]
 
@@ -274,11 +276,33 @@ OPTIONS = [
             "machine.seed": ["-1"],
             "max-num-iterations": ["0"],
             "steps-per-save": ["-1"],
+            "steps-per-eval-batch": ["-1"],
+            "steps-per-eval-image": ["-2"],
+            "steps-per-eval-all-images": ["-1"],
+            "logging.steps-per-log": ["0", "-5"],
+            "logging.max-buffer-size": ["0"],
+            "logging.local-writer.max-log-size": ["-1"],
             "optimizers.fields.optimizer.lr": ["nan", "-0.1"],
             "optimizers.fields.scheduler.max-steps": ["0"],
         }.items()
         for value in values
     ),
+    case("gradients accumulated over no step", lambda c: ["--gradient-accumulation-steps", "fields", "0"],
+         "--gradient-accumulation-steps fields must be at least 1, not 0"),
+    *(
+        case(f"{option} of 256 bytes", lambda c, option=option: [option, "é" * 128], "has a file or folder name of 256 bytes")
+        for option in ("--experiment-name", "--timestamp", "--output-dir", "--pipeline.masks-dir", "--load-dir", "--base-run")
+    ),
+    case("path of 5000 bytes", lambda c: ["--output-dir", "a/" * 2500], "is a path of more than 4095 bytes"),
+    case("instruction that is not UTF-8", lambda c: setattr(c, "instruction", "make it \udcff"),
+         r"--pipeline.instruction .make it .udcff. has bytes that are not UTF-8"),
+    case("output folder that is not UTF-8", lambda c: ["--output-dir", c.folder / "\udce9t\udce9"], "--output-dir .* has bytes that are not UTF-8"),
+    case("data that are not UTF-8", lambda c: ["--data", c.scene.rename(c.folder / "\udce9")], "--pipeline.datamanager.data .* has bytes that are not UTF-8"),
+    case("editor that is not UTF-8", lambda c: setattr(c, "editor", "\udce9"), "--pipeline.editor .* has bytes that are not UTF-8"),
+    case("null byte in the instruction", lambda c: setattr(c, "instruction", "make it\0"), "--pipeline.instruction contains a null byte"),
+    case("null byte in a path", lambda c: ["--base-run", "a\0b"], "--pipeline.base-run contains a null byte"),
+    case("editor of an unknown user", lambda c: setattr(c, "editor", "~nosuchuser/editor"), "no editor folder"),
+    case("editor with an overlong name", lambda c: setattr(c, "editor", "/" + "x" * 300), "File name too long|no editor folder"),
     case("near above far", lambda c: ["--pipeline.model.near-plane=9", "--pipeline.model.far-plane=3"], "must be below"),
     case("minimum strength above maximum", lambda c: ["--pipeline.min-strength=0.9", "--pipeline.max-strength=0.2"],
          "swap them"),
@@ -380,6 +404,34 @@ def change_scale(cli_case: CliCase) -> list[object]:
     return ["--base-run", run]
 
 
+MORE_STEPS = ["--pipeline.edit-steps=9"]
+
+
+def repaint_frame(cli_case: CliCase) -> None:
+    """Change one pixel of a picture by one level."""
+    path = cli_case.scene / "images" / "frame_002.png"
+    pixels = np.array(Image.open(path))
+    pixels[3, 5, 1] ^= 1
+    Image.fromarray(pixels).save(path)
+
+
+def move_frame(cli_case: CliCase) -> None:
+    """Change the focal length of one camera."""
+    lengths = {"fl_x": 28.8, "fl_y": 28.8}
+    cli_case.change_scene(lambda meta: [meta.pop(key) for key in lengths])
+    cli_case.change_scene(lambda meta: [each.update(lengths) for each in meta["frames"]])
+    cli_case.change_scene(lambda meta: frame(meta).update(fl_x=29))
+
+
+def zoom_frames(cli_case: CliCase) -> None:
+    cli_case.change_scene(lambda meta: meta.update(fl_x=31))
+
+
+def widen(checkpoint: dict[str, Any]) -> None:
+    key = next(key for key in checkpoint["pipeline"] if "mlp_head" in key)
+    checkpoint["pipeline"][key] = torch.zeros(99, 3)
+
+
 RUNS = [
     case("missing base run", lambda c: ["--base-run", c.folder / "none"], "No checkpoint found in .*--base-run takes"),
     case("base run without a checkpoint", lambda c: ["--base-run", c.scene], "No checkpoint found in .*--base-run takes"),
@@ -389,7 +441,7 @@ RUNS = [
     case("base run with renamed keys", lambda c: base(c, rename_weight), "is not a scene of this shape: .*head"),
     case("base run with another scale", change_scale, "has its cameras in another place or scale"),
     case("base run with edited views of other data",
-         lambda c: base(c, lambda checkpoint: checkpoint["wys"]["views"].update(size=[9, 9]), nerfacto=False), "edited views of that run"),
+         lambda c: base(c, lambda checkpoint: checkpoint["wys"]["views"].update(size=[9, 9]), nerfacto=False), "views of that run are of other data"),
     case("base run of an empty checkpoint", lambda c: ["--base-run", truncate(c, 0)], "could not be read"),
     case("resume from a truncated checkpoint", lambda c: ["--load-dir", truncate(c, 1000)], "could not be read"),
     case("resume without a state", lambda c: ["--load-dir", c.copy_run(lambda checkpoint: checkpoint.pop("wys"))], "cannot be resumed from"),
@@ -398,11 +450,54 @@ RUNS = [
     case("resume from a missing step", lambda c: ["--load-dir", c.finished_run, "--load-step=3"],
          "No checkpoint of step 3 found in .*--load-step can be 4"),
     case("resume with another backend", lambda c: ["--load-dir", c.copy_run(use_tiny_cuda_nn), "--pipeline.edit-steps=9"],
-         "The run was trained with tiny-cuda-nn, whose weights only"),
-    case("resume with another shape", lambda c: ["--load-dir", c.finished_run, "--pipeline.edit-steps=9",
-         "--pipeline.model.hidden-dim=16"], "weights do not fit this model: use the --data and the --pipeline.model options"),
-    case("resume with other views", lambda c: (c.change_scene(lambda m: m["frames"].pop()),
-         ["--load-dir", c.finished_run, "--pipeline.edit-steps=9"])[1], "weights do not fit this model: use the --data"),
+         "The run .*run. was trained with tiny-cuda-nn, whose weights only"),
+    *(
+        case(f"resume with {' '.join(option)}", lambda c, option=option: ["--load-dir", c.finished_run, *MORE_STEPS, *option],
+             f'The run ".*run" was trained with other options: {remedy}[.]')
+        for option, remedy in [
+            (["--pipeline.model.hidden-dim=16"], "add --pipeline.model.hidden-dim 32"),
+            (["--pipeline.model.log2-hashmap-size=11"], "add --pipeline.model.log2-hashmap-size 10"),
+            (["--pipeline.model.num-levels=7"], "add --pipeline.model.num-levels 8"),
+            (["--pipeline.model.max-res=256"], "add --pipeline.model.max-res 512"),
+            (["--pipeline.model.base-res=8"], "add --pipeline.model.base-res 16"),
+            (["--pipeline.model.average-init-density=0.5"], "add --pipeline.model.average-init-density 1.0"),
+            (["--pipeline.model.use-appearance-embedding=False"], "add --pipeline.model.use-appearance-embedding True"),
+            (["--pipeline.model.relevance-input=geometry"], "add --pipeline.model.relevance-input geometry.position"),
+            (["--pipeline.model.camera-optimizer.mode=SE3"], "add --pipeline.model.camera-optimizer.mode off"),
+            (["--pipeline.model.background-color=white"], "add --pipeline.model.background-color last_sample"),
+            (["nerfstudio-data", "--eval-mode", "all"], "end the command with nerfstudio-data --eval-mode fraction"),
+            (["nerfstudio-data", "--orientation-method=none", "--scale-factor=2"],
+             "end the command with nerfstudio-data --orientation-method up --scale-factor 1.0"),
+            (["blender-data"], "end the command with nerfstudio-data"),
+        ]
+    ),
+    case("resume with another method", lambda c: (setattr(c, "method", "wys"), ["--load-dir", c.finished_run, *MORE_STEPS])[1],
+         'The run ".*run" is a wys-tiny run: resume it with ns-train wys-tiny.'),
+    case("resume with fewer views", lambda c: (c.change_scene(lambda m: m["frames"].pop()),
+         ["--load-dir", c.finished_run, *MORE_STEPS])[1], "views of that run are of other data .6 views.* than this run's .5 views"),
+    *(
+        case(f"{option} with {change.__name__}", lambda c, option=option, change=change: (change(c), [option, c.finished_run, *MORE_STEPS])[1],
+             f"{message} not what that run was trained on: use the same --data")
+        for option, change, message in [
+            ("--load-dir", repaint_frame, "The picture of the view frame_002 is"),
+            ("--base-run", repaint_frame, "The picture of the view frame_002 is"),
+            ("--load-dir", move_frame, "The camera of the view frame_003 is"),
+            ("--load-dir", zoom_frames, "The cameras of 6 views, the first of them frame_000, are"),
+            ("--base-run", zoom_frames, "The cameras of 6 views, the first of them frame_000, are"),
+        ]
+    ),
+    case("resume from weights of another shape", lambda c: ["--load-dir", c.copy_run(widen), *MORE_STEPS],
+         "The run .*run. is not a scene of this shape: field.mlp_head.* there and .* here. Resume it with the options"),
+    case("resume from the captured scene", lambda c: ["--load-checkpoint", c.finished_run / "wys" / "captured.ckpt"],
+         "cannot be resumed from .*captured.ckpt.*Give it to --base-run instead"),
+    case("resume from a snapshot", lambda c: ["--load-dir", c.copy_run(lambda checkpoint: checkpoint.pop("optimizers")), *MORE_STEPS],
+         "cannot be resumed from .*, which contains no optimizers. Give it to --base-run instead"),
+    case("resume with a damaged config.yml", lambda c: ((run := c.copy_run()), (run / "config.yml").write_text("["),
+         ["--load-dir", run, *MORE_STEPS])[-1], "config.yml. cannot be read: .* Restore that run's options"),
+    case("base run with a damaged config.yml", lambda c: ((run := c.copy_run()), (run / "config.yml").write_bytes(b"\xff"),
+         ["--base-run", run])[-1], "config.yml. cannot be read: .* Restore that run's options"),
+    case("base run with a damaged transform", lambda c: ((run := c.copy_run()), (run / "dataparser_transforms.json").write_text("{}"),
+         ["--base-run", run])[-1], "because .dataparser_transforms.json. is damaged: restore"),
     case("resume of a finished run", lambda c: ["--load-dir", c.finished_run], "The run is finished: it has 5 of 5 steps"),
     case("resume with another instruction", lambda c: (setattr(c, "instruction", "make it snow"),
          ["--load-dir", c.finished_run])[1], "resumes a run whose instruction is"),
@@ -467,6 +562,21 @@ def test_unusable_output_folders_are_refused_and_not_changed(cli_case, refusal, 
     before = {path: path.read_bytes() for path in (cli_case.folder / "out").rglob("*") if path.is_file()}
     assert re.search(message, refusal(cli_case.arguments(*extra)))
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_refused_resume_keeps_the_config_of_the_run(cli_case, no_training, monkeypatch):
+    run = cli_case.folder / "out" / "scene" / "wys-tiny" / "run"
+    shutil.copytree(cli_case.finished_run, run)
+    before = (run / "config.yml").read_bytes()
+    repaint_frame(cli_case)
+    arguments = cli_case.arguments("--timestamp=run", "--load-dir", run, *MORE_STEPS)
+    monkeypatch.setattr(sys, "argv", ["ns-train", *arguments])
+    assert "The picture of the view frame_002" in sentence_of(train.entrypoint)
+    assert (run / "config.yml").read_bytes() == before
+    repaint_frame(cli_case)  # as before
+    with pytest.raises(TrainingStarted):
+        train.entrypoint()
+    assert b"edit_steps: 9" in (run / "config.yml").read_bytes()
 
 
 @pytest.mark.parametrize(

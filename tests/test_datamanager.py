@@ -418,8 +418,31 @@ def test_views_are_restored_bit_for_bit(data, ring_scene, tmp_path, on_top):
 
 @pytest.mark.parametrize("change", [{"size": [16, 20]}, {"names": ["a", "b"]}])
 def test_edited_views_of_other_data_are_refused(data, change):
-    with pytest.raises(WysError, match="edited views of that run are of other data .*use the same --data"):
+    with pytest.raises(WysError, match="views of that run are of other data .*use the same --data"):
         data.load_views_state({**data.views_state(), **change})
+
+
+def test_changed_pictures_and_cameras_are_refused_by_name(data):
+    state = data.views_state()
+    for column in (0, 11, 12, 14, 19):  # pose, focal length, center, distortion
+        moved = state["cameras"].clone()
+        moved[3, column] += 0.01
+        with pytest.raises(
+            WysError,
+            match=f"The camera of the view {data.view_names[3]} is not what that run was trained on: .*same --data",
+        ):
+            data.load_views_state({**state, "cameras": moved})
+    pictures = [*state["pictures"][:5], "0123", *state["pictures"][6:]]
+    with pytest.raises(
+        WysError,
+        match=f"The picture of the view {data.view_names[5]} is not what that run was trained on: .*same --data",
+    ):
+        data.load_views_state({**state, "pictures": pictures})
+    with pytest.raises(
+        WysError, match=f"The cameras of {data.num_views} views, the first of them {data.view_names[0]}, are"
+    ):
+        data.load_views_state({**state, "cameras": state["cameras"] + 0.01})
+    data.load_views_state({**state, "cameras": state["cameras"] + 1e-6})
 
 
 # ------------------------------------------------------------------------------------------------------------------- memory

@@ -31,7 +31,7 @@ from wys_nerfstudio.editing import Editor, EditSettings, edit_images, relevance_
 from wys_nerfstudio.editing.edit import check_finite
 from wys_nerfstudio.editing.editor import resize_images
 from wys_nerfstudio.editing.sampling import edit_seed
-from wys_nerfstudio.relevance.cache import RelevanceRequest, find_maps, save_maps
+from wys_nerfstudio.relevance.cache import MAPS_FILE, RelevanceRequest, find_maps, save_maps
 from wys_nerfstudio.training.distributed import broadcast_from_main, gather, main_process_only, shard
 from wys_nerfstudio.training.image_stack import ImageStack, read_images, to_device
 from wys_nerfstudio.training.scene import EditInput
@@ -120,6 +120,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
 
     def _read_views(self, background: float) -> None:
         self._captured, masks, self._transparent = read_images(self.train_dataset, background)
+        self._picture_hashes = [hashlib.sha256(picture.numpy().data).hexdigest()[:16] for picture in self._captured]
         on_device = self.config.images_on_gpu and torch.device(self.device).type != "cpu"
         self._stack = ImageStack(
             self._captured.to(self.device) if on_device else self._captured.clone(), masks, self.device
@@ -269,13 +270,33 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             raw = torch.stack([by_view[view] for view in range(self.num_views)])
             main_process_only(save_maps)(folder, request, self.view_names, raw)
         maps = relevance.normalize(raw, normalization, outlier_factor)
-        for name, view_map in zip(self.view_names, maps):
-            about = f'relevance map of view {name}: "{request.instruction}"'
-            main_process_only(write_png)(folder / f"{name}.png", self._as_colors(view_map), about)
         self.set_relevance(maps, relevance.normalize(raw, normalization, outlier_factor=None))
+        self.write_relevance_images(folder, request.instruction)
 
-    def _as_colors(self, view_map: Float[Tensor, "mh mw"]) -> Float[Tensor, "h w 3"]:
-        return apply_colormap(relevance.resize(view_map[None], *self.view_size)[0])
+    @main_process_only
+    def write_relevance_images(self, folder: Path, instruction: str = "") -> None:
+        """Write an image of each view's relevance map; without maps remove the images of earlier ones.
+
+        Args:
+            folder: Folder of the images.
+            instruction: Instruction of the maps.
+        """
+        maps = [] if self._relevance is None or self._relevance.dtype == torch.bool else self._relevance
+        for name, view_map in zip(self.view_names, maps):
+            colors = apply_colormap(relevance.resize(view_map[None], *self.view_size)[0])
+            write_png(folder / f"{name}.png", colors, f'relevance map of view {name}: "{instruction}"')
+        for name in self.view_names[len(maps) :]:
+            (folder / f"{name}.png").unlink(missing_ok=True)
+
+    def discard_relevance(self, folder: Path) -> None:
+        """Remove the relevance maps and their files: another instruction follows.
+
+        Args:
+            folder: As for `make_relevance_maps`.
+        """
+        self.forget_relevance()
+        self.write_relevance_images(folder)
+        main_process_only((folder / MAPS_FILE).unlink)(missing_ok=True)
 
     def compute_relevance_map(
         self, editor: Editor, view: int, request: RelevanceRequest, outlier_factor: float
@@ -336,7 +357,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         return self._unclamped_maps
 
     def forget_relevance(self) -> None:
-        """Remove the relevance maps: another instruction follows."""
+        """Remove the relevance maps."""
         self._relevance: Optional[Tensor] = None
         self._unclamped_maps: Optional[Tensor] = None
 
@@ -391,6 +412,8 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         return {
             "names": self.view_names,
             "size": list(self.view_size),
+            "pictures": self._picture_hashes,
+            "cameras": self._camera_numbers(),
             "edited": edited,
             "current": current,
             "reference": None if self._reference is self._captured else self._reference,
@@ -400,22 +423,47 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         """Restore the result of `views_state`.
 
         Raises:
-            WysError: If it belongs to other views.
+            WysError: As for `check_views`.
         """
-        if state["names"] != self.view_names or state["size"] != list(self.view_size):
-            theirs, ours = (f"{len(names)} views of {width}x{height}, the first of them {names[0]}"
-                            for names, (height, width) in ((state["names"], state["size"]),
-                                                           (self.view_names, self.view_size)))  # fmt: skip
-            raise WysError(
-                f"The edited views of that run are of other data ({theirs}) than this run's ({ours}): use the same --data "
-                "and the same dataparser options."
-            )
+        self.check_views(state)
         self.start_from_captured()
         for view, image in zip(state["edited"], state["current"]):
             self._stack.images[view] = image.to(self._stack.images.device)
         if state["reference"] is not None:
             self._reference = state["reference"]
         self.edited_views = set(state["edited"])
+
+    def check_views(self, state: dict[str, Any]) -> None:
+        """Compare the captured views and cameras of a run with those of this one.
+
+        Args:
+            state: Result of `views_state`.
+
+        Raises:
+            WysError: If they differ.
+        """
+        remedy = "use the same --data and the same dataparser options."
+        if state["names"] != self.view_names or state["size"] != list(self.view_size):
+            theirs, ours = (f"{len(names)} views of {width}x{height}, the first of them {names[0]}"
+                            for names, (height, width) in ((state["names"], state["size"]),
+                                                           (self.view_names, self.view_size)))  # fmt: skip
+            raise WysError(f"The views of that run are of other data ({theirs}) than this run's ({ours}): {remedy}")
+        # Orientation and scale differ in the last digits between machines.
+        cameras = torch.isclose(state["cameras"], self._camera_numbers(), rtol=1e-5, atol=1e-4).all(dim=1).tolist()
+        pictures = [before == now for before, now in zip(state["pictures"], self._picture_hashes)]
+        for what, same in (("picture", pictures), ("camera", cameras)):
+            changed = [name for name, is_same in zip(self.view_names, same) if not is_same]
+            if changed:
+                subject = f"The {what} of the view {changed[0]} is"
+                if len(changed) > 1:
+                    subject = f"The {what}s of {len(changed)} views, the first of them {changed[0]}, are"
+                raise WysError(f"{subject} not what that run was trained on: {remedy}")
+
+    def _camera_numbers(self) -> Float[Tensor, "n numbers"]:
+        cameras, numbers = self.cameras.to("cpu"), ("fx", "fy", "cx", "cy", "width", "height", "camera_type")
+        distortion = cameras.distortion_params
+        parts = [cameras.camera_to_worlds.flatten(1), *(getattr(cameras, name).float() for name in numbers)]
+        return torch.cat([*parts, torch.zeros(len(cameras), 6) if distortion is None else distortion], dim=1)
 
     def start_from_captured(self) -> None:
         """Undo all edits of the views."""

@@ -35,7 +35,7 @@ from wys_nerfstudio.training.distributed import wrap_ddp
 from wys_nerfstudio.training.interrupts import exit_on_error
 from wys_nerfstudio.training.run_state import RunState
 from wys_nerfstudio.training.schedule import PhaseSchedule
-from wys_nerfstudio.training.session import EditSession, Run
+from wys_nerfstudio.training.session import RELEVANCE_FOLDER, EditSession, Run
 from wys_nerfstudio.training.settings import RunSettings, Settings
 from wys_nerfstudio.training.validation import flag, minimum, validate_ranges, validate_share
 from wys_nerfstudio.utils.data_checks import read_masks
@@ -375,7 +375,7 @@ class WysPipeline(VanillaPipeline):
             config.relevance_request(editor, self.settings.current.instruction, data.reference_hash()),
             config.relevance_normalization,
             config.relevance_outlier_factor,
-            folder / "relevance",
+            folder / RELEVANCE_FOLDER,
             config.relevance_batch_size,
             lambda done, total: self.report(f"relevance map {done} of {total}"),
         )

@@ -27,6 +27,7 @@ from wys_nerfstudio.training.checkpoint import (
     is_wys,
     newest_checkpoint,
     read_checkpoint,
+    run_folder,
     save_checkpoint_file,
 )
 from wys_nerfstudio.training.devices import choose_device, choose_implementation, validate_machine
@@ -46,12 +47,16 @@ from wys_nerfstudio.training.interrupts import (
     resume_hint,
 )
 from wys_nerfstudio.training.memory import ACTIVITIES, RunActivity, memory_remedies
+from wys_nerfstudio.training.option_text import check_path_length, check_text
 from wys_nerfstudio.training.output_folder import LOCK_FILE, claim_folder, claimed_folder, release_folder
+from wys_nerfstudio.training.run_options import check_resumed_options, read_run_config
 from wys_nerfstudio.training.run_state import STATE_KEY, RunState, set_random_state
+from wys_nerfstudio.training.scene_checks import check_resumed_scene
 from wys_nerfstudio.training.settings import RunSettings
-from wys_nerfstudio.training.validation import validate_ranges
+from wys_nerfstudio.training.validation import minimum, validate_range, validate_ranges
 from wys_nerfstudio.utils.atomic_io import write_text
 from wys_nerfstudio.utils.background import BackgroundJob
+from wys_nerfstudio.utils.console import keep_output
 from wys_nerfstudio.utils.data_checks import check_capture
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.log_filters import ignore_warnings
@@ -59,6 +64,8 @@ from wys_nerfstudio.utils.memory_errors import MemoryExhaustedError, convert_mem
 from wys_nerfstudio.utils.recipes import parse_with_recipe
 from wys_nerfstudio.viewer.commands import CommandHandler
 
+STEP_OPTIONS = ("steps_per_save", "steps_per_eval_batch", "steps_per_eval_image", "steps_per_eval_all_images")
+"""Options of nerfstudio that count steps from one time to the next; 0 is never."""
 NEVER = 2**62
 """A step that no run reaches."""
 
@@ -81,8 +88,11 @@ class WysTrainerConfig(TrainerConfig):
         nerfstudio's train script calls this first after parsing, once per run. Errors end the program here with a sentence.
         """
         ignore_warnings()
+        keep_output()
         with exit_on_error():
+            check_text(self)
             self._resolve()
+            check_path_length("The run's folder", self.get_base_dir())
             self._validate_ranges()
             with self._convert_folder_errors():
                 self._create_dated_folder()
@@ -103,11 +113,17 @@ class WysTrainerConfig(TrainerConfig):
                 time.sleep(1 - time.time() % 1)
 
     def save_config(self) -> None:
-        """Claim the run's folder and write config.yml atomically."""
+        """Claim the run's folder and write config.yml. That of a run that is resumed in its own folder is replaced once nothing can be
+        refused any more."""
         folder = self.get_base_dir()
         with exit_on_error(), self._convert_folder_errors():
             claim_folder(folder, self.get_checkpoint_dir(), self.load_checkpoint)
-            write_text(folder / "config.yml", yaml.dump(self))
+            if self.load_checkpoint is None or not (folder / "config.yml").is_file():
+                self.write_config()
+
+    def write_config(self) -> None:
+        """Write config.yml atomically."""
+        write_text(self.get_base_dir() / "config.yml", yaml.dump(SavedConfig(**vars(self))))
 
     @contextmanager
     def _convert_folder_errors(self) -> Iterator[None]:
@@ -121,7 +137,11 @@ class WysTrainerConfig(TrainerConfig):
 
     def _validate_ranges(self) -> None:
         """Refuse numbers among nerfstudio's own options that cannot work."""
-        validate_ranges("", self, {"max_num_iterations": 1, "steps_per_save": 0})
+        validate_ranges("", self, {"max_num_iterations": 1, **minimum(0, *STEP_OPTIONS)})
+        validate_ranges("logging.", self.logging, minimum(1, "steps_per_log", "max_buffer_size"))
+        validate_ranges("logging.local-writer.", self.logging.local_writer, minimum(0, "max_log_size"))
+        for group, steps in self.gradient_accumulation_steps.items():
+            validate_range(f"--gradient-accumulation-steps {group}", steps, 1)
         if not 0 <= self.machine.seed < 2**32:
             raise WysError(f"--machine.seed must be from 0 to {2**32 - 1}, not {self.machine.seed}.")
         validate_machine(self.machine, self.pipeline.editor_device, self.pipeline.edit_count, self.pipeline.edit_every)
@@ -188,7 +208,15 @@ class WysTrainerConfig(TrainerConfig):
         if is_wys(checkpoint):
             # The resumed run has a scene already.
             self.pipeline.base_run = None
-            return RunState.from_checkpoint(checkpoint, path)
+            state = RunState.from_checkpoint(checkpoint, path)
+            if not checkpoint.keys() >= {"optimizers", "schedulers", "scalers"}:
+                raise WysError(
+                    f'The run cannot be resumed from "{path}", which contains no optimizers. Give it to --base-run instead, '
+                    "to start a new edit from its scene."
+                )
+            folder = run_folder(path)
+            check_resumed_options(folder, read_run_config(folder), self)
+            return state
         if self.pipeline.base_run is not None:
             raise WysError("--load-dir names a nerfacto run and --base-run is given too: give one of them.")
         CONSOLE.print(f'"{path.parent}" is not a wys run: it is used as the base, as with --base-run.', markup=False)
@@ -205,6 +233,25 @@ class WysTrainerConfig(TrainerConfig):
                 f"The run is finished: it has {done} of {self.max_num_iterations} steps. For more editing raise "
                 "--pipeline.edit-steps; for another edit give this run to --base-run."
             )
+
+
+class SavedConfig(WysTrainerConfig):
+    """Options of a run in its config.yml, from which nerfstudio's other commands load it."""
+
+    def get_checkpoint_dir(self) -> Path:
+        """Return the folder of checkpoints, after choosing the newest undamaged one.
+
+        nerfstudio (1.1.5) calls this right before it loads the newest checkpoint, whatever that contains.
+        """
+        folder = super().get_checkpoint_dir()
+        with exit_on_error():
+            self.load_step = read_checkpoint(find_checkpoint(folder, "--load-config", self.load_step))["step"]
+        return folder
+
+    def set_timestamp(self) -> None:
+        """Start a run with these options: ns-train's --load-config."""
+        self.__class__ = WysTrainerConfig  # type: ignore
+        self.set_timestamp()
 
 
 class WysTrainer(Trainer):
@@ -233,6 +280,7 @@ class WysTrainer(Trainer):
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """Build pipeline and viewer, before the first step."""
         CONSOLE.quiet = rank() > 0
+        keep_output()  # for the other processes of several GPUs
         try:
             with (
                 exit_on_error(),
@@ -242,6 +290,8 @@ class WysTrainer(Trainer):
             ):
                 self._peers = PeerMonitor()
                 super().setup(test_mode)
+                if self.config.load_checkpoint is not None:
+                    main_process_only(self.config.write_config)()
         except SystemExit:
             self._remove_empty_run()
             raise
@@ -485,8 +535,11 @@ class WysTrainer(Trainer):
             return
         checkpoint = read_checkpoint(path)
         self._start_step = checkpoint["step"] + 1
+        state = RunState.from_checkpoint(checkpoint, path)
+        self.pipeline.datamanager.check_views(state.views)
+        check_resumed_scene(path, checkpoint, self.pipeline.scene_model)
         self.pipeline.load_pipeline(checkpoint["pipeline"], checkpoint["step"])
-        self.pipeline.resume(RunState.from_checkpoint(checkpoint, path), path)
+        self.pipeline.resume(state, path)
         self.optimizers.load_optimizers(checkpoint["optimizers"])
         if self.config.load_scheduler:
             self.optimizers.load_schedulers(checkpoint["schedulers"])

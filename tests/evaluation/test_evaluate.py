@@ -19,6 +19,7 @@ from wys_nerfstudio.evaluation.evaluate import (
 )
 from wys_nerfstudio.evaluation.ground_truth import GroundTruth
 from wys_nerfstudio.evaluation.lpips import Lpips
+from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.visualization import write_png
 
 
@@ -132,3 +133,32 @@ def test_ground_truth_psnr_inside_and_outside_the_mask(tmp_path: Path) -> None:
 def test_means_skip_undefined_values() -> None:
     nan = float("nan")
     assert means({"a": [1.0, nan, 4.0], "b": [nan, nan]}) == {"a": 2.5}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff\xfe", b"3", b"[3]", b"null", b'[{"slug": "a"}]', b'{"instruction": "x"}', b"[" * 100000],
+)
+def test_damaged_ground_truth_is_refused_in_a_sentence(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "ground_truth").mkdir()
+    (tmp_path / "ground_truth" / "edits.json").write_bytes(content)
+    with pytest.raises(WysError, match='edits.json" is not a list of edits with slug, instruction') as error:
+        GroundTruth.find(tmp_path, "turn it into a panda")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_damaged_views_of_the_ground_truth_are_refused(tmp_path: Path) -> None:
+    views, masks = torch.rand(1, 36, 40, 3), torch.zeros(1, 36, 40, dtype=torch.bool)
+    write_ground_truth(tmp_path, views, masks)
+    ground_truth = GroundTruth.find(tmp_path, "turn it into a panda")
+    assert ground_truth is not None
+    with pytest.raises(
+        WysError, match="The ground truth of 0.png has another size than the view: 40x36 instead of 20x18"
+    ):
+        ground_truth_metrics(ground_truth, "0.png", torch.rand(18, 20, 3))
+    with pytest.raises(WysError, match="There is no image .*missing.png.*the ground truth"):
+        ground_truth_metrics(ground_truth, "missing.png", views[0])
+    for part in ("masks", "images"):
+        (ground_truth.folder / part / "0.png").write_bytes(b"x")
+        with pytest.raises(WysError, match=f'{part}/0.png" .1 bytes. cannot be read as an image'):
+            ground_truth_metrics(ground_truth, "0.png", views[0])

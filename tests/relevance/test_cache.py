@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from wys_nerfstudio.relevance.cache import RelevanceRequest, find_maps, save_maps
 
@@ -55,3 +57,41 @@ def test_maps_of_other_views_are_not_returned(cached, tmp_path, names):
 
 def test_a_folder_without_maps_returns_none(tmp_path):
     assert find_maps(tmp_path / "missing", RelevanceRequest(**REQUEST), NAMES) is None
+
+
+def test_a_flipped_byte_in_the_maps_is_noticed(cached, tmp_path):
+    path, request = tmp_path / "relevance" / "maps.safetensors", RelevanceRequest(**REQUEST)
+    content = path.read_bytes()
+    for position in range(len(content)):
+        flipped = bytearray(content)
+        flipped[position] ^= 0x55
+        path.write_bytes(flipped)
+        found = find_maps(tmp_path / "relevance", request, NAMES)
+        assert found is None or torch.equal(found, cached), position
+
+
+@pytest.mark.parametrize("length", [0, 7, 100, -1])
+def test_truncated_maps_are_not_returned(cached, tmp_path, length):
+    path = tmp_path / "relevance" / "maps.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    assert find_maps(tmp_path / "relevance", RelevanceRequest(**REQUEST), NAMES) is None
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"request": ""}])
+def test_maps_without_their_request_are_not_returned(cached, tmp_path, metadata):
+    save_file({"raw": cached}, tmp_path / "relevance" / "maps.safetensors", metadata=metadata)
+    assert find_maps(tmp_path / "relevance", RelevanceRequest(**REQUEST), NAMES) is None
+
+
+def test_maps_of_another_shape_are_not_returned(cached, tmp_path):
+    path = tmp_path / "relevance" / "maps.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    for tensors in ({"raw": cached[:2]}, {"raw": cached.reshape(3, 20)}, {"raw": cached.bfloat16()}, {"other": cached}):
+        save_file(tensors, path, metadata=metadata)
+        assert find_maps(tmp_path / "relevance", RelevanceRequest(**REQUEST), NAMES) is None
+
+
+def test_a_folder_in_place_of_the_maps_returns_none(tmp_path):
+    (tmp_path / "maps.safetensors").mkdir()
+    assert find_maps(tmp_path, RelevanceRequest(**REQUEST), NAMES) is None

@@ -1,8 +1,10 @@
 """Finding, reading and writing checkpoints, and loading base runs; no file of a run folder can execute code."""
 
+import errno
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from nerfstudio.models.nerfacto import NerfactoModelConfig
 from test_model import SIZES, VIEWS, build
 
 from wys_nerfstudio.model import WysModel
-from wys_nerfstudio.training.base_run import load_base, read_run_config
+from wys_nerfstudio.training.base_run import load_base
 from wys_nerfstudio.training.checkpoint import (
     checkpoint_name,
     copy_to_cpu,
@@ -26,6 +28,7 @@ from wys_nerfstudio.training.checkpoint import (
     run_folder,
     save_checkpoint_file,
 )
+from wys_nerfstudio.training.run_options import read_run_config
 from wys_nerfstudio.utils.errors import WysError
 
 TRANSFORM = {"transform": [[1.0, 0, 0, 0.5], [0, 1.0, 0, 0], [0, 0, 1.0, 0]], "scale": 0.25}
@@ -99,6 +102,42 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, content):
         read_checkpoint(path)
 
 
+def test_a_flipped_byte_is_refused_or_changes_nothing(tmp_path):
+    path, random = tmp_path / "step-000000001.ckpt", np.random.default_rng(0)
+    written = {"step": 1, "pipeline": {"_model.a": torch.rand(30), "_model.b": torch.arange(9)}, "lr": 0.25}
+    torch.save(written, path)
+    content, refused = path.read_bytes(), 0
+    flips = [(position, int(random.integers(1, 256))) for position in range(0, len(content), 4)]
+    # The attributes of the zip file's entries: torch reads other content for a folder.
+    flips += [(entry.start() + 38, 0x10) for entry in re.finditer(b"PK\x01\x02", content)]
+    for position, bits in flips:
+        flipped = bytearray(content)
+        flipped[position] ^= bits
+        path.write_bytes(flipped)
+        try:
+            read = read_checkpoint(path)
+        except WysError as error:
+            assert len(str(error).splitlines()) == 1
+            refused += 1
+        else:
+            weights = read.pop("pipeline")
+            assert read == {"step": 1, "lr": 0.25} and weights.keys() == written["pipeline"].keys()
+            assert all(torch.equal(weights[key], value) for key, value in written["pipeline"].items())
+    assert refused > len(content) / 16
+
+
+def test_a_newest_checkpoint_with_a_flipped_byte_is_skipped(tmp_path, capsys):
+    weights = {"a": torch.ones(10000)}
+    newest = (
+        write_run(write_run(tmp_path, weights, step=5), weights, step=10) / "nerfstudio_models" / checkpoint_name(10)
+    )
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    assert find_checkpoint(tmp_path, "--load-dir").name == checkpoint_name(5)
+    assert "is damaged" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("content", [[1, 2], {"step": 1}, {"pipeline": {}}])
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "x.ckpt")
@@ -158,11 +197,40 @@ def test_nothing_in_a_config_is_executed(tmp_path, line):
     assert proof.exists()  # an unsafe loader executes it
 
 
-@pytest.mark.parametrize("content", [None, "", "[1, 2]", "{unclosed", "just words", "? [1, 2]\n: 3"])
-def test_a_missing_or_damaged_config_is_empty(tmp_path, content):
-    if content is not None:
-        (tmp_path / "config.yml").write_text(content)
+def test_a_missing_config_is_empty(tmp_path):
     assert read_run_config(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "does not contain the options of a run"),
+        (b"[1, 2]", "does not contain the options of a run"),
+        (b"just words", "does not contain the options of a run"),
+        (b"{unclosed", "cannot be read: while parsing"),
+        (b"? [1, 2]\n: 3", "cannot be read: while constructing a mapping"),
+        (b"method_name: \xff\xfe", "cannot be read: 'utf-8' codec"),
+        (b"a: \0", "cannot be read: unacceptable character"),
+        (b"a: 2025-99-99", "cannot be read: month must be in"),
+        (b"[" * 500, "cannot be read: maximum recursion depth exceeded"),
+    ],
+)
+def test_a_damaged_config_is_refused(tmp_path, content, message):
+    (tmp_path / "config.yml").write_bytes(content)
+    with pytest.raises(WysError, match=f'config.yml" {message}') as error:
+        read_run_config(tmp_path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_config_without_permission_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "config.yml").touch()
+
+    def refuse(*_: object) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(WysError, match="config.yml. cannot be read: Permission denied. Restore"):
+        read_run_config(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------------- base runs
@@ -208,8 +276,11 @@ def test_learned_poses_need_a_camera_optimizer_in_this_run(tmp_path):
         with_poses.camera_optimizer.pose_adjustment.fill_(0.25)
     load_base(fresh, write_run(tmp_path / "a", with_poses.state_dict()))
     assert bool((fresh.camera_optimizer.pose_adjustment == 0.25).all())
-    sentence = "has learned pose corrections, which this run would drop: add --pipeline.model.camera-optimizer.mode"
+    sentence = "has learned pose corrections, which this run would drop.*: add --pipeline.model.camera-optimizer.mode"
     assert_refused(without, write_run(tmp_path / "b", with_poses.state_dict()), sentence)
+    other_mode = config_of(camera_optimizer={"mode": "SE3"})
+    sentence = "would drop or misread: add --pipeline.model.camera-optimizer.mode SE3"
+    assert_refused(fresh, write_run(tmp_path / "c", with_poses.state_dict(), config=other_mode), sentence)
 
 
 def assert_refused(model: WysModel, run: Path, sentence: str, transform: dict | None = None) -> None:
@@ -262,7 +333,7 @@ def test_other_shapes_are_refused_with_the_flags_of_the_base(tmp_path):
     assert_refused(
         build(),
         run,
-        f"not a scene of this shape: field.* there and .* here. Give this run the base's settings: {flags}",
+        f"not a scene of this shape: field.* there and .* here. Give this run that run's settings: {flags}",
     )
 
 
@@ -284,7 +355,7 @@ def test_a_run_of_another_method_is_refused_with_its_name(tmp_path, config):
 def test_renamed_weights_are_refused_with_the_first_name(tmp_path):
     state = nerfacto_state(build())
     state["field.aaa"] = state.pop("field.mlp_head.layers.0.weight")
-    assert_refused(build(), write_run(tmp_path, state), "field.aaa is only in the base")
+    assert_refused(build(), write_run(tmp_path, state), "field.aaa is only in that run")
 
 
 def test_another_number_of_views_is_refused(tmp_path):
@@ -312,7 +383,13 @@ def test_another_grid_resolution_of_equal_shape_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("base_res", 8), ("average_init_density", 0.01), ("disable_scene_contraction", True)]
+    ("option", "value"),
+    [
+        ("base_res", 8),
+        ("average_init_density", 0.01),
+        ("disable_scene_contraction", True),
+        ("background_color", "white"),
+    ],
 )
 def test_settings_without_weights_are_compared_in_config_yml(tmp_path, option, value):
     run = write_run(tmp_path, nerfacto_state(build()), config=config_of(**{option: value}))
@@ -324,6 +401,19 @@ def test_settings_without_weights_are_compared_in_config_yml(tmp_path, option, v
 def test_another_transform_of_the_cameras_is_refused(tmp_path, change):
     sentence = "has its cameras in another place or scale: use the same --data"
     assert_refused(build(), write_run(tmp_path, nerfacto_state(build())), sentence, {**TRANSFORM, **change})
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[1]", b"7", b"{}", b'{"scale": "x", "transform": 3}',
+                                     b'{"scale": 0.25, "transform": [[1, 2], [3]]}', b"[" * 100000])  # fmt: skip
+def test_a_damaged_transform_of_a_base_is_refused(tmp_path, content):
+    run = write_run(tmp_path, nerfacto_state(build()))
+    (run / "dataparser_transforms.json").write_bytes(content)
+    assert_refused(
+        build(),
+        run,
+        "cameras of the base run .* cannot be compared .*, because .dataparser_transforms.json. is damaged",
+        TRANSFORM,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- writing

@@ -15,6 +15,7 @@ from typing import Any, Optional
 
 import pytest
 import torch
+import yaml
 from conftest import write_ring_scene
 from filelock import FileLock, Timeout
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager
@@ -22,14 +23,18 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from nerfstudio.scripts import eval as ns_eval
 from nerfstudio.scripts import train
 from nerfstudio.utils import writer
+from nerfstudio.utils.eval_utils import eval_setup
 from test_bad_input import TINY
 
 from wys_nerfstudio import trainer as trainer_module
+from wys_nerfstudio.datamanager import WysDataManager
 from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor
 from wys_nerfstudio.trainer import WysTrainer
 from wys_nerfstudio.training.checkpoint import copy_to_cpu, newest_checkpoint, read_checkpoint
+from wys_nerfstudio.training.interrupts import convert_disk_errors, exit_on_error
 from wys_nerfstudio.training.run_state import SETTINGS_KEY
 from wys_nerfstudio.training.session import EditSession
+from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.viewer.commands import CommandHandler
 from wys_nerfstudio.viewer.panel import INSTEAD, ON_TOP, ViewerCommand
 
@@ -150,6 +155,72 @@ def test_repeated_sigterm_is_handled_as_one_ctrl_c(command, reference, capsys):
     assert "wys: Stopped after step 7; to resume" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
     assert_resume_matches(command, reference)
+
+
+def hang_up(_trainer: WysTrainer) -> None:
+    os.kill(os.getpid(), signal.SIGHUP)
+
+
+def test_a_closed_terminal_saves_the_run(command, reference, capsys):
+    before = signal.getsignal(signal.SIGHUP)
+    assert command(step=7, action=hang_up) == 130
+    assert "wys: Stopped after step 7; to resume" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGHUP) is before
+    assert_resume_matches(command, reference)
+
+
+def test_nohup_keeps_the_run_alive(command, reference):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert command(step=7, action=hang_up) is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert_equal_weights(command.weights(), reference)
+
+
+def test_a_closed_output_does_not_end_the_run(command, reference, monkeypatch):
+    reader, writer = os.pipe()
+    with open(writer, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        assert command(step=2, action=lambda trainer: os.close(reader)) is None
+    assert_equal_weights(command.weights(), reference)
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+                                    errno.ELOOP, errno.EFBIG, errno.ENOSPC, errno.EBUSY])  # fmt: skip
+def test_every_error_of_a_file_of_the_run_is_a_sentence(tmp_path, number):
+    with pytest.raises(WysError, match=f'"{tmp_path}/wys/x" could not be written: {os.strerror(number)}. Correct'):
+        with convert_disk_errors(tmp_path):
+            raise OSError(number, os.strerror(number), str(tmp_path / "wys" / "x"))
+    with pytest.raises(SystemExit, match=f'wys: "/other/x" cannot be used: {os.strerror(number)}. Correct the path'):
+        with exit_on_error(), convert_disk_errors(tmp_path):
+            raise OSError(number, os.strerror(number), "/other/x")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO])
+def test_disk_errors_without_a_file_name_are_a_sentence(tmp_path, number):
+    with pytest.raises(WysError, match=f'"{tmp_path}" could not be written: {os.strerror(number)}. Correct'):
+        with convert_disk_errors(tmp_path):
+            raise OSError(number, os.strerror(number))
+
+
+def test_errors_of_no_file_are_not_blamed_on_the_disk(tmp_path):
+    with pytest.raises(OSError, match=os.strerror(errno.EADDRINUSE)):
+        with exit_on_error(), convert_disk_errors(tmp_path):
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+@pytest.mark.parametrize("name", ["masks", "edits", "checkpoint.partial", "../nerfstudio_models"])
+def test_a_file_or_folder_in_the_way_stops_the_run(command, name):
+    def obstruct(trainer: WysTrainer) -> None:
+        path = (command.run / "wys" / name).resolve()
+        if name == "checkpoint.partial":
+            path.mkdir()
+        else:
+            path.touch()
+
+    message = str(command(step=3, action=obstruct))
+    assert re.match(f'wys: ".*{Path(name).name}.*" could not be written: ', message), message
 
 
 def test_a_second_ctrl_c_stops_at_once_without_saving(command, reference, capsys):
@@ -331,6 +402,31 @@ def test_ns_eval_out_of_memory_ends_with_a_sentence(command, monkeypatch, tmp_pa
     )
 
 
+def test_evaluation_uses_the_newest_undamaged_checkpoint(command, capsys):
+    assert command() is None
+    config, newest = command.run / "config.yml", command.newest()
+    assert eval_setup(config)[2] == newest
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    capsys.readouterr()
+    _, pipeline, path, step = eval_setup(config)
+    assert path.name == "step-000000008.ckpt" and step == 8
+    assert torch.equal(pipeline.state_dict()["_model.field.mlp_head.layers.0.weight"],
+                       read_checkpoint(path)["pipeline"]["_model.field.mlp_head.layers.0.weight"])  # fmt: skip
+    assert "The previous one is used." in " ".join(capsys.readouterr().out.split())
+    again = yaml.load(config.read_text(), Loader=yaml.Loader)
+    again.timestamp = "again"
+    again.set_timestamp()  # as ns-train does with --load-config
+    assert again.get_checkpoint_dir() == command.run.parent / "again" / "nerfstudio_models" and again.load_step is None
+    path.write_bytes(b"")
+    with pytest.raises(SystemExit, match=f'wys: The checkpoint "{path}" could not be read'):
+        eval_setup(config)
+    shutil.rmtree(command.run / "nerfstudio_models")
+    with pytest.raises(SystemExit, match="wys: No checkpoint found in"):
+        eval_setup(config)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 16 MB."""
@@ -504,6 +600,58 @@ def test_the_newest_snapshots_are_kept_and_shared(command, scene, editor_folder,
     entries = json.loads((second.run / "wys" / "history.json").read_text())
     assert len(entries) == 2  # two are undone; the third snapshot is gone
     assert snapshots(second) == [] and snapshots(command) == ["002.ckpt", "003.ckpt"]
+
+
+def test_relevance_files_are_those_of_the_instruction_in_force(command, monkeypatch):
+    folder, make_maps = command.run / "wys" / "relevance", WysDataManager.make_relevance_maps
+    seen: list[dict[str, bytes]] = []
+
+    def images() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.glob("*.png")}
+
+    def undo_after_maps(data: WysDataManager, *arguments: object) -> None:
+        make_maps(data, *arguments)  # type: ignore
+        seen.append(images())
+        if len(seen) == 2:
+            trainers[0].pipeline.panel.commands.put(ViewerCommand("undo"))
+
+    trainers: list[WysTrainer] = []
+
+    def apply(trainer: WysTrainer) -> None:
+        trainers.append(trainer)
+        send("apply", ON_TOP, "make the bear red")(trainer)
+
+    monkeypatch.setattr(WysDataManager, "make_relevance_maps", undo_after_maps)
+    assert command(step=STEPS - 1, action=apply) is None
+    assert len(seen[0]) == 4 and seen[0] != seen[1]
+    assert images() == seen[0] and not (folder / "maps.safetensors").exists()
+
+
+def test_relevance_images_of_later_steps_are_removed_on_resume(command):
+    assert command(step=1, action=interrupt) == 130
+    image = command.run / "wys" / "relevance" / "frame_000.png"
+    image.parent.mkdir()
+    image.write_bytes(b"of another instruction")
+    assert command("--load-dir", command.run, step=2, action=interrupt) == 130
+    assert not image.exists()
+
+
+def test_an_instruction_without_relevance_has_no_relevance_files(command):
+    def apply(trainer: WysTrainer) -> None:
+        send("set", "localization", "none")(trainer)
+        send("apply", ON_TOP, "make the bear red")(trainer)
+
+    assert command(step=STEPS - 1, action=apply) is None
+    assert not list((command.run / "wys" / "relevance").iterdir())
+
+
+def test_damaged_relevance_maps_are_made_again(command, reference):
+    assert command(step=7, action=interrupt) == 130
+    path = command.run / "wys" / "relevance" / "maps.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:200])
+    assert_resume_matches(command, reference)
+    assert path.read_bytes() == content
 
 
 @pytest.mark.slow

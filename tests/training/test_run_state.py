@@ -40,7 +40,15 @@ def build_state() -> RunState:
                 "seconds": 0.5,
             }
         ],
-        views={"names": ["a"], "size": [2, 3], "edited": [0], "current": torch.zeros(1, 2, 3, 3), "reference": None},
+        views={
+            "names": ["a"],
+            "size": [2, 3],
+            "pictures": ["0123"],
+            "cameras": torch.zeros(1, 25),
+            "edited": [0],
+            "current": torch.zeros(1, 2, 3, 3),
+            "reference": None,
+        },
         history=[ENTRY],
         scene={"anneal": 0.5, "steps_since_update": 3, "step": 1234, "proposals_pretrained": False},
         lr_warmup_start=1200,
@@ -117,6 +125,13 @@ def test_a_checkpoint_holds_a_valid_state_or_is_refused(part, name, drop):
         else:
             assert isinstance(read.schedule.total_steps, int) and read.history[0]["start"] is not None
             assert read.settings.instruction and read.cli_settings.instruction
+
+
+def test_a_state_without_a_part_of_the_views_is_refused():
+    checkpoint = checkpoint_of(build_state())
+    del checkpoint[STATE_KEY]["views"]["cameras"]
+    with pytest.raises(WysError, match="cannot be resumed from"):
+        RunState.from_checkpoint(checkpoint, Path("x.ckpt"))
 
 
 @pytest.mark.parametrize("incomplete", [b"", b'{"ste', b"[]", b"\xff\xfe"])

@@ -1,5 +1,6 @@
 """From a hub id or a folder to an `Editor`: finds the family of a repository and loads its parts."""
 
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, Optional
@@ -53,7 +54,7 @@ def editor_source(name: str) -> str:
     Raises:
         WysError: If the name is neither a folder nor a possible hub id.
     """
-    folder = Path(__file__).parent.parent / "demo" / "editor" if name == EMBEDDED else Path(name).expanduser()
+    folder = Path(__file__).parent.parent / "demo" / "editor" if name == EMBEDDED else Path(os.path.expanduser(name))
     if folder.is_dir():
         return str(folder)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):

@@ -134,8 +134,17 @@ def ground_truth_metrics(ground_truth: GroundTruth, name: str, edited: Float[Ten
 
     Returns:
         `truth_psnr_inside` and `truth_psnr_outside` the ground-truth mask, in dB; NaN where that region is empty.
+
+    Raises:
+        WysError: If the ground truth of that view is missing, damaged or of another size.
     """
     target, mask, edited = ground_truth.edited(name), ground_truth.mask(name), edited.cpu()
+    for height, width in (target.shape[:2], mask.shape):
+        if (height, width) != edited.shape[:2]:
+            raise WysError(
+                f"The ground truth of {name} has another size than the view: {width}x{height} instead of "
+                f"{edited.shape[1]}x{edited.shape[0]}."
+            )
     return {
         "truth_psnr_inside": metrics.psnr(edited, target, mask),
         "truth_psnr_outside": metrics.psnr(edited, target, ~mask),

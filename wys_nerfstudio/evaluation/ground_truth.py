@@ -15,7 +15,12 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
+from wys_nerfstudio.utils.data_checks import check_image
+from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.visualization import read_png
+
+KEYS = ("slug", "instruction", "caption_before", "caption_after")
+"""Keys of an edit in edits.json."""
 
 
 @dataclass
@@ -29,22 +34,42 @@ class GroundTruth:
 
     @staticmethod
     def find(scene: Path, instruction: str) -> "GroundTruth | None":
-        """Find the ground truth of an instruction, ignoring case and punctuation; None if there is none."""
+        """Find the ground truth of an instruction, ignoring case and punctuation; None if there is none.
+
+        Raises:
+            WysError: If edits.json is damaged.
+        """
         index = scene / "ground_truth" / "edits.json"
         if not index.is_file():
             return None
-        for edit in json.loads(index.read_text("utf8")):
-            if _normalize(instruction) == _normalize(edit["instruction"]):
-                folder = scene / "ground_truth" / edit["slug"]
-                return GroundTruth(folder, (edit["caption_before"], edit["caption_after"]))
+        try:
+            for edit in json.loads(index.read_text("utf8")):
+                slug, instructed, before, after = (str(edit[key]) for key in KEYS)
+                if _normalize(instruction) == _normalize(instructed):
+                    return GroundTruth(scene / "ground_truth" / slug, (before, after))
+        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+            raise WysError(
+                f'"{index}" is not a list of edits with {", ".join(KEYS)}: correct it, or remove it to evaluate without ground '
+                "truth."
+            ) from error
         return None
 
     def edited(self, name: str) -> Float[Tensor, "h w 3"]:
-        """Read the edited view with a given file name."""
+        """Read the edited view with a given file name.
+
+        Raises:
+            WysError: If it is missing or damaged.
+        """
+        check_image(self.folder / "images" / name, "the ground truth", decode=True)
         return read_png(self.folder / "images" / name)
 
     def mask(self, name: str) -> Bool[Tensor, "h w"]:
-        """Read the mask of the pixels that change in a view."""
+        """Read the mask of the pixels that change in a view.
+
+        Raises:
+            WysError: If it is missing or damaged.
+        """
+        check_image(self.folder / "masks" / name, "the ground truth", decode=True)
         with Image.open(self.folder / "masks" / name) as image:
             return torch.from_numpy(np.array(image.convert("L"))) > 127
 

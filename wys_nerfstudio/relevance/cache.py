@@ -1,5 +1,6 @@
 """Cache of raw relevance maps on disk, keyed by everything that they depend on."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,29 +38,35 @@ class RelevanceRequest:
 
 
 def find_maps(folder: Path, request: RelevanceRequest, names: Sequence[str]) -> Optional[Float[Tensor, "n lh lw"]]:
-    """Return the cached raw maps, or None if the folder holds none or those of another request.
+    """Return the cached raw maps, or None if the folder holds none, damaged ones or those of another request.
 
     Args:
         folder: Folder of the cache.
         request: Required key.
         names: Names of the views.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    path = folder / MAPS_FILE
-    if not path.is_file():
+    try:
+        with safe_open(folder / MAPS_FILE, "pt") as file:
+            raw, key = file.get_tensor("raw"), (file.metadata() or {}).get("request")
+    except (OSError, SafetensorError):
         return None
-    with safe_open(path, "pt") as file:
-        matches = (file.metadata() or {}).get("request") == _as_json(request, names)
-        return file.get_tensor("raw") if matches else None
+    return raw if key == _as_json(request, names, raw) else None
 
 
 def save_maps(folder: Path, request: RelevanceRequest, names: Sequence[str], raw: Float[Tensor, "n lh lw"]) -> None:
     """Write raw maps to the cache; arguments as in `find_maps`."""
     from safetensors.torch import save
 
-    atomic_write(folder / MAPS_FILE, save({"raw": raw.contiguous()}, metadata={"request": _as_json(request, names)}))
+    metadata = {"request": _as_json(request, names, raw)}
+    atomic_write(folder / MAPS_FILE, save({"raw": raw.contiguous()}, metadata=metadata))
 
 
-def _as_json(request: RelevanceRequest, names: Sequence[str]) -> str:
-    return json.dumps({**vars(request), "views": list(names)}, sort_keys=True)
+def _as_json(request: RelevanceRequest, names: Sequence[str], raw: Tensor) -> str:
+    content = {
+        "views": list(names),
+        "type": f"{raw.dtype} {list(raw.shape)}",
+        "checksum": hashlib.sha256(raw.cpu().double().numpy().tobytes()).hexdigest(),
+    }
+    return json.dumps({**vars(request), **content}, sort_keys=True)

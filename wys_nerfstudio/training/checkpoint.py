@@ -1,5 +1,6 @@
 """Checkpoints: finding, reading and writing them. They are read by torch's weights-only loader."""
 
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Optional
@@ -17,6 +18,8 @@ CAPTURED_SCENE = "captured.ckpt"
 """File in a run's `wys` folder: the weights before the first edit."""
 RELEVANCE_PREFIX = "field.mlp_relevance."
 MODEL_PREFIX = "_model."
+FOLDER_ATTRIBUTE = 0x10
+"""Attribute of a folder in a zip file: torch reads no content for an entry that has it."""
 TCNN_SUFFIXES = ("tcnn_encoding.params", "mlp_base.model.params")
 """Ends of the names of tiny-cuda-nn's parameters: one vector per encoding or network."""
 
@@ -131,6 +134,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         WysError: If the file is damaged, or contains anything else.
     """
     try:
+        # torch writes a checksum of every tensor and verifies none.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+            folders = [part.filename for part in archive.infolist() if part.external_attr & FOLDER_ATTRIBUTE]
+        if damaged or folders:
+            raise zipfile.BadZipFile(f'the entry "{damaged or folders[0]}" is damaged')
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files make torch raise many types
         first_line = (str(error).strip().splitlines() or ["it is empty"])[0]

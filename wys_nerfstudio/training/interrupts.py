@@ -1,4 +1,4 @@
-"""Early ends of a run: errors, Ctrl-C and SIGTERM, a full disk. Each ends with a sentence instead of a traceback."""
+"""Early ends of a run: errors, Ctrl-C, SIGTERM and SIGHUP, a full disk. Each ends with a sentence instead of a traceback."""
 
 import errno
 import signal
@@ -16,16 +16,24 @@ from wys_nerfstudio.utils.errors import WysError
 
 INTERRUPTED = 130
 """Exit code of a program that was ended by Ctrl-C."""
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""Errors that come from a disk even if they name no file."""
+END_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Signals after which a run is saved. Windows has no SIGHUP, which a closing terminal sends."""
 
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """End the program on a `WysError` (exit code 1) or a second Ctrl-C (130), with a sentence."""
+    """End the program on a `WysError`, a file that cannot be used (exit code 1) or a second Ctrl-C (130), with a sentence."""
     try:
         yield
     except WysError as error:
         raise SystemExit(f"wys: {error}") from error
+    except OSError as error:
+        if error.filename is None:
+            raise
+        message = f'"{error.filename}" cannot be used: {error.strerror}. Correct the path or its permissions.'
+        raise SystemExit(f"wys: {message}") from error
     except KeyboardInterrupt as error:
         print("wys: Stopped at once; nothing since the last checkpoint is saved.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from error
@@ -33,7 +41,7 @@ def exit_on_error() -> Iterator[None]:
 
 @contextmanager
 def convert_disk_errors(folder: Path) -> Iterator[None]:
-    """Convert errors of a disk that cannot be written to a `WysError`.
+    """Convert errors of files in a run's folder that cannot be written to a `WysError`.
 
     Args:
         folder: The run's folder.
@@ -41,11 +49,13 @@ def convert_disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        path = folder if error.filename is None else Path(str(error.filename))
+        of_this_run = path.absolute().is_relative_to(folder.absolute())
+        if not of_this_run or (error.filename is None and error.errno not in DISK_ERRORS):
             raise
         raise WysError(
-            f'"{error.filename or folder}" could not be written: {error.strerror}. Correct that first; a run with '
-            f"checkpoints is intact as of its newest one: {resume_hint(folder)}"
+            f'"{path}" could not be written: {error.strerror}. Correct that first; a run with checkpoints is intact as of '
+            f"its newest one: {resume_hint(folder)}"
         ) from error
 
 
@@ -59,8 +69,8 @@ def resume_hint(folder: Path) -> str:
 
 
 class GracefulInterrupt:
-    """Context manager that lets the current step finish after Ctrl-C or SIGTERM. A second Ctrl-C raises
-    KeyboardInterrupt; SIGTERM, which queueing systems send, never does."""
+    """Context manager that lets the current step finish after Ctrl-C, SIGTERM or SIGHUP. A second Ctrl-C raises
+    KeyboardInterrupt; SIGTERM, which queueing systems send, and SIGHUP never do. nohup's SIGHUP stays ignored."""
 
     def __init__(self) -> None:
         self.received = False
@@ -70,7 +80,8 @@ class GracefulInterrupt:
     def __enter__(self) -> "GracefulInterrupt":
         # Python accepts signal handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
-            self._previous = {kind: signal.signal(kind, self._handle) for kind in (signal.SIGINT, signal.SIGTERM)}
+            kinds = [kind for kind in END_SIGNALS if signal.getsignal(kind) is not signal.SIG_IGN]
+            self._previous = {kind: signal.signal(kind, self._handle) for kind in kinds}
         return self
 
     def __exit__(self, *_: object) -> None:

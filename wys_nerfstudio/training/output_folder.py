@@ -15,7 +15,7 @@ from wys_nerfstudio.training.interrupts import resume_hint
 from wys_nerfstudio.utils.errors import WysError
 
 LOCK_FILE = "run.lock"
-CONFIG_TAG = "!!python/object:wys_nerfstudio.trainer.WysTrainerConfig"
+CONFIG_TAG = "!!python/object:wys_nerfstudio.trainer.SavedConfig"
 """First line of a config.yml of this method."""
 REPLACED = (EDITS_FILE, HISTORY_FILE, "contact_sheet.png", "masks/*.png", "edits/*.png", "reference/*.png")
 """What a run leaves in its `wys` folder if it is killed before its first checkpoint, and what a new run of that name removes."""

@@ -19,6 +19,9 @@ STATE_KEY = "wys"
 SETTINGS_KEY = "_extra_state"
 """Key, among the pipeline's weights, of what renders and evaluation need too: settings, and whether the edit is localized."""
 
+VIEWS_PARTS = {"names", "size", "pictures", "cameras", "edited", "current", "reference"}
+"""Parts of the state of the views."""
+
 
 @dataclass
 class RunState:
@@ -123,6 +126,8 @@ class RunState:
                 raise TypeError("a part of the state has another type")
             if not [HistoryEntry(**entry) for entry in state.history]:
                 raise KeyError("history")
+            if not state.views.keys() >= VIEWS_PARTS:
+                raise KeyError("views")
         except (TypeError, KeyError) as error:
             raise WysError(
                 f'The run cannot be resumed from "{path}", which does not contain its edits. Give it to --base-run instead, '

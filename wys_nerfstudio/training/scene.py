@@ -174,8 +174,12 @@ class EditableViews(TrainingViews, Protocol):
         """Set the relevance maps of all views."""
         ...
 
-    def forget_relevance(self) -> None:
-        """Remove the relevance maps: another instruction follows."""
+    def write_relevance_images(self, folder: Path, instruction: str = "") -> None:
+        """Write an image of each view's relevance map; without maps remove the images of earlier ones."""
+        ...
+
+    def discard_relevance(self, folder: Path) -> None:
+        """Remove the relevance maps and their files: another instruction follows."""
         ...
 
     def start_from_captured(self) -> None:

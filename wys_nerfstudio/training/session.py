@@ -22,6 +22,9 @@ from wys_nerfstudio.training.settings import RunSettings, Settings
 from wys_nerfstudio.utils.atomic_io import write_tensors
 from wys_nerfstudio.utils.errors import WysError
 
+RELEVANCE_FOLDER = "relevance"
+"""Folder of the relevance maps, in a run's `wys` folder."""
+
 
 @runtime_checkable
 class TrainedScene(Scene, Protocol):
@@ -167,6 +170,8 @@ class EditSession:
         copy_resumed_files(state, run_folder(checkpoint) / "wys", run.folder)
         self.history = History(run.folder, self._options.history_size, state.history)
         self._views.load_views_state(state.views)
+        # The checkpoint may be of another instruction than the images.
+        self._views.write_relevance_images(run.folder / RELEVANCE_FOLDER, state.settings.instruction)
         self.edit_loop.load_state(state.edits, state.pending)
         self.edit_loop.recorded = state.recorded
         self._lr_warmup_start = state.lr_warmup_start
@@ -251,7 +256,7 @@ class EditSession:
             self._views.start_from_current()
         else:
             self.reset(step, captured)
-        self._views.forget_relevance()
+        self._views.discard_relevance(self.run.folder / RELEVANCE_FOLDER)
         self._scene.reset_relevance()
         self.settings.update(instruction=instruction)
         self.localized = self.settings.current.localization != "none"
@@ -300,10 +305,11 @@ class EditSession:
         self.edit_loop.load_state(state.edits, state.pending)
         self.settings.load(state.settings)
         self.localized = state.localized
-        self._views.forget_relevance()
+        self._views.discard_relevance(self.run.folder / RELEVANCE_FOLDER)
         maps = snapshot.get("relevance")  # absent from a base run's checkpoint, and with given masks
         if maps is not None:
             self._views.set_relevance(*maps)
+            self._views.write_relevance_images(self.run.folder / RELEVANCE_FOLDER, state.settings.instruction)
         else:
             self.prepare_relevance(Phase.EDIT)
         self._restart_optimizers(step)
