@@ -115,11 +115,11 @@ class CliCase:
                 other.unlink()
         return run
 
-    def write_masks(self, count: int = 6) -> Path:
-        """Write white masks for the first views."""
+    def write_masks(self, count: int = 6, value: int = 255, size: tuple[int, int] = (24, 20)) -> Path:
+        """Write masks of one gray value, white by default, for the first views."""
         (self.folder / "masks").mkdir()
         for i in range(count):
-            Image.new("L", (24, 20), 255).save(self.folder / "masks" / f"frame_{i:03d}.png")
+            Image.new("L", size, value).save(self.folder / "masks" / f"frame_{i:03d}.png")
         return self.folder / "masks"
 
     def copy_editor(self) -> Path:
@@ -307,6 +307,9 @@ OPTIONS = [
     case("missing mask", lambda c: [*MASKS, c.write_masks(3)], "no mask for the view frame_003.png"),
     case("mask is not an image", lambda c: ((c.write_masks() / "frame_003.png").write_bytes(b"x"), [*MASKS, c.folder / "masks"])[1],
          r'masks/frame_003.png" \(1 bytes\) cannot be read as an image'),
+    case("masks that are all black", lambda c: [*MASKS, c.write_masks(value=0)], "All masks in .*masks. are black: nothing would be edited"),
+    case("0/1 masks", lambda c: [*MASKS, c.write_masks(value=1)], "masks/frame_000.png. is a 0/1 mask: .* multiply a 0/1 mask by 255"),
+    case("masks of another shape", lambda c: [*MASKS, c.write_masks(size=(20, 24))], "masks/frame_000.png. is 20x24 and its view 24x20"),
     case("no instruction", lambda c: setattr(c, "instruction", None), "There is no instruction"),
     case("blank instruction", lambda c: setattr(c, "instruction", " \t "), "There is no instruction"),
     case("instruction too long", lambda c: setattr(c, "instruction", " ".join(WORDS * 3)),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -13,7 +14,9 @@ from nerfstudio.cameras.cameras import CAMERA_MODEL_TO_TYPE
 from PIL import Image
 from torch import Tensor
 
+from wys_nerfstudio.utils.cameras import is_scaled, orientation
 from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.image_io import load_mask
 
 INTRINSICS = ("fl_x", "fl_y", "cx", "cy", "w", "h")
 DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
@@ -61,7 +64,7 @@ def check_image(path: Path, source: str, decode: bool = False) -> None:
     Raises:
         WysError: If the file is missing or cannot be read.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for names that are too long
         raise WysError(f'There is no image "{path}", which is listed in {source}.')
     if path.suffix == ".npy":  # supported by nerfstudio
         return
@@ -77,7 +80,7 @@ def check_image(path: Path, source: str, decode: bool = False) -> None:
 
 
 def read_masks(folder: Path, views: Sequence[Path], height: int, width: int) -> Bool[Tensor, "n h w"]:
-    """Read one mask per view from a folder. Masks are named like the views and white inside.
+    """Read one mask per view from a folder. Masks are named like the views; `image_io.load_mask` defines their inside.
 
     Args:
         folder: Folder of the masks.
@@ -86,22 +89,32 @@ def read_masks(folder: Path, views: Sequence[Path], height: int, width: int) -> 
         width: Width of the views in pixels.
 
     Raises:
-        WysError: If a view has no mask.
+        WysError: If a view has no mask, a mask is not a scaled view or invalid as in `load_mask`, or nothing is inside any mask.
     """
     masks = []
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = sorted(folder.iterdir()) if os.path.isdir(folder) else []
     for path in views:
-        matches = [file for file in files if file.stem == path.stem]
-        if not matches:
+        mask_file = next((file for file in files if file.stem == path.stem), None)
+        if mask_file is None:
             raise WysError(
                 f'There is no mask for the view {path.name} in "{folder}": --pipeline.masks-dir requires one image per view, '
                 f"named like the view, for example {path.stem}.png."
             )
-        check_image(matches[0], "--pipeline.masks-dir", decode=True)
-        with Image.open(matches[0]) as image:
-            resized = image.convert("L").resize((width, height), Image.Resampling.NEAREST)
-        masks.append(torch.from_numpy(np.array(resized)) > 127)
-    return torch.stack(masks)
+        check_image(mask_file, "--pipeline.masks-dir")
+        mask = load_mask(mask_file, upright=orientation(mask_file) != orientation(path))
+        if not is_scaled((mask.shape[1], mask.shape[0]), (width, height)):
+            raise WysError(
+                f'The mask "{mask_file}" is {mask.shape[1]}x{mask.shape[0]} and its view {width}x{height}: give a mask of '
+                "the view's shape as it is stored, before any EXIF rotation."
+            )
+        resized = Image.fromarray(mask.numpy()).resize((width, height), Image.Resampling.NEAREST)
+        masks.append(torch.from_numpy(np.array(resized)))
+    stack = torch.stack(masks)
+    if not stack.any():
+        raise WysError(
+            f'All masks in "{folder}" are black: nothing would be edited. White pixels mark the region to edit.'
+        )
+    return stack
 
 
 def _read(file: Path) -> dict[str, Any]:
