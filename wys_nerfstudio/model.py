@@ -32,6 +32,7 @@ from wys_nerfstudio.relevance import expectile_loss
 from wys_nerfstudio.training.distributed import broadcast_parameters
 from wys_nerfstudio.training.schedule import Phase
 from wys_nerfstudio.training.validation import minimum, validate_ranges, validate_share
+from wys_nerfstudio.utils.cameras import resize_cameras
 from wys_nerfstudio.utils.encodings import use_fast_encodings
 from wys_nerfstudio.utils.errors import WysError
 
@@ -369,7 +370,7 @@ class WysModel(NerfactoModel):
         """
         with self.eval_as_view(view):
             camera = self.pose_corrected_camera(cameras, view)
-            _resize(camera, *where.shape)
+            resize_cameras(camera, where.shape[1], where.shape[0])
             coords = camera.get_image_coords().to(camera.device)[where.to(camera.device)]
             if not len(coords):
                 return coords.new_zeros(0, 3), coords.new_zeros(0), coords.new_zeros(0)
@@ -475,15 +476,6 @@ class WysModel(NerfactoModel):
             "relevance_overlay": outputs["relevance_overlay"],
         }
         return metrics, images
-
-
-def _resize(camera: Cameras, height: int, width: int) -> None:
-    """Change the number of pixels of a camera in place; the field of view stays."""
-    for side, focal, center, pixels in (("width", "fx", "cx", width), ("height", "fy", "cy", height)):
-        given = getattr(camera, side)
-        for name in (focal, center):
-            setattr(camera, name, getattr(camera, name) * pixels / given)
-        setattr(camera, side, torch.full_like(given, pixels))
 
 
 def _call_ahead(func: Callable[..., None], ahead: int, step: int) -> None:

@@ -7,6 +7,7 @@ from typing import Optional
 import torch
 from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from PIL import ExifTags, Image
 from torch import Tensor
 
@@ -16,6 +17,14 @@ Size = tuple[int, int]
 """Width and height in pixels."""
 TOLERANCE = 1e-2
 """Largest deviation of a rotation from orthonormality. Captures contain rounding errors of about 1e-3."""
+
+PRECISION = 1e-6
+"""Relative precision of coordinates in single precision, with a margin."""
+ONE_PLACE = (
+    "The training views were all captured from one place, or there is one only: a scene is reconstructed from views of "
+    "different positions."
+)
+"""Why cameras in one place are refused."""
 
 
 def image_size(path: Path) -> Size:
@@ -95,6 +104,51 @@ def fit_cameras(cameras: Cameras, files: Sequence[Path], downscaled: bool) -> Op
     if cameras.metadata and "fisheye_crop_radius" in cameras.metadata:
         cameras.metadata["fisheye_crop_radius"] *= stored[0] / given[0]
     return f"The images are {_text(stored)} and their cameras {_text(given)}: the cameras are rescaled."
+
+
+def check_cameras(outputs: DataparserOutputs, remedy: str) -> None:
+    """Refuse the training or held-out cameras of a parser if a pose or an intrinsic parameter is invalid.
+
+    Args:
+        outputs: Output of the parser.
+        remedy: What to do about an invalid pose.
+
+    Raises:
+        WysError: For the first such camera.
+    """
+    cameras = outputs.cameras
+    if outputs.image_filenames and cameras.camera_to_worlds.ndim != 3:  # a fault of nerfstudio's parser of instant-ngp
+        raise WysError(
+            "nerfstudio cannot read a capture of this format with a single held-out view: hold out more, for example with "
+            "--train-split-fraction 0.8."
+        )
+    for i, path in enumerate(outputs.image_filenames):
+        pose = cameras.camera_to_worlds[i]
+        fault = rotation_fault(pose[:, :3]) or (None if pose.isfinite().all() else "not finite")
+        if fault is not None:
+            raise WysError(f'The pose of the view "{path.name}" is {fault}: {remedy}')
+        intrinsics = torch.cat([cameras.fx[i], cameras.fy[i], cameras.cx[i], cameras.cy[i]])
+        if not (intrinsics.isfinite().all() and (intrinsics[:2] > 0).all()):
+            raise WysError(
+                f'The camera of the view "{path.name}" has the focal lengths and center {intrinsics.tolist()}: correct them '
+                "in the capture."
+            )
+
+
+def check_positions(outputs: DataparserOutputs) -> None:
+    """Refuse training cameras that are in one place, to the precision of their coordinates before the parser centered them.
+
+    Args:
+        outputs: Output of the parser for the training views.
+
+    Raises:
+        WysError: If they are, or if there is one view only.
+    """
+    origins = outputs.cameras.camera_to_worlds[:, :, 3]
+    offset = outputs.dataparser_scale * outputs.dataparser_transform[:, 3].norm()
+    spread = (origins - origins.mean(dim=0)).norm(dim=-1).max()
+    if spread <= PRECISION * torch.maximum(origins.norm(dim=-1).max(), offset):
+        raise WysError(ONE_PLACE)
 
 
 def rotation_fault(rotation: Float[Tensor, "3 3"]) -> Optional[str]:
