@@ -439,12 +439,11 @@ def test_ray_batches_hold_interpolated_relevance(data):
     torch.testing.assert_close(batch["relevance"][:, 0], expected, atol=1e-6, rtol=0)
 
 
-def test_ray_batches_hold_given_masks(data):
+def test_given_masks_are_no_targets_of_the_relevance_head(data):
     masks = torch.rand(data.num_views, HEIGHT, WIDTH) > 0.5
     data.set_relevance(masks)
-    _, batch = data.next_train(0)
-    view, y, x = batch["indices"].unbind(-1)
-    assert torch.equal(batch["relevance"][:, 0], masks[view, y, x].float())
+    assert "relevance" not in data.next_train(0)[1]
+    assert torch.equal(data.relevance_maps, masks)
 
 
 def test_edit_rays_are_drawn_in_whole_patches(data):

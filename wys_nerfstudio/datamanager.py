@@ -292,12 +292,12 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         self.train_pixel_sampler = self._get_pixel_sampler(self.train_dataset, self.config.train_num_rays_per_batch)
 
     def next_train(self, step: int) -> tuple[RayBundle, dict]:
-        """Return the next ray batch: `image`, `indices`, the `patch_size` of the edit phase, and `relevance` if there is any."""
+        """Return the next ray batch: `image`, `indices`, the `patch_size` of the edit phase, and `relevance` if there are relevance maps."""
         self.train_count += 1
         assert self.train_pixel_sampler is not None
         batch, drawn = self._stack.sample(self.train_pixel_sampler)
         batch["patch_size"] = self.config.edit_patch_size
-        if self._relevance is not None:
+        if self._relevance is not None and self._relevance.dtype != torch.bool:  # given masks train no relevance head
             indices = drawn if self._relevance.device == drawn.device else batch["indices"]
             values = relevance.sample(self._relevance, indices, *self.view_size)
             batch["relevance"] = to_device(values, torch.device(self.device))[:, None]
@@ -396,7 +396,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         """Set the relevance maps of all views.
 
         Args:
-            maps: Relevance in [0, 1], of any size, or given masks; ray batches contain it, interpolated, as `relevance`.
+            maps: Relevance in [0, 1], of any size, which ray batches contain, interpolated, as `relevance`; or given masks.
             unclamped_maps: The same before outliers were clamped, of any size. Default: the maps.
         """
         # Masks have the size of the views and stay in main memory; maps are small.

@@ -289,6 +289,8 @@ class WysModel(NerfactoModel):
             for i in range(self.config.num_proposal_iterations):
                 outputs[f"prop_depth_{i}"] = self.renderer_depth(weights=weights_list[i], ray_samples=samples_list[i])
             combined = torch.maximum(outputs["relevance"], self.field.free_space_relevance(samples, weights))
+            if self.phase is Phase.RECONSTRUCT:  # nothing has trained the relevance head
+                combined = torch.zeros_like(combined)
             outputs["relevance"] = combined if self.localized else torch.ones_like(combined)
             outputs["relevance_overlay"] = self._overlay(outputs["rgb"], outputs["relevance"])
         return outputs
@@ -396,6 +398,7 @@ class WysModel(NerfactoModel):
         maps: Float[Tensor, "b mh mw"],
         unclamped_maps: Float[Tensor, "b uh uw"],
         depths: Float[Tensor, "b lh lw"],
+        given_masks: bool = False,
     ) -> None:
         """Compute free-space relevance from the maps of all views (see `relevance.visual_hull`).
 
@@ -404,11 +407,14 @@ class WysModel(NerfactoModel):
             maps: Relevance maps in [0, 1], of any size.
             unclamped_maps: The same maps before outliers were clamped, of any size.
             depths: Depth along the rays of a grid over each view.
+            given_masks: The maps are given masks, which replace the relevance head.
         """
+        if given_masks:
+            self.field.zero_relevance()
         corrected = cameras.to(self.device)
         poses = [self.pose_corrected_camera(cameras, view).camera_to_worlds for view in range(len(cameras))]
         corrected.camera_to_worlds = torch.cat(poses)
-        self.field.relevance_hull.build(self.field.to_world, corrected, maps, unclamped_maps, depths)
+        self.field.relevance_hull.build(self.field.to_world, corrected, maps, unclamped_maps, depths, given_masks)
 
     def reset_relevance(self) -> None:
         """Collective: reset relevance head and free-space relevance, for another instruction."""
