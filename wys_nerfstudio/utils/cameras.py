@@ -92,7 +92,7 @@ def fit_cameras(cameras: Cameras, files: Sequence[Path], downscaled: bool) -> Op
         )
         return None
     if is_rounding or set(camera_sizes) != {given} or not is_scaled(given, stored):
-        swapped = orientation(files[wrong]) >= 5 and is_scaled(given, stored[::-1])
+        swapped = orientation(files[wrong]) >= 5 and is_scaled(given, (stored[1], stored[0]))
         remedy = (
             "its EXIF orientation, which nerfstudio ignores, swaps width and height; rotate the pixels of all images, for "
             "example with `magick mogrify -auto-orient`."

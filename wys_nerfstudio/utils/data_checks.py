@@ -188,7 +188,7 @@ def _check_frame(file: Path, number: int, meta: dict[str, Any], frame: dict[str,
     pose = torch.tensor(matrix, dtype=torch.float64)
     fault = rotation_fault(pose[:3, :3])
     if fault is None and (pose[3] - pose.new_tensor([0, 0, 0, 1])).abs().max() > TOLERANCE:
-        fault = f"without a last row of 0 0 0 1 (it is {' '.join(f'{value:g}' for value in matrix[3])})"
+        fault = f"without a last row of 0 0 0 1 (it is {' '.join(f'{value:g}' for value in pose[3].tolist())})"
     if fault is not None:
         raise WysError(
             f'In "{file}" the "transform_matrix" of {name} is {fault}: it must be a rotation and a translation; create the '
