@@ -255,10 +255,9 @@ def test_downscaled_images_agree_with_their_cameras(tmp_path, factor, rounding):
     assert float(data.cameras.fx[0]) == pytest.approx(1.2 * 81 / factor)
 
 
-@pytest.mark.parametrize("scale", [0.7, 0.33])
-def test_scaled_down_views_agree_with_their_cameras(tmp_path, scale):
-    data = load(write_ring_scene(tmp_path / "scene", width=41, height=39, views=4), camera_res_scale_factor=scale)
-    assert data.view_size == (int(39 * scale), int(41 * scale))
+def test_scaled_down_views_agree_with_their_cameras(tmp_path):
+    data = load(write_ring_scene(tmp_path / "scene", width=50, height=40, views=4), camera_res_scale_factor=0.58)
+    assert data.view_size == (23, 28)  # in single precision, 50 * 0.58 is 29
     assert data.view_size == (int(data.cameras.height[0]), int(data.cameras.width[0]))
 
 

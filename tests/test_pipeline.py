@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import sentence_of, write_ring_scene
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.engine.callbacks import TrainingCallbackLocation
+from PIL import Image
 
 from wys_nerfstudio.config import wys_tiny
 from wys_nerfstudio.editing import Editor
@@ -79,6 +81,17 @@ def trained(checkpoint: Path, ring_scene: Path, editor_folder: Path, tmp_path: P
     config = small_config(ring_scene, editor_folder, tmp_path, **RECONSTRUCTED)
     config.load_checkpoint = checkpoint
     return build_trainer(config)
+
+
+@pytest.mark.parametrize("test_mode", ["test", "inference"])
+def test_data_that_has_changed_ends_other_commands_with_a_sentence(
+    test_mode, editor_folder: Path, tmp_path: Path
+) -> None:
+    scene = write_ring_scene(tmp_path / "scene", views=4)
+    config = small_config(scene, editor_folder, tmp_path)
+    Image.new("RGB", (50, 32)).save(scene / "images" / "frame_002.png")
+    sentence = sentence_of(lambda: config.pipeline.setup(device="cpu", test_mode=test_mode))
+    assert "All views must have one size, and frame_000.png is 40x32 while frame_002.png is 50x32" in sentence
 
 
 def test_a_render_of_a_view_is_closest_to_that_view(trained: WysTrainer) -> None:

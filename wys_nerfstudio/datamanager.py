@@ -163,12 +163,10 @@ class WysDataManager(VanillaDataManager[InputDataset]):
                 self._rescaled = change
             check_frame_masks(files, masks or [])
         dataset = self.dataset_type(dataparser_outputs=outputs, scale_factor=scale)
-        if scale != 1.0 and files:  # rounded as the dataset rounds its images
-            width, height = (int(side[0] * scale) for side in (outputs.cameras.width, outputs.cameras.height))
-            dataset.cameras.width, dataset.cameras.height = (
-                torch.full_like(given, side)
-                for given, side in ((dataset.cameras.width, width), (dataset.cameras.height, height))
-            )
+        if scale != 1.0:
+            for side in ("width", "height"):  # rounded as the dataset rounds its images, in double precision
+                pixels = (getattr(outputs.cameras, side).double() * scale).long()
+                setattr(dataset.cameras, side, pixels)
         return dataset
 
     @property
