@@ -155,7 +155,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             else "it must be a rotation and a translation; compute the poses again.",
         )
         check_names(files)
-        # Without a test mode that reads images, they may be absent.
+        # Renders read no images; these may be absent then.
         if self.test_mode != "inference" or all(map(Path.is_file, files)):
             change = fit_cameras(outputs.cameras, files, self._downscaled)
             if change is not None and change != self._rescaled:

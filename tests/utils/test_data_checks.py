@@ -111,6 +111,14 @@ def test_masks_are_aligned_with_views_as_they_are_stored(tmp_path, views):
     assert torch.equal(masks[1], torch.from_numpy(pixels > 0))
 
 
+def test_ambiguous_names_of_masks_are_refused(tmp_path, views):
+    write_masks(tmp_path, value=255)
+    sentence = f'"{tmp_path}" has no single mask for the view "{{}}": rename views and masks'
+    assert refusal(tmp_path, [*views, tmp_path / "other" / views[1].name]).startswith(sentence.format(views[1]))
+    Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / f"{NAMES[2]}.bmp")
+    assert refusal(tmp_path, views).startswith(sentence.format(views[2]))
+
+
 def test_a_missing_mask_is_reported_with_the_views_name(tmp_path, views):
     sentence = "There is no mask for the view {}.png in .*--pipeline.masks-dir requires one image per view.*{}.png"
     with pytest.raises(WysError, match=sentence.format(*NAMES[:1] * 2)):

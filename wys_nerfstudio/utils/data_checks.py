@@ -133,17 +133,22 @@ def read_masks(folder: Path, views: Sequence[Path], height: int, width: int) -> 
         width: Width of the views in pixels.
 
     Raises:
-        WysError: If a view has no mask, a mask is not a scaled view or invalid as in `load_mask`, or nothing is inside any mask.
+        WysError: If a view has no mask or not one of its own, a mask is not a scaled view or invalid as in `load_mask`, or nothing is inside any mask.
     """
     masks = []
     files = sorted(folder.iterdir()) if os.path.isdir(folder) else []
     for path in views:
-        mask_file = next((file for file in files if file.stem == path.stem), None)
-        if mask_file is None:
+        matches = [file for file in files if file.stem == path.stem]
+        if len(matches) > 1 or sum(other.stem == path.stem for other in views) > 1:
+            raise WysError(
+                f'"{folder}" has no single mask for the view "{path}": rename views and masks so that each has its own name.'
+            )
+        if not matches:
             raise WysError(
                 f'There is no mask for the view {path.name} in "{folder}": --pipeline.masks-dir requires one image per view, '
                 f"named like the view, for example {path.stem}.png."
             )
+        mask_file = matches[0]
         check_image(mask_file, "--pipeline.masks-dir")
         mask = load_mask(mask_file, upright=orientation(mask_file) != orientation(path))
         if not is_scaled((mask.shape[1], mask.shape[0]), (width, height)):
