@@ -117,11 +117,11 @@ class CliCase:
                 other.unlink()
         return run
 
-    def write_masks(self, count: int = 6) -> Path:
-        """Write white masks for the first views."""
+    def write_masks(self, count: int = 6, value: int = 255, size: tuple[int, int] = (24, 20)) -> Path:
+        """Write masks of one gray value, white by default, for the first views."""
         (self.folder / "masks").mkdir()
         for i in range(count):
-            Image.new("L", (24, 20), 255).save(self.folder / "masks" / f"frame_{i:03d}.png")
+            Image.new("L", size, value).save(self.folder / "masks" / f"frame_{i:03d}.png")
         return self.folder / "masks"
 
     def copy_editor(self) -> Path:
@@ -202,6 +202,25 @@ def frame(meta: dict) -> dict:
     return meta["frames"][3]
 
 
+def change_pose(meta: dict, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    frame(meta)["transform_matrix"] = change(np.array(frame(meta)["transform_matrix"])).tolist()
+
+
+def stand_still(meta: dict) -> None:
+    for other in meta["frames"]:
+        for row, value in zip(other["transform_matrix"], (0.1, 0.2, 0.3)):
+            row[3] = value
+
+
+POSES = {
+    "zero": lambda pose: 0 * pose,
+    "mirrored": lambda pose: pose @ np.diag([1, 1, -1, 1]),
+    "scaled by 3": lambda pose: pose @ np.diag([3, 3, 3, 1]),
+    "sheared or stretched": lambda pose: pose + [[0, 0.3, 0, 0], *[[0] * 4] * 3],
+    "without a last row of 0 0 0 1": lambda pose: pose + [*[[0] * 4] * 3, [0, 0, 0.5, 0]],
+}
+"""Changes of a pose by the fault that is reported."""
+
 SCENES = [
     case("no scene folder", lambda c: shutil.rmtree(c.scene), 'There is no data at ".*scene": give --data'),
     case("empty scene folder", lambda c: (shutil.rmtree(c.scene), c.scene.mkdir()) and None,
@@ -222,6 +241,23 @@ SCENES = [
          "is not 4 x 4 finite numbers"),
     case("3 x 3 matrix", lambda c: c.change_scene(lambda m: frame(m).update(transform_matrix=[[1, 0, 0]] * 3)),
          "is not 4 x 4 finite numbers"),
+    case("poses of zeros", lambda c: c.change_scene(lambda m: [f.update(transform_matrix=[[0] * 4] * 4) for f in m["frames"]]),
+         '"transform_matrix" of images/frame_000.png is zero: it must be a rotation and a translation'),
+    *(case(f"pose that is {fault}", lambda c, change=change: c.change_scene(lambda m: change_pose(m, change)),
+           f'"transform_matrix" of images/frame_003.png is {fault}') for fault, change in POSES.items()),
+    case("one frame", lambda c: c.change_scene(lambda m: m.update(frames=m["frames"][:1])), "has a single frame: a scene is"),
+    case("all cameras in one place", lambda c: c.change_scene(stand_still), "were all captured from one place"),
+    case("byte order mark", lambda c: (c.scene / "transforms.json").write_bytes(b"\xef\xbb\xbf" + (c.scene / "transforms.json").read_bytes())
+         and None, "begins with a byte order mark, which nerfstudio cannot read"),
+    case("file name that is too long", lambda c: c.change_scene(lambda m: frame(m).update(file_path="x" * 300)), 'no image ".*x"'),
+    case("images of another size than their cameras", lambda c: c.change_scene(lambda m: m.update(w=25)),
+         'images/frame_000.png" is 24x20 and its camera 25x20: use the images that'),
+    case("no training views", lambda c: c.change_scene(lambda m: m.update(train_filenames=[], val_filenames=[])),
+         "is left for training: change its train_filenames, --eval-mode"),
+    case("no training views left by the interval", lambda c: ["nerfstudio-data", "--eval-mode=interval", "--eval-interval=1"],
+         "is left for training: change its train_filenames, --eval-mode"),
+    case("black frame masks", lambda c: (c.write_masks(value=0), c.change_scene(lambda m: [
+         f.update(mask_path=f"../masks/{Path(f['file_path']).name}") for f in m["frames"]]))[1], "leave 0 pixels and a batch has 64"),
     case("no focal length", lambda c: c.change_scene(lambda m: m.pop("fl_x")), 'neither the top level nor the frame .* has "fl_x"'),
     case("focal length of zero", lambda c: c.change_scene(lambda m: m.update(fl_y=0)), '"fl_y" of .* has the invalid value 0'),
     case("focal length is text", lambda c: c.change_scene(lambda m: m.update(fl_x="50mm")), '"fl_x" of .* has the invalid value "50mm"'),
@@ -282,6 +318,7 @@ OPTIONS = [
             "logging.steps-per-log": ["0", "-5"],
             "logging.max-buffer-size": ["0"],
             "logging.local-writer.max-log-size": ["-1"],
+            "pipeline.datamanager.camera-res-scale-factor": ["0", "nan"],
             "optimizers.fields.optimizer.lr": ["nan", "-0.1"],
             "optimizers.fields.scheduler.max-steps": ["0"],
         }.items()
@@ -303,6 +340,20 @@ OPTIONS = [
     case("null byte in a path", lambda c: ["--base-run", "a\0b"], "--pipeline.base-run contains a null byte"),
     case("editor of an unknown user", lambda c: setattr(c, "editor", "~nosuchuser/editor"), "no editor folder"),
     case("editor with an overlong name", lambda c: setattr(c, "editor", "/" + "x" * 300), "File name too long|no editor folder"),
+    *(
+        case(f"nerfstudio-data {option} {value}", lambda c, option=option, value=value: ["nerfstudio-data", f"--{option}", value],
+             f"wys: --{option} must be")
+        for option, values in {
+            "scale-factor": ["nan", "0", "-1", "inf"],
+            "scene-scale": ["nan", "0"],
+            "downscale-factor": ["0", "-1"],
+            "train-split-fraction": ["0", "nan", "1.5"],
+            "eval-interval": ["0"],
+            "depth-unit-scale-factor": ["nan"],
+        }.items()
+        for value in values
+    ),
+    case("scale of another parser", lambda c: ["colmap", "--data", c.scene, "--scale-factor=nan"], "wys: --scale-factor must be a finite"),
     case("near above far", lambda c: ["--pipeline.model.near-plane=9", "--pipeline.model.far-plane=3"], "must be below"),
     case("minimum strength above maximum", lambda c: ["--pipeline.min-strength=0.9", "--pipeline.max-strength=0.2"],
          "swap them"),
@@ -331,6 +382,9 @@ OPTIONS = [
     case("missing mask", lambda c: [*MASKS, c.write_masks(3)], "no mask for the view frame_003.png"),
     case("mask is not an image", lambda c: ((c.write_masks() / "frame_003.png").write_bytes(b"x"), [*MASKS, c.folder / "masks"])[1],
          r'masks/frame_003.png" \(1 bytes\) cannot be read as an image'),
+    case("masks that are all black", lambda c: [*MASKS, c.write_masks(value=0)], "All masks in .*masks. are black: nothing would be edited"),
+    case("0/1 masks", lambda c: [*MASKS, c.write_masks(value=1)], "masks/frame_000.png. is a 0/1 mask: .* multiply a 0/1 mask by 255"),
+    case("masks of another shape", lambda c: [*MASKS, c.write_masks(size=(20, 24))], "masks/frame_000.png. is 20x24 and its view 24x20"),
     case("no instruction", lambda c: setattr(c, "instruction", None), "There is no instruction"),
     case("blank instruction", lambda c: setattr(c, "instruction", " \t "), "There is no instruction"),
     case("instruction too long", lambda c: setattr(c, "instruction", " ".join(WORDS * 3)),

@@ -1,15 +1,20 @@
 """The training views: captured and edited pixels, ray batches, relevance maps, and their files."""
 
 import json
+import math
 import random
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_ring_scene
+from conftest import as_blender_scene, as_colmap_scene, write_ring_scene
 from emulated_gpu import emulated_gpu, memory
+from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConfig
+from nerfstudio.data.dataparsers.colmap_dataparser import ColmapDataParserConfig
+from nerfstudio.data.dataparsers.instant_ngp_dataparser import InstantNGPDataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from PIL import Image
 
@@ -25,15 +30,15 @@ from wys_nerfstudio.utils.visualization import apply_colormap, read_png, to_uint
 HEIGHT, WIDTH = 32, 40
 
 
-def load(scene: Path, device: str = "cpu", **options: object) -> WysDataManager:
+def load(scene: Path, device: str = "cpu", test_mode: str = "val", **options: object) -> WysDataManager:
+    parser = NerfstudioDataParserConfig(load_3D_points=False)
     config = WysDataManagerConfig(
-        dataparser=NerfstudioDataParserConfig(load_3D_points=False),
         data=scene,
         train_num_rays_per_batch=256,
         eval_num_rays_per_batch=64,
-        **{"edit_num_rays_per_batch": 600, "edit_patch_size": 16, **options},
+        **{"dataparser": parser, "edit_num_rays_per_batch": 600, "edit_patch_size": 16, **options},
     )
-    return config.setup(device=device, test_mode="val", world_size=1, local_rank=0)
+    return config.setup(device=device, test_mode=test_mode, world_size=1, local_rank=0)
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +134,38 @@ def test_repeated_file_names_are_made_unique_by_numbers(tmp_path):
     assert load(scene).view_names == ["00000_photo", "00001_photo", "00002_photo", "00003_photo"]
 
 
+def rename_frames(scene: Path, names: Sequence[str]) -> Path:
+    def rename(meta: dict) -> None:
+        for frame, name in zip(meta["frames"], names):
+            shutil.move(scene / frame["file_path"], scene / "images" / name)
+            frame["file_path"] = f"images/{name}"
+
+    return change_meta(scene, rename)
+
+
+def test_names_that_differ_in_case_only_are_numbered(tmp_path):
+    scene = rename_frames(write_ring_scene(tmp_path / "scene", views=3), ["A.png", "B.png", "a.png"])
+    assert load(scene).view_names == ["00000_A", "00001_B", "00002_a"]
+
+
+@pytest.mark.parametrize("letter", ["x", "\u00fc", "\u732b"])
+def test_long_names_are_cut_off(tmp_path, letter):
+    length = (255 - len("1.png")) // len(letter.encode())
+    names = [f"{letter * length}{i}.png" for i in range(3)]
+    data = load(rename_frames(write_ring_scene(tmp_path / "scene", views=3), names))
+    assert data.view_names == [f"{i:05d}_{data.view_names[0][6:]}" for i in range(3)]
+    assert names[0].startswith(data.view_names[0][6:])
+    data.set_view(1, torch.zeros(HEIGHT, WIDTH, 3))
+    data.write_edited_views(tmp_path / "edits", data.views_state())
+    assert [path.stem for path in (tmp_path / "edits").iterdir()] == [data.view_names[1]]
+
+
+def test_names_that_are_not_utf_8_are_refused(tmp_path):
+    scene = rename_frames(write_ring_scene(tmp_path / "scene", views=3), ["a.png", "b.png", "\udcff.png"])
+    with pytest.raises(WysError, match=r"The file name '\\udcff.png' is not valid UTF-8: rename the file."):
+        load(scene)
+
+
 @pytest.mark.parametrize("per_frame", [True, False])
 def test_views_of_different_sizes_are_refused_with_two_names(tmp_path, per_frame):
     scene = write_ring_scene(tmp_path / "mixed")
@@ -154,8 +191,188 @@ def test_cameras_of_different_sizes_are_refused(tmp_path):
     for i, frame in enumerate(meta["frames"]):
         frame.update(shared | ({"h": 99} if i == 2 else {}))
     (scene / "transforms.json").write_text(json.dumps(meta))
-    with pytest.raises(WysError, match="frame_000.png is 40x32 while frame_002.png is 40x99"):
+    with pytest.raises(WysError, match='frame_002.png" is 40x32 and its camera 40x99'):
         load(scene)
+
+
+def change_meta(scene: Path, change: Callable[[dict], object]) -> Path:
+    file = scene / "transforms.json"
+    meta = json.loads(file.read_text())
+    change(meta)
+    file.write_text(json.dumps(meta))
+    return scene
+
+
+def scale_cameras(meta: dict, scale: float) -> None:
+    meta.update({key: meta[key] * scale for key in ("fl_x", "fl_y", "cx", "cy")})
+    meta.update(w=round(meta["w"] * scale), h=round(meta["h"] * scale))
+
+
+PARSERS = {
+    "nerfstudio": (lambda scene, folder: scene, NerfstudioDataParserConfig),
+    "instant-ngp": (lambda scene, folder: scene, InstantNGPDataParserConfig),
+    "colmap": (as_colmap_scene, ColmapDataParserConfig),
+}
+
+
+@pytest.mark.parametrize("test_mode", ["val", "test", "inference"])
+@pytest.mark.parametrize("scale", [2, 0.5])
+@pytest.mark.parametrize("parser", PARSERS)
+def test_cameras_are_rescaled_to_the_images(tmp_path, capsys, parser, scale, test_mode):
+    convert, config = PARSERS[parser]
+    fitting = write_ring_scene(tmp_path / "fitting", views=20)
+    scaled = change_meta(write_ring_scene(tmp_path / "scaled", views=20), lambda meta: scale_cameras(meta, scale))
+    expected, data = (
+        load(convert(scene, tmp_path / f"{scene.name}_converted"), test_mode=test_mode, dataparser=config())
+        for scene in (fitting, scaled)
+    )
+    for ours, theirs in ((data.train_dataset, expected.train_dataset), (data.eval_dataset, expected.eval_dataset)):
+        assert len(ours) > 0
+        for name in ("fx", "fy", "cx", "cy", "width", "height", "camera_to_worlds"):
+            torch.testing.assert_close(getattr(ours.cameras, name), getattr(theirs.cameras, name))
+    line = f"The images are 40x32 and their cameras {round(40 * scale)}x{round(32 * scale)}: the cameras are rescaled."
+    assert " ".join(capsys.readouterr().out.split()).count(line) == 1
+
+
+def test_held_out_images_are_compared_with_their_cameras(tmp_path):
+    scene = write_ring_scene(tmp_path / "scene", views=12)
+    held_out = load(scene).eval_dataset.image_filenames[0]
+    Image.new("RGB", (41, 32)).save(held_out)
+    with pytest.raises(WysError, match=f'{held_out.name}" is 41x32 and its camera 40x32'):
+        load(scene)
+
+
+@pytest.mark.parametrize("rounding", [math.floor, math.ceil])
+@pytest.mark.parametrize("factor", [2, 3])
+def test_downscaled_images_agree_with_their_cameras(tmp_path, factor, rounding):
+    scene = write_ring_scene(tmp_path / "scene", width=81, height=65, views=4)
+    size = rounding(81 / factor), rounding(65 / factor)
+    (scene / f"images_{factor}").mkdir()
+    for path in (scene / "images").iterdir():
+        Image.open(path).resize(size).save(scene / f"images_{factor}" / path.name)
+    data = load(scene, dataparser=NerfstudioDataParserConfig(downscale_factor=factor))
+    assert data.view_size == size[::-1] == (int(data.cameras.height[0]), int(data.cameras.width[0]))
+    assert float(data.cameras.fx[0]) == pytest.approx(1.2 * 81 / factor)
+
+
+def test_scaled_down_views_agree_with_their_cameras(tmp_path):
+    data = load(write_ring_scene(tmp_path / "scene", width=50, height=40, views=4), camera_res_scale_factor=0.58)
+    assert data.view_size == (23, 28)  # in single precision, 50 * 0.58 is 29
+    assert data.view_size == (int(data.cameras.height[0]), int(data.cameras.width[0]))
+
+
+def test_renders_need_no_images(tmp_path):
+    scene = write_ring_scene(tmp_path / "scene", views=4)
+    shutil.rmtree(scene / "images")
+    parser = NerfstudioDataParserConfig(downscale_factor=1)
+    assert load(scene, test_mode="inference", dataparser=parser).num_views == 4
+
+
+@pytest.mark.parametrize(
+    ("convert", "config", "change", "message"),
+    [
+        (as_blender_scene, BlenderDataParserConfig, lambda m: m["frames"][3]["transform_matrix"].reverse(),
+         'The pose of the view "frame_003.png" is .*: it must be a rotation and a translation'),
+        (as_blender_scene, BlenderDataParserConfig, lambda m: [row.__setitem__(0, -row[0]) for row in m["frames"][0]["transform_matrix"]],
+         'The pose of the view "frame_000.png" is mirrored'),
+        (as_colmap_scene, ColmapDataParserConfig, lambda m: [frame.update(transform_matrix=m["frames"][0]["transform_matrix"]) for frame in m["frames"]],
+         "were all captured from one place"),
+        (None, NerfstudioDataParserConfig, lambda m: m.update(train_filenames=[], val_filenames=["images/frame_000.png"]),
+         'No view of ".*scene" is left for training: change its train_filenames, --eval-mode'),
+        (None, NerfstudioDataParserConfig, lambda m: m.update(train_filenames=["images/frame_001.png"], val_filenames=[]),
+         "were all captured from one place, or there is one only"),
+        (None, InstantNGPDataParserConfig, lambda m: m["frames"].extend(m["frames"][:4] * 2),
+         "with a single held-out view: hold out more, for example with --train-split-fraction 0.8"),
+    ],
+)  # fmt: skip
+def test_cameras_that_cannot_be_trained_on_are_refused(tmp_path, convert, config, change, message):
+    scene = change_meta(write_ring_scene(tmp_path / "scene", views=5), change)
+    with pytest.raises(WysError, match=message):
+        load(scene if convert is None else convert(scene, tmp_path / "converted"), dataparser=config())
+
+
+def test_poses_that_a_parser_mirrors_are_refused(tmp_path):
+    def turn_over(meta: dict) -> None:
+        for frame in meta["frames"]:
+            matrix = np.diag([1, -1, -1, 1]) @ np.array(frame["transform_matrix"])
+            frame["transform_matrix"] = matrix.tolist()
+
+    scene = write_ring_scene(tmp_path / "scene", views=6)
+    config = NerfstudioDataParserConfig(orientation_method="pca")
+    outcomes = []
+    for _ in range(2):  # nerfstudio mirrors two poses if the scene is upside down
+        try:
+            load(scene, dataparser=config)
+        except WysError as error:
+            outcomes.append(str(error))
+        change_meta(scene, turn_over)
+    assert outcomes and "is mirrored: choose another --orientation-method than pca" in outcomes[0]
+
+
+# --------------------------------------------------------------------------------------------------------------- frame masks
+
+
+def write_frame_masks(scene: Path, masks: Sequence[Image.Image]) -> Path:
+    """Give each frame a mask; the pixels that are trained on are not 0."""
+    (scene / "masks").mkdir()
+    for i, mask in enumerate(masks):
+        mask.save(scene / "masks" / f"{i}.png")
+    return change_meta(
+        scene, lambda meta: [frame.update(mask_path=f"masks/{i}.png") for i, frame in enumerate(meta["frames"])]
+    )
+
+
+BLACK, WHITE = Image.new("L", (WIDTH, HEIGHT)), Image.new("L", (WIDTH, HEIGHT), 255)
+
+
+def with_square(side: int) -> Image.Image:
+    mask = BLACK.copy()
+    mask.paste(255, (4, 4, 4 + side, 4 + side))
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ([BLACK] * 4, r"The frame masks \(mask_path\) of the training views leave 0 pixels and a batch has 600"),
+        ([with_square(7)] * 4, "leave 196 pixels and a batch has 600"),
+        ([WHITE, WHITE, WHITE.convert("RGB"), WHITE], 'The frame mask ".*2.png" is not a grayscale image'),
+        ([WHITE.convert("P")] * 4, 'The frame mask ".*0.png" is not a grayscale image'),
+        ([WHITE, WHITE.resize((20, 16)), WHITE, WHITE], 'The frame mask ".*1.png" is 20x16 and its view 40x32'),
+    ],
+)
+def test_unusable_frame_masks_are_refused(tmp_path, masks, message):
+    with pytest.raises(WysError, match=message):
+        load(write_frame_masks(write_ring_scene(tmp_path / "scene", views=4), masks))
+
+
+def test_missing_frame_masks_are_refused(tmp_path):
+    scene = write_frame_masks(write_ring_scene(tmp_path / "scene", views=4), [WHITE] * 4)
+    (scene / "masks" / "2.png").unlink()
+    with pytest.raises(WysError, match='There is no image ".*masks/2.png", which is listed in the capture'):
+        load(scene)
+
+
+def test_black_masks_of_the_held_out_views_are_refused(tmp_path):
+    scene = write_ring_scene(tmp_path / "scene", views=12)
+    held_out = {path.name for path in load(scene).eval_dataset.image_filenames}
+    masks = [BLACK if f"frame_{i:03d}.png" in held_out else WHITE for i in range(12)]
+    with pytest.raises(WysError, match=r"of the held-out views leave 0 pixels and a batch has 64"):
+        load(write_frame_masks(scene, masks))
+
+
+def test_pixels_are_drawn_inside_frame_masks(tmp_path):
+    data = load(write_frame_masks(write_ring_scene(tmp_path / "scene", views=4), [BLACK, *[with_square(20)] * 3]))
+    for patches in (False, True):
+        data.use_edit_rays(in_patches=patches)
+        view, row, column = data.next_train(0)[1]["indices"].unbind(-1)
+        assert view.min() > 0 and min(row.min(), column.min()) >= 4 and max(row.max(), column.max()) < 24
+
+
+def test_patches_that_do_not_fit_frame_masks_are_refused(tmp_path):
+    data = load(write_frame_masks(write_ring_scene(tmp_path / "scene", views=4), [with_square(16)] * 4))
+    with pytest.raises(WysError, match="leave 0 places for patches of 16 pixels and a batch has 2"):
+        data.check_patches()
 
 
 # --------------------------------------------------------------------------------------------------------------- ray batches
@@ -221,12 +438,11 @@ def test_ray_batches_hold_interpolated_relevance(data):
     torch.testing.assert_close(batch["relevance"][:, 0], expected, atol=1e-6, rtol=0)
 
 
-def test_ray_batches_hold_given_masks(data):
+def test_given_masks_are_no_targets_of_the_relevance_head(data):
     masks = torch.rand(data.num_views, HEIGHT, WIDTH) > 0.5
     data.set_relevance(masks)
-    _, batch = data.next_train(0)
-    view, y, x = batch["indices"].unbind(-1)
-    assert torch.equal(batch["relevance"][:, 0], masks[view, y, x].float())
+    assert "relevance" not in data.next_train(0)[1]
+    assert torch.equal(data.relevance_maps, masks)
 
 
 def test_edit_rays_are_drawn_in_whole_patches(data):

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import sentence_of, write_ring_scene
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.engine.callbacks import TrainingCallbackLocation
+from PIL import Image
 
 from wys_nerfstudio.config import wys_tiny
 from wys_nerfstudio.editing import Editor
@@ -20,7 +22,7 @@ from wys_nerfstudio.evaluation.metrics import psnr
 from wys_nerfstudio.trainer import WysTrainer, WysTrainerConfig
 from wys_nerfstudio.training.scene import EditInput
 from wys_nerfstudio.training.schedule import Phase
-from wys_nerfstudio.utils.visualization import read_png
+from wys_nerfstudio.utils.visualization import read_png, write_png
 
 
 def small_config(scene: Path, editor: Path, output: Path, **options) -> WysTrainerConfig:
@@ -81,6 +83,17 @@ def trained(checkpoint: Path, ring_scene: Path, editor_folder: Path, tmp_path: P
     return build_trainer(config)
 
 
+@pytest.mark.parametrize("test_mode", ["test", "inference"])
+def test_data_that_has_changed_ends_other_commands_with_a_sentence(
+    test_mode, editor_folder: Path, tmp_path: Path
+) -> None:
+    scene = write_ring_scene(tmp_path / "scene", views=4)
+    config = small_config(scene, editor_folder, tmp_path)
+    Image.new("RGB", (50, 32)).save(scene / "images" / "frame_002.png")
+    sentence = sentence_of(lambda: config.pipeline.setup(device="cpu", test_mode=test_mode))
+    assert "All views must have one size, and frame_000.png is 40x32 while frame_002.png is 50x32" in sentence
+
+
 def test_a_render_of_a_view_is_closest_to_that_view(trained: WysTrainer) -> None:
     """With wrong poses or another view's appearance another view would be closest: each has its own tint."""
     data, model = trained.pipeline.datamanager, trained.pipeline.scene_model
@@ -115,6 +128,39 @@ def test_localization_trains_the_relevance_head_only(trained: WysTrainer) -> Non
     assert changed and all("mlp_relevance" in key for key in changed)
 
 
+def write_ball_masks(scene: Path, folder: Path) -> Path:
+    """Write one mask per view: white on the ball, which has one color."""
+    for path in (scene / "images").iterdir():
+        pixels = read_png(path)
+        write_png(folder / path.name, (pixels == pixels[16, 20]).all(dim=-1).float())
+    return folder
+
+
+def test_given_masks_need_no_relevance_field(
+    checkpoint: Path, ring_scene: Path, editor_folder: Path, tmp_path: Path
+) -> None:
+    masks_dir = write_ball_masks(ring_scene, tmp_path / "given")
+    options = {**RECONSTRUCTED, "localization": "masks", "masks_dir": masks_dir}
+    config = small_config(ring_scene, editor_folder, tmp_path, **options)
+    assert config.pipeline.schedule().localize_steps == 0
+    config.load_checkpoint = checkpoint  # of a run that would have been localized
+    trainer = build_trainer(config)
+    data, model = trainer.pipeline.datamanager, trainer.pipeline.scene_model
+    model.phase = Phase.RECONSTRUCT
+    assert not model.render_view(data.cameras, 0)["relevance_value"].any()
+    losses = step(trainer, 200)
+    assert trainer.pipeline.session.schedule.localize_steps == 0 and model.phase is Phase.EDIT
+    assert "rgb_loss" in losses and "relevance_loss" not in losses
+    (record,) = map(json.loads, (trainer.base_dir / "wys" / "edits.jsonl").read_text().splitlines())
+    assert record["mask_fraction"] == pytest.approx(float(data.relevance_maps[0].float().mean()), abs=1e-3)
+    model.field.relevance_hull.relevance.fill_(0.25)
+    torch.testing.assert_close(model.render_view(data.cameras, 0)["relevance_value"], torch.full((32, 40, 1), 0.25))
+    trainer.pipeline.session.apply("make the ball blue", False, 200)
+    assert trainer.pipeline.session.schedule.localize_steps == 0
+    step(trainer, 201)
+    assert model.phase is Phase.EDIT
+
+
 def test_the_edit_phase_starts_with_an_edit_and_fixed_cameras(trained: WysTrainer) -> None:
     pipeline = trained.pipeline
     for number in range(200, 203):
@@ -147,7 +193,8 @@ def test_the_hull_is_built_with_corrected_poses(trained: WysTrainer, monkeypatch
     data.set_relevance(before[0], unclamped_maps)
     pipeline.session.edit_loop.build_visual_hull()
     data.set_relevance(*before)
-    ((to_world, cameras, maps, unclamped, depths),) = calls
+    ((to_world, cameras, maps, unclamped, depths, on_surfaces),) = calls
+    assert not on_surfaces
     positions = torch.rand(9, 3)
     torch.testing.assert_close(model.field.to_unit_cube(to_world(positions)), positions, atol=1e-4, rtol=0)
     corrected = torch.cat(

@@ -6,7 +6,7 @@ device; captured views and reference views are in main memory and moved view by 
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -16,6 +16,7 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.configs.dataparser_configs import AnnotatedDataParserUnion
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
+from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig, DataparserOutputs
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.pixel_samplers import PatchPixelSamplerConfig
@@ -35,8 +36,9 @@ from wys_nerfstudio.relevance.cache import MAPS_FILE, RelevanceRequest, find_map
 from wys_nerfstudio.training.distributed import broadcast_from_main, gather, main_process_only, shard
 from wys_nerfstudio.training.image_stack import ImageStack, read_images, to_device
 from wys_nerfstudio.training.scene import EditInput
-from wys_nerfstudio.training.validation import minimum, validate_ranges
-from wys_nerfstudio.utils.data_checks import check_image
+from wys_nerfstudio.training.validation import flag, minimum, validate_positive, validate_ranges, validate_share
+from wys_nerfstudio.utils.cameras import ONE_PLACE, check_cameras, check_positions, fit_cameras
+from wys_nerfstudio.utils.data_checks import check_frame_masks, check_image, check_names
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.log_filters import ignore_warnings
 from wys_nerfstudio.utils.memory_errors import is_memory_error
@@ -44,6 +46,9 @@ from wys_nerfstudio.utils.visualization import SOFTWARE, apply_colormap, save_pn
 
 REFERENCE_VIEWS = "reference"
 """Folder, beside the edited views, of the views that edits are conditioned on, if these are not the captured ones."""
+
+MAX_NAME_BYTES = 255 - len("00000_") - len(".png.partial")
+"""Bytes of a file name stem that are left for the name of a view."""
 
 MINIMA = {
     **minimum(1, "train_num_rays_per_batch", "eval_num_rays_per_batch", "edit_num_rays_per_batch"),
@@ -77,11 +82,24 @@ class WysDataManagerConfig(VanillaDataManagerConfig):
             WysError: For the first such option.
         """
         validate_ranges("pipeline.datamanager.", self, MINIMA)
+        validate_positive("--pipeline.datamanager.camera-res-scale-factor", self.camera_res_scale_factor)
+        _check_parser_options(self.dataparser)
         if self.train_num_images_to_sample_from != -1:
             raise WysError(
                 "All views are edited, so all must be in memory: leave out "
                 "--pipeline.datamanager.train-num-images-to-sample-from."
             )
+
+
+def _check_parser_options(options: DataParserConfig) -> None:
+    """Refuse numbers among the options of a parser that cannot work: scales, factors, intervals and fractions."""
+    validate_ranges("", options, {})
+    for option in fields(options):
+        name, value = flag(option.name, ""), getattr(options, option.name)
+        if option.name.endswith("fraction"):
+            validate_share(name, value)
+        if option.name.endswith(("scale", "factor", "interval", "fraction", "bound")) and value is not None:
+            validate_positive(name, value)
 
 
 class WysDataManager(VanillaDataManager[InputDataset]):
@@ -92,13 +110,17 @@ class WysDataManager(VanillaDataManager[InputDataset]):
     def __init__(self, config: WysDataManagerConfig, *arguments: Any, **named: Any) -> None:
         self._written: dict[Path, dict[str, bytes]] = {}
         """Hash of each image that was written, by folder and name."""
+        self._rescaled: Optional[str] = None
+        """What was printed about cameras that were rescaled."""
         ignore_warnings()  # in ns-eval and other commands nothing of this package is built earlier
         try:
             super().__init__(config, *arguments, **named)
-        # Errors of nerfstudio's parsers about data that they cannot read.
+        except ZeroDivisionError as error:  # parsers divide by the extent of the camera positions
+            raise WysError(ONE_PLACE) from error
         except (AssertionError, LookupError, TypeError, ValueError, OSError, RuntimeError) as error:
             if is_memory_error(error):
                 raise
+            # An error of nerfstudio's parsers about data that they cannot read.
             for path in getattr(getattr(self, "train_dataset", None), "image_filenames", []):
                 check_image(path, "the capture", decode=True)
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -107,10 +129,59 @@ class WysDataManager(VanillaDataManager[InputDataset]):
                 "method of nerfstudio, or name their format at the end of the command."
             ) from error
 
+    def create_train_dataset(self) -> InputDataset:
+        """Build the dataset of the training views, with cameras that agree with the images."""
+        outputs = self.train_dataparser_outputs
+        if not outputs.image_filenames:
+            raise WysError(
+                f'No view of "{self.config.data}" is left for training: change its train_filenames, --eval-mode, '
+                "--train-split-fraction or --eval-interval."
+            )
+        dataset = self._create_dataset(outputs)
+        check_positions(outputs)
+        return dataset
+
+    def create_eval_dataset(self) -> InputDataset:
+        """Build the dataset of the held-out views, with cameras that agree with the images."""
+        return self._create_dataset(self.dataparser.get_dataparser_outputs(split=self.test_split))
+
+    def _create_dataset(self, outputs: DataparserOutputs) -> InputDataset:
+        files, masks, scale = outputs.image_filenames, outputs.mask_filenames, self.config.camera_res_scale_factor
+        flipped = getattr(self.dataparser.config, "orientation_method", None) == "pca"
+        check_cameras(
+            outputs,
+            "choose another --orientation-method than pca, which can mirror poses."
+            if flipped
+            else "it must be a rotation and a translation; compute the poses again.",
+        )
+        check_names(files)
+        # Renders read no images; these may be absent then.
+        if self.test_mode != "inference" or all(map(Path.is_file, files)):
+            change = fit_cameras(outputs.cameras, files, self._downscaled)
+            if change is not None and change != self._rescaled:
+                CONSOLE.print(change)
+                self._rescaled = change
+            check_frame_masks(files, masks or [])
+        dataset = self.dataset_type(dataparser_outputs=outputs, scale_factor=scale)
+        if scale != 1.0:
+            for side in ("width", "height"):  # rounded as the dataset rounds its images, in double precision
+                pixels = (getattr(outputs.cameras, side).double() * scale).long()
+                setattr(dataset.cameras, side, pixels)
+        return dataset
+
+    @property
+    def _downscaled(self) -> bool:
+        """Whether the parser reads images from a folder of downscaled ones."""
+        parser = self.dataparser
+        factors = (getattr(parser, name, None) for name in ("downscale_factor", "_downscale_factor"))
+        return any((factor or 1) > 1 for factor in (*factors, getattr(parser.config, "downscale_factor", None)))
+
     def setup_train(self) -> None:
         """Read the captured views; transparent pixels are black."""
         self._read_views(background=0.0)
-        self.train_pixel_sampler = self._get_pixel_sampler(self.train_dataset, self.config.train_num_rays_per_batch)
+        rays = max(self.config.train_num_rays_per_batch, self.config.edit_num_rays_per_batch)
+        self._stack.check_drawable(rays, "training")
+        self.use_reconstruction_rays()
         self.train_ray_generator = RayGenerator(self.train_dataset.cameras.to(self.device))
 
     def set_background(self, background: float) -> None:
@@ -134,6 +205,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         """Read the held-out views as the training views: in 8 bits."""
         images, masks, _ = read_images(self.eval_dataset, 0.0)
         self._eval_stack = ImageStack(images, masks, self.device)
+        self._eval_stack.check_drawable(self.config.eval_num_rays_per_batch, "held-out")
         self.eval_pixel_sampler = self._get_pixel_sampler(self.eval_dataset, self.config.eval_num_rays_per_batch)
         self.eval_ray_generator = RayGenerator(self.eval_dataset.cameras.to(self.device))
         loading = {"input_dataset": self.eval_dataset, "device": self.device, "num_workers": 4 * self.world_size}
@@ -157,9 +229,13 @@ class WysDataManager(VanillaDataManager[InputDataset]):
 
     @property
     def view_names(self) -> list[str]:
-        """File name stem of each view, with its number in front if stems repeat."""
-        stems = [path.stem for path in self.train_dataset.image_filenames]
-        return stems if len(set(stems)) == len(stems) else [f"{i:05d}_{stem}" for i, stem in enumerate(stems)]
+        """File name stem of each view, with its number in front if stems repeat; long ones are cut off."""
+        stems = [
+            path.stem.encode()[:MAX_NAME_BYTES].decode(errors="ignore") for path in self.train_dataset.image_filenames
+        ]
+        # Some disks do not distinguish upper and lower case.
+        unique = len({stem.casefold() for stem in stems}) == len(stems)
+        return stems if unique else [f"{i:05d}_{stem}" for i, stem in enumerate(stems)]
 
     def captured_views(self, views: Sequence[int]) -> Float[Tensor, "b h w 3"]:
         """Return views as captured, in [0, 1]."""
@@ -180,7 +256,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
     # -------------------------------------------------------------------------------------------------- ray batches
 
     def check_patches(self) -> None:
-        """Refuse patches that do not fit the views or the number of rays.
+        """Refuse patches that do not fit the views, their frame masks or the number of rays.
 
         Raises:
             WysError: If they do not.
@@ -191,6 +267,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
                 f"Patches of {side} pixels do not fit views of {self.view_size[1]}x{self.view_size[0]} and {rays} rays: "
                 "lower --pipeline.datamanager.edit-patch-size or raise --pipeline.datamanager.edit-num-rays-per-batch."
             )
+        self._stack.check_drawable(rays, "training", side)
 
     def use_edit_rays(self, in_patches: bool) -> None:
         """Draw ray batches of the edit phase's size.
@@ -214,12 +291,12 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         self.train_pixel_sampler = self._get_pixel_sampler(self.train_dataset, self.config.train_num_rays_per_batch)
 
     def next_train(self, step: int) -> tuple[RayBundle, dict]:
-        """Return the next ray batch: `image`, `indices`, the `patch_size` of the edit phase, and `relevance` if there is any."""
+        """Return the next ray batch: `image`, `indices`, the `patch_size` of the edit phase, and `relevance` if there are relevance maps."""
         self.train_count += 1
         assert self.train_pixel_sampler is not None
         batch, drawn = self._stack.sample(self.train_pixel_sampler)
         batch["patch_size"] = self.config.edit_patch_size
-        if self._relevance is not None:
+        if self._relevance is not None and self._relevance.dtype != torch.bool:  # given masks train no relevance head
             indices = drawn if self._relevance.device == drawn.device else batch["indices"]
             values = relevance.sample(self._relevance, indices, *self.view_size)
             batch["relevance"] = to_device(values, torch.device(self.device))[:, None]
@@ -339,7 +416,7 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         """Set the relevance maps of all views.
 
         Args:
-            maps: Relevance in [0, 1], of any size, or given masks; ray batches contain it, interpolated, as `relevance`.
+            maps: Relevance in [0, 1], of any size, which ray batches contain, interpolated, as `relevance`; or given masks.
             unclamped_maps: The same before outliers were clamped, of any size. Default: the maps.
         """
         # Masks have the size of the views and stay in main memory; maps are small.

@@ -80,6 +80,13 @@ class WysField(NerfactoField):
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
 
+    @torch.no_grad()
+    def zero_relevance(self) -> None:
+        """Make the relevance head return 0 everywhere, where given masks replace it."""
+        output = [module for module in self.mlp_relevance.modules() if isinstance(module, nn.Linear)][-1]
+        output.weight.zero_()
+        output.bias.fill_(-30)
+
     def scene_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of backbone and radiance head, in nerfacto's order."""
         relevance = {id(p) for p in self.relevance_parameters()}

@@ -32,6 +32,7 @@ from wys_nerfstudio.relevance import expectile_loss
 from wys_nerfstudio.training.distributed import broadcast_parameters
 from wys_nerfstudio.training.schedule import Phase
 from wys_nerfstudio.training.validation import minimum, validate_ranges, validate_share
+from wys_nerfstudio.utils.cameras import resize_cameras
 from wys_nerfstudio.utils.encodings import use_fast_encodings
 from wys_nerfstudio.utils.errors import WysError
 
@@ -288,6 +289,8 @@ class WysModel(NerfactoModel):
             for i in range(self.config.num_proposal_iterations):
                 outputs[f"prop_depth_{i}"] = self.renderer_depth(weights=weights_list[i], ray_samples=samples_list[i])
             combined = torch.maximum(outputs["relevance"], self.field.free_space_relevance(samples, weights))
+            if self.phase is Phase.RECONSTRUCT:  # nothing has trained the relevance head
+                combined = torch.zeros_like(combined)
             outputs["relevance"] = combined if self.localized else torch.ones_like(combined)
             outputs["relevance_overlay"] = self._overlay(outputs["rgb"], outputs["relevance"])
         return outputs
@@ -369,7 +372,7 @@ class WysModel(NerfactoModel):
         """
         with self.eval_as_view(view):
             camera = self.pose_corrected_camera(cameras, view)
-            _resize(camera, *where.shape)
+            resize_cameras(camera, where.shape[1], where.shape[0])
             coords = camera.get_image_coords().to(camera.device)[where.to(camera.device)]
             if not len(coords):
                 return coords.new_zeros(0, 3), coords.new_zeros(0), coords.new_zeros(0)
@@ -395,6 +398,7 @@ class WysModel(NerfactoModel):
         maps: Float[Tensor, "b mh mw"],
         unclamped_maps: Float[Tensor, "b uh uw"],
         depths: Float[Tensor, "b lh lw"],
+        given_masks: bool = False,
     ) -> None:
         """Compute free-space relevance from the maps of all views (see `relevance.visual_hull`).
 
@@ -403,11 +407,14 @@ class WysModel(NerfactoModel):
             maps: Relevance maps in [0, 1], of any size.
             unclamped_maps: The same maps before outliers were clamped, of any size.
             depths: Depth along the rays of a grid over each view.
+            given_masks: The maps are given masks, which replace the relevance head.
         """
+        if given_masks:
+            self.field.zero_relevance()
         corrected = cameras.to(self.device)
         poses = [self.pose_corrected_camera(cameras, view).camera_to_worlds for view in range(len(cameras))]
         corrected.camera_to_worlds = torch.cat(poses)
-        self.field.relevance_hull.build(self.field.to_world, corrected, maps, unclamped_maps, depths)
+        self.field.relevance_hull.build(self.field.to_world, corrected, maps, unclamped_maps, depths, given_masks)
 
     def reset_relevance(self) -> None:
         """Collective: reset relevance head and free-space relevance, for another instruction."""
@@ -475,15 +482,6 @@ class WysModel(NerfactoModel):
             "relevance_overlay": outputs["relevance_overlay"],
         }
         return metrics, images
-
-
-def _resize(camera: Cameras, height: int, width: int) -> None:
-    """Change the number of pixels of a camera in place; the field of view stays."""
-    for side, focal, center, pixels in (("width", "fx", "cx", width), ("height", "fy", "cy", height)):
-        given = getattr(camera, side)
-        for name in (focal, center):
-            setattr(camera, name, getattr(camera, name) * pixels / given)
-        setattr(camera, side, torch.full_like(given, pixels))
 
 
 def _call_ahead(func: Callable[..., None], ahead: int, step: int) -> None:

@@ -28,7 +28,7 @@ from wys_nerfstudio.evaluation.lpips import MIN_LPIPS_PATCH, lpips_is_cached
 from wys_nerfstudio.evaluation.niqe import NiqeParams, check_niqe
 from wys_nerfstudio.model import WysModel, WysModelConfig
 from wys_nerfstudio.relevance.cache import RelevanceRequest
-from wys_nerfstudio.relevance.localizer import Localization, available_localizations
+from wys_nerfstudio.relevance.localizer import Localization, available_localizations, trains_field
 from wys_nerfstudio.training.checkpoint import check_backend, model_state
 from wys_nerfstudio.training.devices import has_own_device, validate_editor_device
 from wys_nerfstudio.training.distributed import wrap_ddp
@@ -139,9 +139,11 @@ class WysPipelineConfig(VanillaPipelineConfig):
             resumed: State of the run that is resumed; it may have applied other instructions.
         """
         if resumed is not None:
-            phases = resumed.schedule
-            return PhaseSchedule(phases.reconstruct_steps, phases.localize_steps, self.edit_steps)
-        localize_steps = 0 if self.localization == "none" else self.localize_steps
+            phases, localize_steps = resumed.schedule, resumed.schedule.localize_steps
+            if self.localization == "masks":  # only those steps that were trained before masks were given
+                localize_steps = min(max(0, resumed.step + 1 - phases.reconstruct_steps), localize_steps)
+            return PhaseSchedule(phases.reconstruct_steps, localize_steps, self.edit_steps)
+        localize_steps = self.localize_steps if trains_field(self.localization) else 0
         return PhaseSchedule(
             0 if self.base_run is not None else self.reconstruct_steps, localize_steps, self.edit_steps
         )
@@ -252,7 +254,8 @@ class WysPipeline(VanillaPipeline):
         local_rank: int = 0,
         grad_scaler: Optional[GradScaler] = None,
     ) -> None:
-        super().__init__(config, device, test_mode, 1, local_rank, grad_scaler)  # type: ignore
+        with exit_on_error():  # in ns-eval and other commands nothing else converts errors about the data
+            super().__init__(config, device, test_mode, 1, local_rank, grad_scaler)  # type: ignore
         if config.model.background_color == "white":
             self.datamanager.set_background(1.0)
         self.world_size = world_size

@@ -256,6 +256,21 @@ def test_the_hull_is_rescaled_to_clamped_relevance(sphere: float, clamped: float
     assert float(hull.relevance.max()) == pytest.approx(expected)
 
 
+def test_the_hull_of_given_masks_contains_the_surfaces_in_them() -> None:
+    """Views from above a plane that is inside the masks on one side."""
+    poses = torch.eye(4)[None, :3].repeat(9, 1, 1)
+    poses[:, :, 3] = torch.cat([torch.cartesian_prod(*2 * [torch.tensor([-0.5, 0, 0.5])]), torch.ones(9, 1)], dim=1)
+    cameras = Cameras(poses, 8.0, 8.0, WIDTH / 2, HEIGHT / 2, WIDTH, HEIGHT)
+    rays = [cameras.generate_rays(camera_indices=view) for view in range(9)]
+    distances = torch.stack([(-0.5 - r.origins[..., 2]) / r.directions[..., 2] for r in rays])
+    points = torch.stack([r.origins for r in rays]) + distances[..., None] * torch.stack([r.directions for r in rays])
+    masks = (points[..., 0] > 0).float()
+    hull = RelevanceHull()
+    hull.build(to_world, cameras, masks, masks, distances, on_surfaces=True)
+    ground = torch.tensor([[0.5, 0.0, -0.48], [0.5, 0.3, -0.48], [-0.5, 0.0, -0.48], [-0.5, 0.3, -0.48]])
+    assert (hull((ground + 2) / 4) > 0.5).tolist() == [True, True, False, False]
+
+
 def test_relevant_ground_leaves_the_space_above_irrelevant() -> None:
     """Views from above a plane that is relevant everywhere, or only in the silhouettes of a sphere above it."""
     poses = torch.eye(4)[None, :3].repeat(9, 1, 1)

@@ -37,6 +37,7 @@ class StubScene:
     device: torch.device = torch.device("cpu")
     rendered_pixels: list[int] = field(default_factory=list)
     hulls: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)
+    hull_of_given_masks: bool = False
 
     def render_pixels(self, cameras: object, view: int, where: Bool[Tensor, "h w"]) -> tuple[Tensor, Tensor, Tensor]:
         assert cameras is CAMERAS
@@ -48,8 +49,11 @@ class StubScene:
     def needs_visual_hull(self) -> bool:
         return not self.hulls
 
-    def build_visual_hull(self, cameras: object, maps: Tensor, unclamped_maps: Tensor, depths: Tensor) -> None:
+    def build_visual_hull(
+        self, cameras: object, maps: Tensor, unclamped_maps: Tensor, depths: Tensor, given_masks: bool = False
+    ) -> None:
         assert (depths == 2).all()
+        self.hull_of_given_masks = given_masks
         self.hulls.append((tuple(maps.shape), tuple(unclamped_maps.shape), tuple(depths.shape)))
 
     def reset_relevance(self) -> None:
@@ -365,6 +369,15 @@ def test_the_visual_hull_is_built_once_from_all_views(make_stub, editor):
     assert stub.scene.hulls == [
         (sizes, sizes, (NUM_VIEWS, *editor.latent_size(*editor.editing_size(HEIGHT, WIDTH, 48))))
     ]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_scene_is_told_whether_masks_are_given(make_stub, given):
+    stub = make_stub("masks" if given else "relevance-map")
+    if given:
+        stub.views.relevance_maps = stub.views.unclamped_maps = stub.views.relevance_maps > 0.5
+    stub.loop.build_visual_hull()
+    assert stub.scene.hull_of_given_masks == given
 
 
 def test_no_visual_hull_without_relevance_maps(make_stub):

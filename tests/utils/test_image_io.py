@@ -256,6 +256,75 @@ def test_masks_are_true_where_bright(tmp_path):
         read_mask(tmp_path / "missing.png")
 
 
+def rgba(value: int, inside: np.ndarray, opacity: tuple[int, int] = (0, 255)) -> np.ndarray:
+    """Return pixels of one gray value whose opacity is `opacity[inside]`."""
+    alpha = np.where(inside, opacity[1], opacity[0])
+    return np.concatenate([np.full((*inside.shape, 3), value), alpha[..., None]], axis=-1).astype(np.uint8)
+
+
+DISC = np.hypot(*np.mgrid[-10:10, -12:12]) < 8
+BLACK_AND_WHITE = Image.fromarray((DISC * 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        pytest.param(Image.fromarray(rgba(255, DISC)), id="white cut-out over hidden white"),
+        pytest.param(Image.fromarray(rgba(0, DISC)), id="black cut-out"),
+        pytest.param(Image.fromarray(rgba(90, DISC, (100, 200))), id="half transparent gray"),
+        pytest.param(Image.fromarray(rgba(255, DISC)).convert("LA"), id="gray with alpha"),
+        pytest.param(Image.fromarray(rgba(0, DISC)).quantize(4), id="palette with transparency"),
+        pytest.param(Image.merge("RGBA", [Image.fromarray(noise(20, 24, seed=i)) for i in range(3)]
+                                 + [BLACK_AND_WHITE]), id="cut-out of a photograph"),
+        pytest.param(BLACK_AND_WHITE.convert("RGBA"), id="opaque RGBA"),
+        pytest.param(BLACK_AND_WHITE.convert("LA"), id="opaque gray with alpha"),
+        pytest.param(Image.merge("RGBA", [BLACK_AND_WHITE] * 3 + [Image.new("L", (24, 20), 200)]), id="even opacity"),
+        pytest.param(BLACK_AND_WHITE.convert("1"), id="1 bit"),
+        pytest.param(BLACK_AND_WHITE.convert("P"), id="palette"),
+        pytest.param(BLACK_AND_WHITE.convert("RGB"), id="RGB"),
+    ],
+)  # fmt: skip
+def test_white_or_opaque_pixels_are_inside_a_mask(tmp_path, image):
+    image.save(tmp_path / "mask.png")
+    assert np.array_equal(read_mask(tmp_path / "mask.png").numpy(), DISC)
+
+
+def test_the_transparent_gray_value_of_a_png_is_outside(tmp_path):
+    BLACK_AND_WHITE.point(lambda value: value or 9).save(tmp_path / "mask.png", transparency=9)
+    assert np.array_equal(read_mask(tmp_path / "mask.png").numpy(), DISC)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (Image.fromarray(DISC.astype(np.uint8)), "is a 0/1 mask: what is inside must be 255; multiply a 0/1 mask by 255"),
+        (Image.fromarray(3 * DISC.astype(np.uint8)), "has no value above 3 of 255, as class ids have: .* 0/1 mask by 255"),
+        (Image.fromarray(rgba(255, DISC, (0, 1))), "is a 0/1 mask"),
+        (Image.fromarray(rgba(255, DISC, (0, 0))), "is all black"),
+        (Image.fromarray(DISC.astype(np.uint16) * 65535), "is not a single image of 8 bits per channel"),
+        (Image.fromarray(DISC.astype(np.float32)), "is not a single image of 8 bits per channel"),
+        (Image.fromarray(DISC.astype(np.int32)), "is not a single image of 8 bits per channel"),
+        (BLACK_AND_WHITE.convert("CMYK"), "is not a single image of 8 bits per channel"),
+        (Image.merge("RGBA", [BLACK_AND_WHITE] * 3 + [Image.linear_gradient("L").resize((24, 20))]),
+         "has white, black and transparent pixels: make it opaque"),
+    ],
+)  # fmt: skip
+def test_masks_without_a_clear_inside_are_refused(tmp_path, image, message):
+    path = tmp_path / "mask.tif"
+    image.save(path)
+    with pytest.raises(WysError, match=f'The mask "{path}" {message}'):
+        read_mask(path)
+
+
+def test_damaged_and_animated_masks_are_refused(tmp_path):
+    (tmp_path / "text.png").write_text("not an image")
+    with pytest.raises(WysError, match='The mask ".*text.png" cannot be read as an image: replace it'):
+        read_mask(tmp_path / "text.png")
+    BLACK_AND_WHITE.save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("L", (24, 20))])
+    with pytest.raises(WysError, match='The mask ".*moving.gif" is not a single image'):
+        read_mask(tmp_path / "moving.gif")
+
+
 def test_folders_are_replaced_by_their_images(tmp_path):
     for name in ("b.png", "a.JPG", "d.heic", "e.psd", "notes.txt", ".DS_Store", "._b.png"):
         (tmp_path / name).touch()

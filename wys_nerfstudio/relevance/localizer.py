@@ -22,6 +22,11 @@ def available_localizations(has_masks: bool) -> tuple[Localization, ...]:
     return ("masks", "none") if has_masks else ("relevance-field", "relevance-map", "none")
 
 
+def trains_field(localization: Localization) -> bool:
+    """Return whether a run trains the relevance field. With given masks, it cannot switch to a localization that uses it."""
+    return localization in ("relevance-field", "relevance-map")
+
+
 @dataclass(frozen=True)
 class Localizer:
     """Edit masks of the training views under one choice of localization."""

@@ -89,12 +89,12 @@ def resize(relevance: Float[Tensor, "b h w"], height: int, width: int) -> Float[
 
 
 def sample(
-    relevance: "Float[Tensor, 'b h w'] | Bool[Tensor, 'b h w']", indices: Int[Tensor, "n 3"], height: int, width: int
+    relevance: Float[Tensor, "b h w"], indices: Int[Tensor, "n 3"], height: int, width: int
 ) -> Float[Tensor, " n"]:
     """Return single pixels of resized maps, as `resize` computes them, without resizing the maps.
 
     Args:
-        relevance: Maps of any size, or masks.
+        relevance: Maps of any size.
         indices: Map, row and column of each pixel at the size `height` x `width`.
         height: Height in pixels.
         width: Width in pixels.
@@ -104,9 +104,7 @@ def sample(
         _neighbors(pixel, size, wanted)
         for pixel, size, wanted in ((row, relevance.shape[1], height), (column, relevance.shape[2], width))
     )
-    upper, lower = (
-        torch.lerp(relevance[view, y, left].float(), relevance[view, y, right].float(), across) for y in (top, bottom)
-    )
+    upper, lower = (torch.lerp(relevance[view, y, left], relevance[view, y, right], across) for y in (top, bottom))
     return torch.lerp(upper, lower, down)
 
 

@@ -197,6 +197,7 @@ class RelevanceHull(nn.Module):
         maps: Float[Tensor, "b mh mw"],
         unclamped_maps: Float[Tensor, "b uh uw"],
         depths: Float[Tensor, "b rows columns"],
+        on_surfaces: bool = False,
     ) -> None:
         """Fill the grid from the maps of all views, or with zeros if a camera's type is not one of `CAMERA_TYPES`.
 
@@ -206,15 +207,18 @@ class RelevanceHull(nn.Module):
             maps: Relevance of the views in [0, 1], the targets of the relevance head; of any size.
             unclamped_maps: The same maps before outliers were clamped; of any size.
             depths: As in `free_space_relevance`.
+            on_surfaces: Keep the relevance that surfaces explain, because no relevance head represents it.
         """
         self.relevance.zero_()
         if not all(int(kind) in CAMERA_TYPES for kind in cameras.camera_type.unique()):
             return
         surfaces = surface_relevance(cameras, unclamped_maps, depths)
 
+        explained = torch.zeros_like(surfaces) if on_surfaces else surfaces
+
         def values(points: Float[Tensor, "n 3"]) -> Float[Tensor, " n"]:
             parts = (to_world(part) for part in points.split(CHUNK))
-            return torch.cat([free_space_relevance(part, cameras, unclamped_maps, surfaces, depths) for part in parts])
+            return torch.cat([free_space_relevance(part, cameras, unclamped_maps, explained, depths) for part in parts])
 
         coarse = values(_grid_points(RESOLUTION // 2, unclamped_maps.device)).view(1, 1, *[RESOLUTION // 2] * 3)
         relevant = F.max_pool3d(coarse, kernel_size=3, stride=1, padding=1) >= MIN_RELEVANCE

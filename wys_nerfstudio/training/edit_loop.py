@@ -329,7 +329,8 @@ class EditLoop:
         maps, unclamped_maps = (
             _shrink_masks(of_views, *size).to(scene.device) for of_views in (views.relevance_maps, views.unclamped_maps)
         )
-        scene.build_visual_hull(views.cameras, maps, unclamped_maps, depths)
+        given_masks = views.relevance_maps.dtype == torch.bool
+        scene.build_visual_hull(views.cameras, maps, unclamped_maps, depths, given_masks)
 
     @main_process_only
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """The images of one split of a capture in 8 bits, and the pixels of ray batches that are drawn from them."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -9,12 +9,14 @@ from jaxtyping import Bool, Int, Shaped, UInt8
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.pixel_samplers import PixelSampler
 from nerfstudio.utils.rich_utils import CONSOLE
-from PIL import Image
 from rich.progress import track
 from torch import Tensor
+from torch.nn import functional as F
 
 from wys_nerfstudio.utils.errors import WysError
 
+MIN_SHARE = 0.25
+"""Share of drawable pixels at which nerfstudio's sampler, in 100 attempts, draws any number of them with repetitions."""
 READERS = 4
 """Images that are read at the same time."""
 
@@ -38,6 +40,32 @@ class ImageStack:
             "image_idx": torch.arange(len(images)),
             **({} if masks is None else {"mask": masks}),
         }
+
+    def check_drawable(self, rays: int, split: str, patch_size: int = 1) -> None:
+        """Refuse masks that leave too few pixels: nerfstudio's sampler draws at random first, and then each pixel once.
+
+        Args:
+            rays: Rays per batch.
+            split: Name of the split, for the error message.
+            patch_size: Side of square patches, which lie within the masks.
+
+        Raises:
+            WysError: If a batch could not be drawn.
+        """
+        needed, found = rays // patch_size**2, 0
+        masks: Sequence[Tensor] = self._drawn["mask"] if "mask" in self._drawn else []  # type: ignore
+        for mask in masks:  # one after the other: floats take much memory
+            reach = patch_size // 2
+            outside = F.pad(1 - mask[None, :, :, 0].float(), (reach,) * 4, value=1.0)
+            found += int((F.max_pool2d(outside, 2 * reach + 1, stride=1) == 0).sum())
+            if found >= needed:
+                return
+        if len(masks) and found < MIN_SHARE * self.images[..., 0].numel():
+            what = "pixels" if patch_size == 1 else f"places for patches of {patch_size} pixels"
+            raise WysError(
+                f"The frame masks (mask_path) of the {split} views leave {found} {what} and a batch has {needed}: pixels "
+                "that are trained on must not be 0 in the masks."
+            )
 
     def sample(self, sampler: PixelSampler) -> tuple[dict[str, Any], Int[Tensor, "rays 3"]]:
         """Draw pixels with nerfstudio's sampler.
@@ -63,16 +91,12 @@ def read_images(
     """Read all images of a split into main memory, one after the other.
 
     Args:
-        dataset: The split.
+        dataset: The split; its images have one size.
         background: Gray in [0, 1] behind transparent pixels.
 
     Returns:
         The images, their masks (None without), and whether any image has an alpha channel.
-
-    Raises:
-        WysError: If the images differ in size.
     """
-    _refuse_unequal_sizes(dataset)
     first = dataset.get_data(0)
     height, width = first["image"].shape[:2]
     images = torch.empty(len(dataset), height, width, 3, dtype=torch.uint8)
@@ -92,21 +116,3 @@ def read_images(
         parts = pool.map(read, range(len(dataset)))
         bar = track(parts, description="Reading images", total=len(dataset), console=CONSOLE, transient=True)
         return images, masks, any([*bar])
-
-
-def _refuse_unequal_sizes(dataset: InputDataset) -> None:
-    cameras, files = dataset.cameras, dataset.image_filenames
-    camera_sizes = [(int(width), int(height)) for width, height in zip(cameras.width, cameras.height)]
-    for sizes in ([_size(path) for path in files], camera_sizes):
-        odd = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
-        if odd is not None:
-            (width, height), (other_width, other_height) = sizes[0], sizes[odd]
-            raise WysError(
-                f"All views must have one size, and {files[0].name} is {width}x{height} while {files[odd].name} is "
-                f"{other_width}x{other_height}: crop or resize them, for instance with ns-process-data."
-            )
-
-
-def _size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as image:  # reads the file's head only
-        return image.size

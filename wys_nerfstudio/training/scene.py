@@ -51,6 +51,7 @@ class Scene(Protocol):
         maps: Float[Tensor, "b mh mw"],
         unclamped_maps: Float[Tensor, "b uh uw"],
         depths: Float[Tensor, "b lh lw"],
+        given_masks: bool = False,
     ) -> None:
         """Compute free-space relevance from the maps of all views.
 
@@ -59,6 +60,7 @@ class Scene(Protocol):
             maps: Relevance maps in [0, 1], of any size.
             unclamped_maps: The same maps before outliers were clamped, of any size.
             depths: Depth along the rays of a grid over each view.
+            given_masks: The maps are given masks, for which no relevance head is trained: they define relevance on surfaces, too.
         """
         ...
 

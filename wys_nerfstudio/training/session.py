@@ -9,6 +9,7 @@ from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from wys_nerfstudio.editing import Editor
+from wys_nerfstudio.relevance.localizer import trains_field
 from wys_nerfstudio.training.checkpoint import CAPTURED_SCENE, model_state, read_checkpoint, run_folder
 from wys_nerfstudio.training.distributed import gather, main_process_only
 from wys_nerfstudio.training.edit_loop import EditLoop
@@ -260,7 +261,7 @@ class EditSession:
         self._scene.reset_relevance()
         self.settings.update(instruction=instruction)
         self.localized = self.settings.current.localization != "none"
-        localize_steps = self._options.localize_steps if self.localized else 0
+        localize_steps = self._options.localize_steps if trains_field(self.settings.current.localization) else 0
         self.schedule = PhaseSchedule(step + 1, localize_steps, self._options.edit_steps)
         self._restart_optimizers(step)
 

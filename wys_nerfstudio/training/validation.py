@@ -60,6 +60,21 @@ def validate_range(name: str, value: "int | float", least: "int | float | None" 
         raise WysError(f"{name} must be at least {least}, not {value}.")
 
 
+def validate_positive(name: str, value: "int | float") -> None:
+    """Refuse a number that is not above 0 or not finite.
+
+    Args:
+        name: As for `validate_range`.
+        value: Its value.
+
+    Raises:
+        WysError: If the number cannot work.
+    """
+    validate_range(name, value)
+    if value <= 0:
+        raise WysError(f"{name} must be above 0, not {value}.")
+
+
 def validate_share(name: str, value: "int | float", exclusive: bool = False) -> None:
     """Refuse a number outside [0, 1].
 

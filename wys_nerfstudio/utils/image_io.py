@@ -44,6 +44,7 @@ RECORD = "wys-nerfstudio"
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "HEIF")
 _EIGHT_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "YCbCr")
+_MASK_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _BITS_PER_SAMPLE = 258
 """Tag of TIFF files."""
@@ -237,19 +238,55 @@ def provenance(instruction: str, editor: str, settings: Mapping[str, Any]) -> di
 
 
 def read_mask(path: Path) -> Bool[Tensor, "h w"]:
-    """Read a mask image: True where it is brighter than one half.
+    """Read the mask of an image edit.
 
     Raises:
-        WysError: As in `read_image`, or if the mask is empty.
+        WysError: As in `load_mask`, or if the file is missing or nothing is inside.
     """
     if not path.is_file():
         raise WysError(f'There is no mask "{path}": --mask takes an image that is white in the region to edit.')
-    mask = read_image(path).rgb.mean(dim=-1) > 0.5
+    mask = load_mask(path)
     if not mask.any():
         raise WysError(
             f'The mask "{path}" is all black: nothing would be edited. White pixels mark the region to edit.'
         )
     return mask
+
+
+def load_mask(path: Path, upright: bool = True) -> Bool[Tensor, "h w"]:
+    """Read a mask: True inside, which is white in an opaque image and opaque in a cut-out, whatever its colors.
+
+    Args:
+        path: An image of 8 bits per channel. It is a cut-out if it has pixels that are more transparent than opaque.
+        upright: Apply the file's EXIF orientation.
+
+    Raises:
+        WysError: If the file is damaged or of another kind, if its inside is ambiguous, or if it has values of 1 to 127 only, as
+            masks of 0 and 1 have.
+    """
+    try:
+        with Image.open(path) as opened:
+            if opened.mode not in _MASK_MODES or (opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1):
+                raise WysError(
+                    f'The mask "{path}" is not a single image of 8 bits per channel in gray or RGB: convert it, for example '
+                    f"with `magick {path.name} -colorspace gray -depth 8 {path.stem}.png`."
+                )
+            image = (ImageOps.exif_transpose(opened) if upright else opened).convert("RGBA")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise WysError(f'The mask "{path}" cannot be read as an image: replace it with an undamaged file.') from error
+    brightness, opacity = np.array(image.convert("L")), np.array(image)[..., 3]
+    opaque = opacity > 127
+    values = brightness if opaque.all() else opacity
+    tones = brightness[opaque]
+    if values is opacity and 0 in tones and 255 in tones and np.isin(tones, (0, 255)).mean() > 0.9:
+        raise WysError(
+            f'The mask "{path}" has white, black and transparent pixels: make it opaque, or fill what is inside with one '
+            "color."
+        )
+    if 0 < values.max() <= 127:
+        kind = "is a 0/1 mask" if values.max() == 1 else f"has no value above {values.max()} of 255, as class ids have"
+        raise WysError(f'The mask "{path}" {kind}: what is inside must be 255; multiply a 0/1 mask by 255.')
+    return torch.from_numpy(values > 127)
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
