@@ -4,6 +4,7 @@ Relevance fields are rendered from several sides (the paper's Fig. 15). As in `n
 which can execute code: only compare runs from a trusted source.
 """
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,9 @@ import tyro
 from rich.table import Table
 from torch import Tensor
 
-from wys_nerfstudio.utils.atomic_io import write_json
+from wys_nerfstudio.utils.atomic_io import atomic_write, write_json
 from wys_nerfstudio.utils.errors import WysError
-from wys_nerfstudio.utils.visualization import contact_sheet, evenly_spaced
+from wys_nerfstudio.utils.visualization import contact_sheet, evenly_spaced, save_png
 
 SHOWN_VIEWS = 6
 """Number of views in contact sheets."""
@@ -64,7 +65,7 @@ def compare_runs(runs: Sequence[Path], output: Path) -> None:
         output: Output folder.
 
     Raises:
-        WysError: If no run is given, a run is of another method, or the runs' views differ.
+        WysError: If no run is given, a run is of another method, the runs' views differ, or a run would be changed.
     """
     from nerfstudio.utils.eval_utils import eval_setup
     from nerfstudio.utils.rich_utils import CONSOLE
@@ -74,6 +75,10 @@ def compare_runs(runs: Sequence[Path], output: Path) -> None:
     if not runs:
         raise WysError("wys compare takes one or more runs: wys compare RUN_A RUN_B.")
     configs = [find_config(run) for run in runs]
+    for config in configs:
+        # A run has a contact_sheet.png as well.
+        if output.resolve().is_relative_to(config.parent.resolve()):
+            raise WysError(f'-o "{output}" is inside the run "{config.parent}": give -o another folder.')
     titles = [f"{chr(ord('A') + i)}: {config.parent.name}" for i, config in enumerate(configs)]
     names: list[str] = []
     metrics: list[dict[str, float]] = []
@@ -103,10 +108,10 @@ def compare_runs(runs: Sequence[Path], output: Path) -> None:
     write_json(output / "comparison.json", {"runs": folders, "metrics": dict(zip(titles, metrics))})
     shown_names = [names[view] for view in evenly_spaced(SHOWN_VIEWS, len(names))]
     rows = [(name, [captured[i], *(views[i]["rgb"] for views in renders)]) for i, name in enumerate(shown_names)]
-    contact_sheet(["captured", *titles], rows).save(output / "contact_sheet.png")
+    save_png(output / "contact_sheet.png", contact_sheet(["captured", *titles], rows))
     for title, views in zip(titles, renders):
         rows = [(name, [captured[i], *views[i].values()]) for i, name in enumerate(shown_names)]
-        contact_sheet(["captured", *RENDERS.values()], rows).save(output / f"relevance_{title[0]}.png")
+        save_png(output / f"relevance_{title[0]}.png", contact_sheet(["captured", *RENDERS.values()], rows))
     _draw_chart(titles, metrics, output / "chart.png")
     CONSOLE.print(metrics_table(titles, metrics))
     CONSOLE.print(f"See contact_sheet.png, chart.png and relevance_*.png in {output}.", markup=False)
@@ -140,4 +145,6 @@ def _draw_chart(titles: Sequence[str], metrics: Sequence[dict[str, float]], file
         axes.set_xticks(range(len(titles)), [title[0] for title in titles])
         axes.set_title(name, fontsize=7)
         axes.tick_params(labelsize=7)
-    figure.savefig(file, dpi=120)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    atomic_write(file, buffer.getbuffer())
