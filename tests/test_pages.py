@@ -26,7 +26,7 @@ from pages import PAGES, ROOT, blocks, commands, headings, local_links, options,
 from test_imports import level
 
 import wys_nerfstudio
-from wys_nerfstudio.cli import main
+from wys_nerfstudio.cli.commands import Command
 from wys_nerfstudio.demo.training import train_editor
 from wys_nerfstudio.demo.training.evaluate_editor import write_card
 
@@ -41,7 +41,7 @@ PARSERS: dict[str, Any] = {
     "ns-export": exporter.Commands,
     "ns-viewer": tyro.conf.FlagConversionOff[run_viewer.RunViewer],
     "ns-process-data": process_data.Commands,
-    "wys": main.Command,
+    "wys": Command,
 }
 WYS_COMMANDS = ("check", "demo", "demo-scene", "demo-pictures", "edit-image", "sweep", "compare", "ablate")
 COMMANDS = sorted({command for text in PAGES.values() for command in commands(text)})

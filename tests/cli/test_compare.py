@@ -27,6 +27,19 @@ def test_invalid_runs_are_refused(runs: list[str], message: str, tmp_path: Path,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("output", ["run", "run/wys", "run/new", "other/../run/wys"])
+def test_an_output_inside_a_run_is_refused(output: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("run/wys", "other"):
+        Path(folder).mkdir(parents=True)
+    for file in ("run/config.yml", "run/wys/contact_sheet.png"):
+        Path(file).write_text("as it was")
+    monkeypatch.setattr(sys, "argv", ["wys", "compare", "run", "-o", output])
+    with pytest.raises(SystemExit, match='is inside the run "run": give -o another folder.'):
+        main.entrypoint()
+    assert Path("run/wys/contact_sheet.png").read_text() == "as it was" and not Path("run/new").exists()
+
+
 def test_the_table_lists_the_metrics_of_all_runs() -> None:
     metrics = [{"edit_psnr": 20.123, "edit_ssim": 0.9}, {"edit_psnr": 31.0, "clip_image_similarity": 0.75}]
     assert metric_names(metrics) == ["edit_psnr", "edit_ssim", "clip_image_similarity"]

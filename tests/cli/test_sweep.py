@@ -121,8 +121,9 @@ def test_sweeps_resume_and_finished_ones_load_no_editor(folder, monkeypatch, qui
         return edit(*args, **options)
 
     monkeypatch.setattr(sweep, "edit_image", interrupt_after_three)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, *arguments)
+    assert stopped.value.code == 130
     assert len(table(folder / "out")) == 3
     assert not list(folder.rglob("*.partial"))
     first = (folder / "out" / table(folder / "out")[0]["file"]).stat().st_mtime_ns
@@ -150,6 +151,88 @@ def test_a_folder_of_another_sweep_is_refused(folder, monkeypatch, quick):
     Image.new("RGB", (24, 40)).save(folder / "in" / "a.png")
     assert sentence in refusal(monkeypatch, *arguments)
     assert (folder / "out" / "sweep.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("entry", "options"),
+    [({"caption_after": "ball " * 11}, []), ({"instruction": "x " * 60}, []), ({}, ["--editor", "missing"]),
+     ({}, ["--clip", "nobody/no-clip"])],
+)  # fmt: skip
+def test_a_corrected_list_can_use_the_folder_of_a_refused_one(folder, monkeypatch, quick, entry, options):
+    file = folder / "in" / "list.json"
+    file.write_text(json.dumps([ENTRIES[0], {**ENTRIES[1], **entry}]))
+    refusal(monkeypatch, file, "-o", folder / "out", *quick, *options)
+    file.write_text(json.dumps(ENTRIES[:1]))
+    run(monkeypatch, file, "-o", folder / "out", *quick)
+    assert len(table(folder / "out")) == 4
+
+
+def truncate(path: Path, count: int = 20) -> None:
+    path.write_bytes(path.read_bytes()[:-count])
+
+
+@pytest.mark.parametrize(
+    ("damage", "missing"),
+    [
+        (lambda out: (out / "edits" / "000_tau_0.5_si_1.png").unlink(), 1),
+        (lambda out: truncate(out / "edits" / "000_tau_0.5_si_1.png", 200), 1),
+        (lambda out: (out / "edits" / "000_tau_0.5_si_1.png").write_bytes(b""), 1),
+        (lambda out: truncate(out / "sweep.csv"), 1),
+        (lambda out: (out / "sweep.csv").write_text((out / "sweep.csv").read_text().replace("0.5,1.8", "0.5,x")), 1),
+        (lambda out: (out / "sweep.csv").write_bytes(b"\x00\x80"), 4),
+        (lambda out: (out / "sweep.csv").write_bytes(b""), 4),
+        (lambda out: (out / "sweep.csv").unlink(), 4),
+    ],
+)
+def test_missing_and_damaged_edits_are_made_again(folder, monkeypatch, quick, damage, missing):
+    (folder / "in" / "list.json").write_text(json.dumps(ENTRIES[:1]))
+    arguments = [folder / "in" / "list.json", "-o", folder / "out", *quick]
+    run(monkeypatch, *arguments)
+    files = {path: path.read_bytes() for path in (folder / "out").rglob("*.*") if path.name != "curves.png"}
+    damage(folder / "out")
+    made, edit = [], sweep.edit_image
+    monkeypatch.setattr(sweep, "edit_image", lambda *args, **options: made.append(args) or edit(*args, **options))
+    run(monkeypatch, *arguments)
+    assert len(made) == missing
+    assert {path: path.read_bytes() for path in files} == files
+
+
+@pytest.mark.parametrize("damage", [truncate, Path.unlink, lambda file: file.write_bytes(b"\x80")])
+def test_a_sweep_of_unknown_settings_is_refused(folder, monkeypatch, quick, damage):
+    (folder / "in" / "list.json").write_text(json.dumps(ENTRIES[:1]))
+    arguments = [folder / "in" / "list.json", "-o", folder / "out", *quick]
+    run(monkeypatch, *arguments)
+    damage(folder / "out" / "sweep.json")
+    before = (folder / "out" / "sweep.csv").read_bytes()
+    assert "contains a sweep whose sweep.json is missing or damaged: give -o another folder" in refusal(
+        monkeypatch, *arguments
+    )
+    assert (folder / "out" / "sweep.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["sweep.csv", "sweep.json"])
+def test_a_sweep_does_not_overwrite_its_list(folder, monkeypatch, quick, name):
+    file = folder / "in" / name
+    lines = [",".join(ENTRIES[0]), *(",".join(entry.values()) for entry in ENTRIES)]
+    file.write_text("\n".join(lines) if name.endswith("csv") else json.dumps(ENTRIES))
+    before = file.read_bytes()
+    for output in (folder / "in", folder / "in" / ".." / "in"):
+        assert f'The sweep would overwrite "{file}": give -o another folder.' in refusal(
+            monkeypatch, file, "-o", output, *quick
+        )
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["curves.png", "edits/000_tau_0.5_si_1.png", "grids/000.png"])
+def test_a_sweep_does_not_overwrite_its_images(folder, monkeypatch, quick, name):
+    image = folder / "in" / name
+    image.parent.mkdir(exist_ok=True)
+    (folder / "in" / "a.png").rename(image)
+    (folder / "in" / "list.json").write_text(json.dumps([{**ENTRIES[0], "image": name}]))
+    before = image.read_bytes()
+    sentence = refusal(monkeypatch, folder / "in" / "list.json", "-o", folder / "in", *quick)
+    assert sentence == f'wys: The sweep would overwrite "{image}": give -o another folder.'
+    assert image.read_bytes() == before and not (folder / "in" / "sweep.json").exists()
 
 
 def test_csv_yaml_and_json_lists_are_equivalent(folder):
@@ -193,6 +276,7 @@ def test_invalid_lists_are_refused(folder, monkeypatch, quick, name, text, sente
     [
         (["--mask-thresholds", "0.5", "1.5"], "--mask-threshold must be between 0 and 1, not 1.5"),
         (["--mask-thresholds", "0.5", "0.5"], "--mask-thresholds takes one or more different numbers"),
+        (["--mask-thresholds", "0.5", "0.5000001"], "--mask-thresholds takes one or more different numbers"),
         (["--image-guidance-scales"], "--image-guidance-scales takes one or more different numbers"),
         (["--diffusion-steps", "0"], "--diffusion-steps must be at least 1, not 0"),
         (["--device", "cuda:9"], 'The device "cuda:9" is not available'),
@@ -213,7 +297,7 @@ def test_overlong_captions_are_refused_before_the_first_edit(folder, monkeypatch
     (folder / "in" / "list.json").write_text(json.dumps(entries))
     sentence = refusal(monkeypatch, folder / "in" / "list.json", "-o", folder / "out", *quick)
     assert "has 13 tokens, but the CLIP model" in sentence
-    assert not (folder / "out" / "edits").exists()
+    assert not list((folder / "out").iterdir())
 
 
 @pytest.mark.parametrize("part", ["embed_texts", "embed_images"])

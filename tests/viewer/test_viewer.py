@@ -14,11 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import viser
 from PIL import Image
 from test_entry_points import editorless
 from test_entry_points_of_data import NO_NETWORK
 
+from wys_nerfstudio.config import wys_tiny
 from wys_nerfstudio.demo.scene import write_demo_scene
+from wys_nerfstudio.training.settings import RunSettings, Settings
+from wys_nerfstudio.viewer.panel import ViewerPanel
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
@@ -262,3 +267,53 @@ def test_ns_viewer_shows_outputs_and_threshold_without_an_editor(live_run: Path,
 def listens(port: int) -> bool:
     with socket.socket() as connection:
         return connection.connect_ex(("127.0.0.1", port)) == 0
+
+
+HOSTILE = [
+    "<img src='x' onerror='window.hacked=1'/>",
+    "{window.hacked=1}",
+    "![x](javascript:window.hacked=1)",
+    "[click](javascript:window.hacked=1)",
+    "export const x = window.hacked = 1",
+    "<div ref={() => {window.hacked=1}}>x</div>",
+]
+
+
+def test_hostile_texts_are_shown_literally_and_run_nothing(browser: Any) -> None:
+    panel = ViewerPanel(Settings(RunSettings.from_options(wys_tiny.config.pipeline), ["none"]), live=True)
+    server = viser.ViserServer(host="127.0.0.1", port=free_port(), verbose=False)
+    panel.install(server)
+    page = browser.new_page()
+    page.goto(f"http://127.0.0.1:{server.get_port()}")
+    for text in HOSTILE:
+        panel.show_status("progress", text)
+        panel.show_preview(f'preview of "{text}"', [torch.zeros(2, 2, 3)])
+        wait(lambda: f'preview of "{text}"' in page.inner_text("body"), 60)
+        assert page.locator("em").inner_text() == text
+        assert page.evaluate("window.hacked") is None
+        assert page.locator("a[href^=javascript]").count() == 0
+        assert [image.get_attribute("alt") for image in page.locator("img[alt]").all()] == ["preview"]
+    page.close()
+    server.stop()
+
+
+CONNECT = """url => new Promise(done => {
+    const socket = new WebSocket(url);
+    socket.onopen = () => done("open");
+    socket.onerror = () => done("refused");
+})"""
+
+
+def test_only_the_viewers_own_page_can_connect(live_run: Path, browser: Any, page: Any) -> None:
+    foreign = browser.new_page()
+    foreign.route("http://evil.example/**", lambda route: route.fulfill(body="<p>page</p>", content_type="text/html"))
+    foreign.goto("http://evil.example/")
+    assert foreign.evaluate(CONNECT, f"ws://127.0.0.1:{PORT}") == "refused"
+    assert page.evaluate(CONNECT, f"ws://127.0.0.1:{PORT}") == "open"
+    foreign.close()
+
+
+def test_a_live_run_serves_no_file_outside_the_viewer(live_run: Path) -> None:
+    with socket.create_connection(("127.0.0.1", PORT), timeout=60) as connection:
+        connection.sendall(b"GET /../../_viser.py HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 404")

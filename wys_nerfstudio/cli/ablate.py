@@ -10,7 +10,8 @@ import tyro
 @dataclass
 class Ablate:
     """Run the paper's ablations on the demo scene and compare them with its ground truth. Edits of one reconstruction are
-    confined by the relevance field, by 2D relevance maps, by ground-truth masks, or not at all. Finished runs are reused."""
+    confined by the relevance field, by 2D relevance maps, by ground-truth masks, or not at all. An
+    interrupted command continues with the same command."""
 
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("wys-ablations")
     """Folder of the scene, the runs, ablations.json and contact_sheet.png."""
@@ -18,9 +19,13 @@ class Ablate:
     """What to change."""
     seeds: int = 3
     """Number of seeds per variant."""
+    reconstruct_steps: int = 800
+    """Training steps of the reconstruction."""
+    edit_steps: int = 600
+    """Training steps of each edit; --seeds 1 --reconstruct-steps 100 --edit-steps 50 is a short trial."""
 
     def main(self) -> None:
         """Run the ablations."""
         from wys_nerfstudio.demo.ablations import run_ablations
 
-        run_ablations(self.output, self.instruction, self.seeds)
+        run_ablations(self.output, self.instruction, self.seeds, self.reconstruct_steps, self.edit_steps)

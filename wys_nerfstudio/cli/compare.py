@@ -64,7 +64,7 @@ def compare_runs(runs: Sequence[Path], output: Path) -> None:
         output: Output folder.
 
     Raises:
-        WysError: If no run is given, a run is of another method, or the runs' views differ.
+        WysError: If no run is given, a run is of another method, the runs' views differ, or a run would be changed.
     """
     from nerfstudio.utils.eval_utils import eval_setup
     from nerfstudio.utils.rich_utils import CONSOLE
@@ -74,6 +74,10 @@ def compare_runs(runs: Sequence[Path], output: Path) -> None:
     if not runs:
         raise WysError("wys compare takes one or more runs: wys compare RUN_A RUN_B.")
     configs = [find_config(run) for run in runs]
+    for config in configs:
+        # A run has a contact_sheet.png as well.
+        if output.resolve().is_relative_to(config.parent.resolve()):
+            raise WysError(f'-o "{output}" is inside the run "{config.parent}": give -o another folder.')
     titles = [f"{chr(ord('A') + i)}: {config.parent.name}" for i, config in enumerate(configs)]
     names: list[str] = []
     metrics: list[dict[str, float]] = []

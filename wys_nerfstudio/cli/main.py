@@ -1,42 +1,43 @@
-"""Local editing of images and 3D scenes: check of the machine, demo, image edits, sweeps, ablations and comparisons of runs."""
+"""Entry point of the `wys` console script: ends without traceback after Ctrl-C and when its output is closed."""
 
-from typing import Annotated, Union
+# Only modules that load at once: Ctrl-C during any other import is handled below.
+import os
+import signal
+import sys
 
-import tyro
-
-from wys_nerfstudio.cli.ablate import Ablate
-from wys_nerfstudio.cli.check import Check
-from wys_nerfstudio.cli.compare import Compare
-from wys_nerfstudio.cli.demo import Demo
-from wys_nerfstudio.cli.demo_pictures import DemoPictures
-from wys_nerfstudio.cli.demo_scene import DemoScene
-from wys_nerfstudio.cli.edit_image import EditImage
-from wys_nerfstudio.cli.sweep import Sweep
-from wys_nerfstudio.utils.errors import WysError
-from wys_nerfstudio.utils.log_filters import ignore_warnings
-from wys_nerfstudio.utils.memory_errors import convert_memory_errors
-
-Command = Union[
-    Annotated[Check, tyro.conf.subcommand("check")],
-    Annotated[Demo, tyro.conf.subcommand("demo")],
-    Annotated[DemoScene, tyro.conf.subcommand("demo-scene")],
-    Annotated[DemoPictures, tyro.conf.subcommand("demo-pictures")],
-    Annotated[EditImage, tyro.conf.subcommand("edit-image")],
-    Annotated[Sweep, tyro.conf.subcommand("sweep")],
-    Annotated[Ablate, tyro.conf.subcommand("ablate")],
-    Annotated[Compare, tyro.conf.subcommand("compare")],
-]
+INTERRUPTED = 130
+"""Exit code of a program that was ended by Ctrl-C."""
 
 
 def entrypoint() -> None:
-    """Entry point of the `wys` console script."""
-    ignore_warnings()
-    command = tyro.cli(Command, prog="wys", description=__doc__)  # type: ignore
+    """Run the `wys` command."""
+    interrupted = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if Ctrl-C is ignored, as under nohup
+        signal.signal(signal.SIGINT, interrupt)
     try:
-        with convert_memory_errors("in this command", lambda: "end other programs that use its memory."):
-            command.main()
-    except WysError as error:
-        raise SystemExit(f"wys: {error}") from error
+        try:
+            from wys_nerfstudio.cli.commands import run
+
+            run()
+        finally:
+            sys.stdout.flush()  # at exit, Python prints a traceback if the output is closed
+    except BrokenPipeError as error:  # as in `wys compare RUN | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from error
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        # An interrupted import can raise anything.
+        if not (stopped or interrupted):
+            raise
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
+        print(f"wys: {(stopped and str(error)) or 'Stopped.'}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from error
 
 
 if __name__ == "__main__":

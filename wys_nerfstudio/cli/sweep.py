@@ -15,13 +15,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from wys_nerfstudio.cli.edit_image import check_device, convert_editor_memory_errors, make_folder
 from wys_nerfstudio.cli.sweep_plots import draw_curves, draw_grid
-from wys_nerfstudio.cli.sweep_table import SweepCase, SweepResult, open_sweep, read_cases, write_table
+from wys_nerfstudio.cli.sweep_table import (
+    REQUEST,
+    TABLE,
+    SweepCase,
+    SweepResult,
+    check_inputs_kept,
+    edit_file,
+    finished_rows,
+    grid_file,
+    read_cases,
+    sweep_request,
+    write_table,
+)
 from wys_nerfstudio.editing import Editor, EditSettings, edit_image, load_editor
 from wys_nerfstudio.editing.loading import Precision, resolve_dtype
 from wys_nerfstudio.evaluation import metrics
 from wys_nerfstudio.evaluation.clip import ClipEncoder, load_clip
+from wys_nerfstudio.utils.atomic_io import write_text
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.image_io import provenance, read_image, write_image
+
+CURVES = "curves.png"
 
 T = TypeVar("T")
 Hidden = Annotated[T, tyro.conf.Fixed, tyro.conf.Suppress]
@@ -53,7 +68,8 @@ class SweepSettings(EditSettings):
             ("mask-thresholds", self.mask_thresholds),
             ("image-guidance-scales", self.image_guidance_scales),
         ):
-            if not values or len(set(values)) < len(values):
+            # As in file names, which have six digits.
+            if not values or len({f"{value:g}" for value in values}) < len(values):
                 raise WysError(f"--{name} takes one or more different numbers, for example --{name} 0.5 1.0.")
         for threshold in self.mask_thresholds:
             self.edit(threshold, self.image_guidance_scales[0]).check()
@@ -116,8 +132,8 @@ def run_sweep(
 ) -> list[SweepResult]:
     """Compute the missing edits of a sweep, with a progress bar.
 
-    Writes `edits/`, `sweep.csv`, `curves.png` and `grids/`. An edit is finished once its row is in the table; an interrupted
-    sweep resumes from the table.
+    Writes `sweep.json`, once everything is checked, `edits/`, `sweep.csv`, `curves.png` and `grids/`. An edit is finished
+    once its image is written and its row is in the table; an interrupted sweep resumes from there.
 
     Args:
         list_file: As in `read_cases`.
@@ -139,11 +155,14 @@ def run_sweep(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     cases = read_cases(list_file)
-    make_folder(output)
     grid = list(product(range(len(cases)), settings.mask_thresholds, settings.image_guidance_scales))
     dtype = resolve_dtype(editor_dtype, device)
     request = {**asdict(settings), "editor": editor_name, "editor_dtype": dtype, "clip": clip_name, "seed": seed}
-    rows = {row.key: row for row in open_sweep(output, cases, request)}
+    outputs = [TABLE, REQUEST, CURVES, *(edit_file(*key) for key in grid), *map(grid_file, range(len(cases)))]
+    check_inputs_kept(output, outputs, [list_file, *(case.image for case in cases)])
+    make_folder(output)
+    content = sweep_request(cases, request)
+    rows = {row.key: row for row in finished_rows(output, content)}
 
     todo = [key for key in grid if key not in rows]
     if todo:
@@ -155,6 +174,7 @@ def run_sweep(
             for case in cases:
                 editor.encode_text(case.instruction)
             editor.noise_levels(1.0, settings.diffusion_steps)
+            write_text(output / REQUEST, content)
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             with Progress(*columns, TimeRemainingColumn()) as bar:
                 task = bar.add_task("", total=len(todo))
@@ -167,9 +187,9 @@ def run_sweep(
                     write_table(output, [rows[key] for key in grid if key in rows])
                     bar.advance(task)
     done = [rows[key] for key in grid]
-    draw_curves(done, output / "curves.png")
+    draw_curves(done, output / CURVES)
     for number, case in enumerate(cases):
-        draw_grid(case, [row for row in done if row.case == number], output, output / "grids" / f"{number:03d}.png")
+        draw_grid(case, [row for row in done if row.case == number], output, output / grid_file(number))
     return done
 
 
@@ -185,7 +205,7 @@ def _edit(
 ) -> SweepResult:
     image = read_image(case.image)
     edited = edit_image(editor, image.rgb, case.instruction, settings, seed=seed).edited
-    name = f"edits/{number:03d}_tau_{settings.mask_threshold:g}_si_{settings.image_guidance_scale:g}.png"
+    name = edit_file(number, settings.mask_threshold, settings.image_guidance_scale)
     origin = provenance(case.instruction, editor.name, {"editor_dtype": dtype, **asdict(settings), "seed": seed})
     write_image(output / name, edited, like=image, origin=origin)
     before, after = clip.embed_images(torch.stack([image.rgb, edited])).split(1)

@@ -4,10 +4,10 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import yaml
 
@@ -99,40 +99,95 @@ def read_cases(file: Path) -> list[SweepCase]:
     return cases
 
 
-def open_sweep(folder: Path, cases: Sequence[SweepCase], settings: dict[str, Any]) -> list[SweepResult]:
-    """Start a sweep in a folder, or resume the one that is there.
+def edit_file(case: int, mask_threshold: float, image_guidance_scale: float) -> str:
+    """Return the path of an edited image, relative to the sweep's folder."""
+    return f"edits/{case:03d}_tau_{mask_threshold:g}_si_{image_guidance_scale:g}.png"
+
+
+def grid_file(case: int) -> str:
+    """Return the path of a case's grid, relative to the sweep's folder."""
+    return f"grids/{case:03d}.png"
+
+
+def check_inputs_kept(folder: Path, outputs: Iterable[str], inputs: Iterable[Path]) -> None:
+    """Check that a sweep does not overwrite its own input.
 
     Args:
         folder: The sweep's folder.
-        cases: Its edits.
-        settings: Everything else that the table depends on.
-
-    Returns:
-        The finished rows.
+        outputs: Files that the sweep writes, relative to the folder.
+        inputs: Its list and images.
 
     Raises:
-        WysError: If the folder holds another sweep.
+        WysError: If it does.
+    """
+    written = {(folder / output).resolve() for output in outputs}
+    for path in inputs:
+        if path.resolve() in written:
+            raise WysError(f'The sweep would overwrite "{path}": give -o another folder.')
+
+
+def sweep_request(cases: Sequence[SweepCase], settings: dict[str, Any]) -> str:
+    """Return the content of `sweep.json`: everything that the table depends on.
+
+    Args:
+        cases: The sweep's edits.
+        settings: Everything else that the table depends on.
     """
     digests = [hashlib.sha256(case.image.read_bytes()).hexdigest() for case in cases]
     request = {
         "cases": [{**asdict(case), "image": case.image.name, "sha256": digest} for case, digest in zip(cases, digests)],
         "settings": settings,
     }
-    text = json.dumps(request, indent=1, ensure_ascii=False)
-    file = folder / REQUEST
-    if file.is_file():
-        if file.read_text("utf8") != text:
-            raise WysError(
-                f'"{folder}" contains a sweep with another list or other settings: give -o another folder, or delete it.'
-            )
-    else:
-        write_text(file, text)
-    if not (folder / TABLE).is_file():
+    return json.dumps(request, indent=1, ensure_ascii=False)
+
+
+def finished_rows(folder: Path, request: str) -> list[SweepResult]:
+    """Return the results of the edits that are finished: those with a row in the table and an image that can be read.
+
+    Args:
+        folder: The sweep's folder.
+        request: Result of `sweep_request`.
+
+    Raises:
+        WysError: If the folder holds another sweep, or one whose request is unknown.
+    """
+    file, table = folder / REQUEST, folder / TABLE
+    if not file.is_file() and not table.is_file():
         return []
-    with (folder / TABLE).open(encoding="utf8", newline="") as table:
-        types = {field.name: field.type for field in fields(SweepResult)}
-        lines = csv.DictReader(table)
-        return [SweepResult(**{name: types[name](value) for name, value in line.items()}) for line in lines]  # type: ignore
+    try:
+        stored = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise WysError(
+            f'"{folder}" contains a sweep whose {REQUEST} is missing or damaged: give -o another folder, or delete it.'
+        ) from error
+    if stored != json.loads(request):
+        raise WysError(
+            f'"{folder}" contains a sweep with another list or other settings: give -o another folder, or delete it.'
+        )
+    if not table.is_file():
+        return []
+    try:
+        lines = list(csv.DictReader(io.StringIO(table.read_text("utf8", errors="replace"), newline="")))
+    except csv.Error:
+        return []
+    rows = (_read_row(line) for line in lines)
+    return [row for row in rows if row is not None and row.file == edit_file(*row.key) and _is_image(folder / row.file)]
+
+
+def _read_row(line: dict[str, str]) -> Optional[SweepResult]:
+    """Return a row of the table; None if the line is damaged."""
+    try:
+        return SweepResult(**{option.name: option.type(line[option.name]) for option in fields(SweepResult)})  # type: ignore
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _is_image(file: Path) -> bool:
+    try:
+        read_image(file)
+    except WysError:
+        return False
+    return True
 
 
 def write_table(folder: Path, rows: Sequence[SweepResult]) -> None:

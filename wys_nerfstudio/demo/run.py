@@ -29,6 +29,7 @@ from wys_nerfstudio.demo.score import load_captured_scene, render_views, score
 from wys_nerfstudio.evaluation.ground_truth import GroundTruth
 from wys_nerfstudio.pipeline import WysPipeline
 from wys_nerfstudio.training.checkpoint import CAPTURED_SCENE
+from wys_nerfstudio.training.interrupts import INTERRUPTED
 from wys_nerfstudio.utils.visualization import evenly_spaced, read_png, to_uint8
 
 FRAMES = 18
@@ -94,7 +95,12 @@ def _train(options: Sequence[str]) -> Path:
     sys.argv = ["ns-train", "wys-tiny", *options, "--vis", "tensorboard"]
     CONSOLE.print(f"$ {shlex.join(sys.argv)}", soft_wrap=True, highlight=False, markup=False)
     config: Any = tyro.cli(AnnotatedBaseConfigUnion)  # as ns-train's own entry point
-    ns_train.main(config)
+    try:
+        ns_train.main(config)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            print("wys: --load-dir is for the ns-train command above; wys demo starts a new run.", file=sys.stderr)
+        raise
     return config.get_base_dir()
 
 

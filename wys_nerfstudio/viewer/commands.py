@@ -280,5 +280,4 @@ class CommandHandler:
 
     def _show(self, progress: str) -> None:
         self._shown_at = time.monotonic()
-        message = f"\n\n*{self._message}*" if self._message else ""
-        self.pipeline.panel.show_status(f"**{progress}**{message}")
+        self.pipeline.panel.show_status(progress, self._message)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from wys_nerfstudio.training.settings import RunSettings, Settings
 from wys_nerfstudio.utils.visualization import to_uint8
+from wys_nerfstudio.viewer.server import require_restricted, restrict_viewer
 
 ON_TOP, INSTEAD = "on top", "instead"
 """What an applied instruction starts from: the scene as it is now, or as captured."""
@@ -51,6 +52,7 @@ class ViewerPanel(ViewerElement[None]):
 
     def __init__(self, settings: Settings, live: bool) -> None:
         super().__init__("Watch Your Steps")
+        restrict_viewer()  # nerfstudio creates the viewer after the pipeline, of which the panel is a part
         self.commands: SimpleQueue[ViewerCommand] = SimpleQueue()
         """Commands that are not taken yet."""
         self._settings = settings
@@ -63,6 +65,7 @@ class ViewerPanel(ViewerElement[None]):
 
     def install(self, viser_server: viser.ViserServer) -> None:
         """Build the panel; nerfstudio calls this when the viewer starts."""
+        require_restricted(viser_server)
         gui, settings = viser_server.gui, self._settings.current
         with gui.add_folder(self.name):
             if not self._live:
@@ -140,8 +143,11 @@ class ViewerPanel(ViewerElement[None]):
         """Remove and return the oldest command; None if there is none."""
         return None if self.commands.empty() else self.commands.get()
 
-    def show_status(self, text: str) -> None:
-        """Show Markdown in the status line."""
+    def show_status(self, progress: str, message: str = "") -> None:
+        """Show the progress of the run, and a message below it if there is one."""
+        text = f"**{escape_markdown(progress)}**"
+        if message:
+            text += f"\n\n*{escape_markdown(message)}*"
         if self._status is not None and self._status.content != text:
             self._status.content = text
 
@@ -166,7 +172,18 @@ class ViewerPanel(ViewerElement[None]):
         Image.fromarray(strip).save(buffer, format="PNG")
         encoded = base64.b64encode(buffer.getvalue()).decode()
         # viser 0.2 has no image element, but its Markdown accepts inline images.
-        self._preview.content = f"{caption}\n\n![preview](data:image/png;base64,{encoded})"
+        self._preview.content = f"{escape_markdown(caption)}\n\n![preview](data:image/png;base64,{encoded})"
+
+
+def escape_markdown(text: str) -> str:
+    """Return Markdown that shows a text literally, in one line.
+
+    File names, instructions and error messages may come from others, and viser's Markdown is MDX, which can contain
+    JavaScript. Unprintable characters, which include the surrogates of undecodable file names, become U+FFFD.
+    """
+    shown = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(text.split()))
+    # The first character, too: a line that begins with "import" or "export" is code.
+    return "".join(char if i and (char.isalnum() or char == " ") else f"&#{ord(char)};" for i, char in enumerate(shown))
 
 
 def camera_of(client: viser.ClientHandle) -> tuple[float, ...]:
