@@ -155,7 +155,7 @@ def test_given_masks_need_no_relevance_field(
     assert record["mask_fraction"] == pytest.approx(float(data.relevance_maps[0].float().mean()), abs=1e-3)
     model.field.relevance_hull.relevance.fill_(0.25)
     torch.testing.assert_close(model.render_view(data.cameras, 0)["relevance_value"], torch.full((32, 40, 1), 0.25))
-    trainer.pipeline.session.apply("make the ball blue", False, 200)
+    trainer.pipeline.session.apply("make the ball blue", 200, trainer.pipeline.session.captured_scene())
     assert trainer.pipeline.session.schedule.localize_steps == 0
     step(trainer, 201)
     assert model.phase is Phase.EDIT

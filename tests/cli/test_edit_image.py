@@ -211,7 +211,7 @@ def test_the_python_example_in_the_readme_runs(tmp_path, monkeypatch, editor_fol
         (["small.png", INSTRUCTION], "must have at least 16"),
         (["in.png", INSTRUCTION, "--mask-threshold", "1.5"], "--mask-threshold must be between 0 and 1, not 1.5"),
         (["in.png", INSTRUCTION, "--mask", "none.png"], 'There is no mask "none.png"'),
-        (["in.png", INSTRUCTION, "--mask", "small.png"], "must have at least 16"),
+        (["in.png", INSTRUCTION, "--mask", "small.png"], "give a mask of the image's size"),
         (["in.png", INSTRUCTION, "--mask", "b.png"], 'The mask "b.png" has 40x30 pixels, but "in.png" has 32x24'),
         (["in.png", INSTRUCTION, "--output", "out.jpg"], "lossless PNG"),
         (["in.png", "b.png", INSTRUCTION], "give -o a folder"),

@@ -39,10 +39,10 @@ def test_ctrl_c_ends_with_a_sentence(owner, function, arguments, sentence, tmp_p
 
 
 def test_a_stopped_demo_names_the_command_that_resumes(monkeypatch, capsys) -> None:
-    def stop() -> None:
+    def stop(_: object) -> None:
         raise SystemExit(130)
 
-    monkeypatch.setattr(run.ns_train, "entrypoint", stop)
+    monkeypatch.setattr(run.ns_train, "main", stop)
     monkeypatch.setattr(sys, "argv", ["wys", "demo"])
     with pytest.raises(SystemExit) as ended:
         run._train(["--data", "scene"])

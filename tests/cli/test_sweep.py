@@ -105,7 +105,8 @@ def test_the_editors_precision_is_used(folder, monkeypatch, quick):
     run(monkeypatch, *arguments)
     assert precisions == [torch.bfloat16]
     with Image.open(folder / "out" / table(folder / "out")[0]["file"]) as first:
-        assert json.loads(first.text["wys-nerfstudio"])["editor_dtype"] == "bfloat16"  # type: ignore
+        (record,) = json.loads(first.text["wys-nerfstudio"])  # type: ignore
+        assert record["editor_dtype"] == "bfloat16"
 
 
 def test_sweeps_resume_and_finished_ones_load_no_editor(folder, monkeypatch, quick, capsys):

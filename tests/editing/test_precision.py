@@ -70,6 +70,7 @@ def test_half_precision_arithmetic_would_spoil_the_maps(dtype, error, iou, edito
     assert min(errors) > error and sum(overlaps) / len(overlaps) < iou
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "minimum"), [(torch.float16, 50), (torch.bfloat16, 35)])
 def test_edits_in_half_precision_are_close_to_float32(dtype, minimum, editors, pictures):
     image, instruction = pictures[0]
