@@ -330,6 +330,8 @@ OPTIONS = [
         case(f"{option} of 256 bytes", lambda c, option=option: [option, "é" * 128], "has a file or folder name of 256 bytes")
         for option in ("--experiment-name", "--timestamp", "--output-dir", "--pipeline.masks-dir", "--load-dir", "--base-run")
     ),
+    case("experiment name with a line break", lambda c: ["--experiment-name", "x\n```\n<img src=x>"], "The run's folder .* contains control characters"),
+    case("data in a folder with a line break", lambda c: ["--data", c.scene.rename(c.folder / "a\nb")], "contains control characters"),
     case("path of 5000 bytes", lambda c: ["--output-dir", "a/" * 2500], "is a path of more than 4095 bytes"),
     case("instruction that is not UTF-8", lambda c: setattr(c, "instruction", "make it \udcff"),
          r"--pipeline.instruction .make it .udcff. has bytes that are not UTF-8"),

@@ -46,9 +46,10 @@ from wys_nerfstudio.training.interrupts import (
     exit_on_error,
     resume_hint,
 )
+from wys_nerfstudio.training.learning_rates import use_typed_rates
 from wys_nerfstudio.training.memory import ACTIVITIES, RunActivity, memory_remedies
-from wys_nerfstudio.training.option_text import check_path_length, check_text
-from wys_nerfstudio.training.output_folder import LOCK_FILE, claim_folder, claimed_folder, release_folder
+from wys_nerfstudio.training.option_text import check_path, check_text
+from wys_nerfstudio.training.output_folder import claim_folder, claimed_folder
 from wys_nerfstudio.training.run_options import check_resumed_options, read_run_config
 from wys_nerfstudio.training.run_state import STATE_KEY, RunState, set_random_state
 from wys_nerfstudio.training.scene_checks import check_resumed_scene
@@ -59,6 +60,7 @@ from wys_nerfstudio.utils.background import BackgroundJob
 from wys_nerfstudio.utils.console import keep_output
 from wys_nerfstudio.utils.data_checks import check_capture
 from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.folder_lock import LOCK_FILE, unlock_folder
 from wys_nerfstudio.utils.log_filters import ignore_warnings
 from wys_nerfstudio.utils.memory_errors import MemoryExhaustedError, convert_memory_errors
 from wys_nerfstudio.utils.recipes import parse_with_recipe
@@ -92,7 +94,7 @@ class WysTrainerConfig(TrainerConfig):
         with exit_on_error():
             check_text(self)
             self._resolve()
-            check_path_length("The run's folder", self.get_base_dir())
+            check_path("The run's folder", self.get_base_dir())
             self._validate_ranges()
             with self._convert_folder_errors():
                 self._create_dated_folder()
@@ -299,7 +301,7 @@ class WysTrainer(Trainer):
     @main_process_only
     def _remove_empty_run(self) -> None:
         """Remove the folder of a run that did not start, if it contains only config.yml."""
-        release_folder(self.base_dir)
+        unlock_folder(self.base_dir)
         if self.base_dir.is_dir() and {path.name for path in self.base_dir.iterdir()} <= {"config.yml", LOCK_FILE}:
             for path in self.base_dir.iterdir():
                 path.unlink()
@@ -543,6 +545,7 @@ class WysTrainer(Trainer):
         self.optimizers.load_optimizers(checkpoint["optimizers"])
         if self.config.load_scheduler:
             self.optimizers.load_schedulers(checkpoint["schedulers"])
+        use_typed_rates(self.optimizers, self.config.optimizers)
         if checkpoint["scalers"]:  # empty after full precision; mixed precision then starts with a new scale
             self.grad_scaler.load_state_dict(checkpoint["scalers"])
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_wys, sentence_of
+from filelock import FileLock
 from PIL import Image
 
 from wys_nerfstudio.cli import sweep
@@ -15,6 +16,7 @@ from wys_nerfstudio.cli.sweep_plots import mean_points
 from wys_nerfstudio.cli.sweep_table import SweepResult, read_cases
 from wys_nerfstudio.editing import EditSettings, edit_image, load_editor
 from wys_nerfstudio.evaluation.clip import ClipEncoder, load_clip
+from wys_nerfstudio.utils.folder_lock import LOCK_FILE
 from wys_nerfstudio.utils.image_io import read_image
 from wys_nerfstudio.utils.visualization import SOFTWARE
 
@@ -107,6 +109,13 @@ def test_the_editors_precision_is_used(folder, monkeypatch, quick):
     with Image.open(folder / "out" / table(folder / "out")[0]["file"]) as first:
         (record,) = json.loads(first.text["wys-nerfstudio"])  # type: ignore
         assert record["editor_dtype"] == "bfloat16"
+
+
+def test_two_sweeps_do_not_write_one_folder(folder, monkeypatch, quick):
+    (folder / "out").mkdir()
+    with FileLock(folder / "out" / LOCK_FILE):
+        sentence = refusal(monkeypatch, folder / "in" / "list.json", "-o", folder / "out", *quick)
+    assert "Another process is writing the sweep in" in sentence
 
 
 def test_sweeps_resume_and_finished_ones_load_no_editor(folder, monkeypatch, quick, capsys):
@@ -218,7 +227,7 @@ def test_a_sweep_does_not_overwrite_its_list(folder, monkeypatch, quick, name):
     file.write_text("\n".join(lines) if name.endswith("csv") else json.dumps(ENTRIES))
     before = file.read_bytes()
     for output in (folder / "in", folder / "in" / ".." / "in"):
-        assert f'The sweep would overwrite "{file}": give -o another folder.' in refusal(
+        assert f'would overwrite "{file}", which is read: give -o another path.' in refusal(
             monkeypatch, file, "-o", output, *quick
         )
     assert file.read_bytes() == before
@@ -232,7 +241,7 @@ def test_a_sweep_does_not_overwrite_its_images(folder, monkeypatch, quick, name)
     (folder / "in" / "list.json").write_text(json.dumps([{**ENTRIES[0], "image": name}]))
     before = image.read_bytes()
     sentence = refusal(monkeypatch, folder / "in" / "list.json", "-o", folder / "in", *quick)
-    assert sentence == f'wys: The sweep would overwrite "{image}": give -o another folder.'
+    assert f'would overwrite "{image}", which is read: give -o another path.' in sentence
     assert image.read_bytes() == before and not (folder / "in" / "sweep.json").exists()
 
 

@@ -35,6 +35,7 @@ from wys_nerfstudio.training.interrupts import convert_disk_errors, exit_on_erro
 from wys_nerfstudio.training.run_state import SETTINGS_KEY
 from wys_nerfstudio.training.session import EditSession
 from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.folder_lock import LOCK_FILE
 from wys_nerfstudio.viewer.commands import CommandHandler
 from wys_nerfstudio.viewer.panel import INSTEAD, ON_TOP, ViewerCommand
 
@@ -533,13 +534,27 @@ def test_a_truncated_checkpoint_is_replaced_by_the_previous_one(command, referen
 def test_a_run_has_one_writer_at_a_time(command, reference):
     def start_again(trainer: WysTrainer) -> None:
         with pytest.raises(Timeout):
-            FileLock(trainer.base_dir / "run.lock", timeout=0).acquire()
+            FileLock(trainer.base_dir / LOCK_FILE, timeout=0).acquire()
         interrupt(trainer)
 
     assert command(step=7, action=start_again) == 130
-    with FileLock(command.run / "run.lock"):
+    with FileLock(command.run / LOCK_FILE):
         assert f'Another process is writing the run in "{command.run}"' in str(command("--load-dir", command.run))
     assert_resume_matches(command, reference)
+
+
+def test_a_resumed_run_trains_with_the_learning_rates_typed(command):
+    rates: dict[str, float] = {}
+
+    def note_rates(trainer: WysTrainer) -> None:
+        rates["fields"] = trainer.optimizers.schedulers["fields"].base_lrs[0]
+        rates["relevance"] = trainer.optimizers.optimizers["relevance"].param_groups[0]["lr"]
+        interrupt(trainer)
+
+    assert command(step=3, action=interrupt) == 130
+    typed = ["--optimizers.fields.optimizer.lr=0.002", "--optimizers.relevance.optimizer.lr=0.0007"]
+    assert command("--load-dir", command.run, *typed, step=5, action=note_rates) == 130
+    assert rates == {"fields": 0.002, "relevance": 0.0007}
 
 
 def test_scenes_of_a_run_without_checkpoints_are_kept(command):

@@ -9,13 +9,12 @@ from filelock import FileLock
 
 from wys_nerfstudio.training.output_folder import (
     CONFIG_TAG,
-    LOCK_FILE,
     REPLACED,
     claim_folder,
-    release_folder,
     remove_unsaved_files,
 )
 from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.folder_lock import LOCK_FILE, unlock_folder
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     (folder / "config.yml").write_text(f"{CONFIG_TAG}\nmethod_name: wys\n")
     write(folder, "wys/edits.jsonl", "wys/masks/a.png", "events.out.tfevents.1")
     yield folder
-    release_folder(folder)
+    unlock_folder(folder)
 
 
 def write(folder: Path, *names: str) -> None:
@@ -56,9 +55,9 @@ def test_a_new_folder_is_created_and_claimed(tmp_path: Path) -> None:
     claim(tmp_path / "new" / "run")
     assert [path.name for path in (tmp_path / "new" / "run").iterdir()] == [LOCK_FILE]
     claim(tmp_path / "new" / "run")  # by the same process
-    release_folder(tmp_path / "new" / "run")
+    unlock_folder(tmp_path / "new" / "run")
     assert not list((tmp_path / "new" / "run").iterdir())
-    release_folder(tmp_path / "never claimed")
+    unlock_folder(tmp_path / "never claimed")
 
 
 def test_a_folder_has_one_writer_at_a_time(folder: Path) -> None:
@@ -69,7 +68,7 @@ def test_a_folder_has_one_writer_at_a_time(folder: Path) -> None:
     claim(folder)
     with pytest.raises(TimeoutError):
         FileLock(folder / LOCK_FILE, timeout=0).acquire()
-    release_folder(folder)
+    unlock_folder(folder)
     with FileLock(folder / LOCK_FILE, timeout=0):
         pass
 
@@ -134,5 +133,5 @@ def test_links_out_of_the_folder_are_refused(folder: Path, tmp_path: Path, link:
 def test_the_folder_itself_may_be_reached_through_a_link(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(folder)
     claim(tmp_path / "link")
-    release_folder(folder)
+    unlock_folder(folder)
     assert not os.path.lexists(folder / LOCK_FILE)

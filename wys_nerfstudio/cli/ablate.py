@@ -6,6 +6,8 @@ from typing import Annotated
 
 import tyro
 
+from wys_nerfstudio.utils.folder_lock import locked_folder
+
 
 @dataclass
 class Ablate:
@@ -28,4 +30,5 @@ class Ablate:
         """Run the ablations."""
         from wys_nerfstudio.demo.ablations import run_ablations
 
-        run_ablations(self.output, self.instruction, self.seeds, self.reconstruct_steps, self.edit_steps)
+        with locked_folder(self.output, "the ablations"):
+            run_ablations(self.output, self.instruction, self.seeds, self.reconstruct_steps, self.edit_steps)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from wys_nerfstudio.utils.folder_lock import locked_folder
+
 
 @dataclass
 class Demo:
@@ -20,4 +22,5 @@ class Demo:
         """Run the demo."""
         from wys_nerfstudio.demo.run import run_demo
 
-        run_demo(self.output, self.instruction, self.recipe)
+        with locked_folder(self.output, "the demo"):
+            run_demo(self.output, self.instruction, self.recipe)

@@ -13,14 +13,13 @@ import torch
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from wys_nerfstudio.cli.edit_image import check_device, convert_editor_memory_errors, make_folder
+from wys_nerfstudio.cli.edit_image import check_device, convert_editor_memory_errors
 from wys_nerfstudio.cli.sweep_plots import draw_curves, draw_grid
 from wys_nerfstudio.cli.sweep_table import (
     REQUEST,
     TABLE,
     SweepCase,
     SweepResult,
-    check_inputs_kept,
     edit_file,
     finished_rows,
     grid_file,
@@ -29,12 +28,13 @@ from wys_nerfstudio.cli.sweep_table import (
     write_table,
 )
 from wys_nerfstudio.editing import Editor, EditSettings, edit_image, load_editor
-from wys_nerfstudio.editing.loading import Precision, resolve_dtype
+from wys_nerfstudio.editing.loading import Precision, editor_files, resolve_dtype
 from wys_nerfstudio.evaluation import metrics
 from wys_nerfstudio.evaluation.clip import ClipEncoder, load_clip
 from wys_nerfstudio.utils.atomic_io import write_text
 from wys_nerfstudio.utils.errors import WysError
-from wys_nerfstudio.utils.image_io import provenance, read_image, write_image
+from wys_nerfstudio.utils.folder_lock import locked_folder
+from wys_nerfstudio.utils.image_io import check_outputs, provenance, read_image, write_image
 
 CURVES = "curves.png"
 
@@ -159,38 +159,39 @@ def run_sweep(
     dtype = resolve_dtype(editor_dtype, device)
     request = {**asdict(settings), "editor": editor_name, "editor_dtype": dtype, "clip": clip_name, "seed": seed}
     outputs = [TABLE, REQUEST, CURVES, *(edit_file(*key) for key in grid), *map(grid_file, range(len(cases)))]
-    check_inputs_kept(output, outputs, [list_file, *(case.image for case in cases)])
-    make_folder(output)
-    content = sweep_request(cases, request)
-    rows = {row.key: row for row in finished_rows(output, content)}
+    read = [list_file, *(case.image for case in cases), *editor_files(editor_name)]
+    check_outputs([output / file for file in outputs], read)
+    with locked_folder(output, "the sweep"):
+        content = sweep_request(cases, request)
+        rows = {row.key: row for row in finished_rows(output, content)}
 
-    todo = [key for key in grid if key not in rows]
-    if todo:
-        with convert_editor_memory_errors(device):
-            clip = load_clip(clip_name, device)
-            for case in cases:
-                clip.embed_texts([case.caption_before, case.caption_after])
-            editor = load_editor(editor_name, device, editor_dtype)
-            for case in cases:
-                editor.encode_text(case.instruction)
-            editor.noise_levels(1.0, settings.diffusion_steps)
-            write_text(output / REQUEST, content)
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            with Progress(*columns, TimeRemainingColumn()) as bar:
-                task = bar.add_task("", total=len(todo))
-                for number, threshold, scale in todo:
-                    case = cases[number]
-                    bar.update(task, description=f"{case.image.name}, tau {threshold:g}, S_I {scale:g}")
-                    edit_settings = settings.edit(threshold, scale)
-                    row = _edit(number, case, edit_settings, editor, dtype, clip, output, seed)
-                    rows[row.key] = row
-                    write_table(output, [rows[key] for key in grid if key in rows])
-                    bar.advance(task)
-    done = [rows[key] for key in grid]
-    draw_curves(done, output / CURVES)
-    for number, case in enumerate(cases):
-        draw_grid(case, [row for row in done if row.case == number], output, output / grid_file(number))
-    return done
+        todo = [key for key in grid if key not in rows]
+        if todo:
+            with convert_editor_memory_errors(device):
+                clip = load_clip(clip_name, device)
+                for case in cases:
+                    clip.embed_texts([case.caption_before, case.caption_after])
+                editor = load_editor(editor_name, device, editor_dtype)
+                for case in cases:
+                    editor.encode_text(case.instruction)
+                editor.noise_levels(1.0, settings.diffusion_steps)
+                write_text(output / REQUEST, content)
+                columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+                with Progress(*columns, TimeRemainingColumn()) as bar:
+                    task = bar.add_task("", total=len(todo))
+                    for number, threshold, scale in todo:
+                        case = cases[number]
+                        bar.update(task, description=f"{case.image.name}, tau {threshold:g}, S_I {scale:g}")
+                        edit_settings = settings.edit(threshold, scale)
+                        row = _edit(number, case, edit_settings, editor, dtype, clip, output, seed)
+                        rows[row.key] = row
+                        write_table(output, [rows[key] for key in grid if key in rows])
+                        bar.advance(task)
+        done = [rows[key] for key in grid]
+        draw_curves(done, output / CURVES)
+        for number, case in enumerate(cases):
+            draw_grid(case, [row for row in done if row.case == number], output, output / grid_file(number))
+        return done
 
 
 def _edit(

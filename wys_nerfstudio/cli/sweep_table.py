@@ -4,7 +4,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Optional
@@ -107,23 +107,6 @@ def edit_file(case: int, mask_threshold: float, image_guidance_scale: float) -> 
 def grid_file(case: int) -> str:
     """Return the path of a case's grid, relative to the sweep's folder."""
     return f"grids/{case:03d}.png"
-
-
-def check_inputs_kept(folder: Path, outputs: Iterable[str], inputs: Iterable[Path]) -> None:
-    """Check that a sweep does not overwrite its own input.
-
-    Args:
-        folder: The sweep's folder.
-        outputs: Files that the sweep writes, relative to the folder.
-        inputs: Its list and images.
-
-    Raises:
-        WysError: If it does.
-    """
-    written = {(folder / output).resolve() for output in outputs}
-    for path in inputs:
-        if path.resolve() in written:
-            raise WysError(f'The sweep would overwrite "{path}": give -o another folder.')
 
 
 def sweep_request(cases: Sequence[SweepCase], settings: dict[str, Any]) -> str:

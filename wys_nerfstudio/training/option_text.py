@@ -29,19 +29,21 @@ def check_text(options: Any) -> None:
         if b"\0" in encoded:
             raise WysError(f"{name} contains a null byte: leave it out.")
         if isinstance(value, Path):
-            check_path_length(name, value)
+            check_path(name, value)
 
 
-def check_path_length(name: str, path: Path) -> None:
-    """Refuse a path that no file system allows.
+def check_path(name: str, path: Path) -> None:
+    """Refuse a path that no file system allows, or with control characters, which nerfstudio's viewer would show as markup.
 
     Args:
         name: The option, for the error message.
         path: The path.
 
     Raises:
-        WysError: If it, or the name of one of its folders, is too long.
+        WysError: If it, or the name of one of its folders, is too long or contains control characters.
     """
+    if not str(path).isprintable():
+        raise WysError(f"{name} {str(path)!r} contains control characters: rename it without them.")
     longest = max((len(part.encode("utf8")) for part in path.parts), default=0)
     if longest > MAX_NAME:
         raise WysError(

@@ -6,22 +6,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Optional
 
-from filelock import FileLock, Timeout
-
 from wys_nerfstudio.training.checkpoint import CAPTURED_SCENE, newest_checkpoint
 from wys_nerfstudio.training.edit_log import EDITS_FILE
 from wys_nerfstudio.training.history import HISTORY_FILE, find_snapshots
 from wys_nerfstudio.training.interrupts import resume_hint
 from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.folder_lock import LOCK_FILE, lock_folder, unlock_folder
 
-LOCK_FILE = "run.lock"
 CONFIG_TAG = "!!python/object:wys_nerfstudio.trainer.SavedConfig"
 """First line of a config.yml of this method."""
 REPLACED = (EDITS_FILE, HISTORY_FILE, "contact_sheet.png", "masks/*.png", "edits/*.png", "reference/*.png")
 """What a run leaves in its `wys` folder if it is killed before its first checkpoint, and what a new run of that name removes."""
-
-_locks: dict[Path, FileLock] = {}
-"""Locks that this process holds, by run folder."""
 
 
 def claim_folder(folder: Path, checkpoints: Path, resumed: Optional[Path]) -> None:
@@ -38,22 +33,14 @@ def claim_folder(folder: Path, checkpoints: Path, resumed: Optional[Path]) -> No
     """
     folder.mkdir(parents=True, exist_ok=True)
     _refuse_links(folder)
-    _lock(folder)
+    lock_folder(folder, "the run", "leave out --timestamp to start a run beside it")
     if resumed is not None and resumed.parent.resolve() == checkpoints.resolve():
         return
     try:
         _refuse_existing(folder, checkpoints)
     except WysError:
-        release_folder(folder)
+        unlock_folder(folder)
         raise
-
-
-def release_folder(folder: Path) -> None:
-    """Let other processes write into a folder that this process has claimed."""
-    lock = _locks.pop(folder.resolve(), None)
-    if lock is not None:
-        lock.release()
-        (folder / LOCK_FILE).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -62,7 +49,7 @@ def claimed_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        release_folder(folder)
+        unlock_folder(folder)
 
 
 def remove_unsaved_files(folder: Path) -> None:
@@ -85,21 +72,6 @@ def _refuse_links(folder: Path) -> None:
                     f'"{path}" is a symbolic link, and a run writes into its own folder only: remove the link, or choose '
                     "another folder with --timestamp or --output-dir."
                 )
-
-
-def _lock(folder: Path) -> None:
-    key = folder.resolve()
-    if key in _locks:
-        return
-    lock = FileLock(folder / LOCK_FILE, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise WysError(
-            f'Another process is writing the run in "{folder}": wait until it ends, or leave out --timestamp to start a run '
-            "beside it."
-        ) from error
-    _locks[key] = lock
 
 
 def _refuse_existing(folder: Path, checkpoints: Path) -> None:
