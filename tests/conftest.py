@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +37,13 @@ SMALL_FIELD = {
 FAKES = Path(__file__).parent / "fakes"
 """Folder of stand-ins for packages that need a GPU. It is never on this process's path: nerfstudio would find them."""
 WORDS = "a the make turn paint give it bear ball block hat red blue green panda polar snow night into of photo".split()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible() -> None:
+    """Let Ctrl-C interrupt programs as in a terminal; shells make programs in the background ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
