@@ -252,7 +252,8 @@ def test_memory_measures_all_phases_in_a_process_of_their_own(
     assert "| `wys-tiny` | " in capsys.readouterr().out
     peaks = json.loads((tmp_path / "memory.json").read_text())["peak_gib"]["wys-tiny"]
     # On a CPU the peak is the maximum since the start of the process.
-    assert 0.1 < peaks["reconstruct"] <= peaks["localize"] <= peaks["edit"] < memory.peak_gib("cpu") - 0.5
+    # Linux counts resident memory to a few pages per thread.
+    assert 0.1 < peaks["reconstruct"] <= peaks["localize"] + 0.01 <= peaks["edit"] + 0.02 < memory.peak_gib("cpu") - 0.5
 
 
 def test_time_of_a_nested_part_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:

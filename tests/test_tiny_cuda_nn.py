@@ -213,7 +213,7 @@ def test_weights_of_the_other_backend_are_refused(finished):
     assert endings["torch base"].endswith(
         "was trained without tiny-cuda-nn: add --pipeline.model.implementation torch."
     )
-    assert "The run was trained with tiny-cuda-nn, whose weights only" in endings["resumed in torch"]
+    assert "was trained with tiny-cuda-nn, whose weights only" in endings["resumed in torch"]
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ sampled at every step. Writes `soak.json` and `soak.png`. The exit code is 1 if 
 """
 
 import argparse
+import html
 import json
 import os
 import re
@@ -140,7 +141,7 @@ class Client:
         elif message["type"] == "GuiUpdateMessage" and message["id"] in self._elements:
             self._elements[message["id"]].update(message["updates"])
         self.renders += message["type"] == "BackgroundImageMessage"
-        text = message.get("updates", message).get("markdown") or ""
+        text = html.unescape(message.get("updates", message).get("markdown") or "")
         if text.startswith("**"):
             self.status = text
 

@@ -101,6 +101,12 @@ def test_folders_of_others_are_refused(folder: Path, config: str) -> None:
     assert "contains files that are not from a run of this method" in refusal(folder)
 
 
+def test_a_run_killed_before_its_config_is_started_again(tmp_path: Path) -> None:
+    write(tmp_path / "run", LOCK_FILE, "config.yml.partial")
+    claim(tmp_path / "run")
+    unlock_folder(tmp_path / "run")
+
+
 @pytest.mark.parametrize("scene", ["captured.ckpt", "history/001.ckpt"])
 def test_scenes_without_a_checkpoint_are_not_replaced(folder: Path, scene: str) -> None:
     write(folder, f"wys/{scene}")

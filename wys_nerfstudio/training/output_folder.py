@@ -90,7 +90,8 @@ def _refuse_existing(folder: Path, checkpoints: Path) -> None:
         )
     config = folder / "config.yml"
     own = config.is_file() and config.read_bytes().startswith(CONFIG_TAG.encode())
-    if not own and {path.name for path in folder.iterdir()} - {LOCK_FILE}:
+    # The first files of a run, which may be killed before it has its config.yml.
+    if not own and {path.name for path in folder.iterdir()} - {LOCK_FILE, "config.yml.partial"}:
         raise WysError(
             f'"{folder}" contains files that are not from a run of this method: choose another folder with --timestamp or '
             "--output-dir."
