@@ -561,3 +561,25 @@ def test_the_native_resolution_is_the_longer_sample_size(full_size):
     config = SimpleNamespace(sample_size=(48, 80), block_out_channels=(1, 1, 1))
     editor = replace(full_size, unet=SimpleNamespace(config=config))
     assert editor.native_resolution == 640
+
+
+def test_weights_named_by_earlier_releases_are_loaded(copy, editor_folder):
+    """As in timbrooks/instruct-pix2pix: old attention names in the VAE, position ids and a prefix in the text encoder."""
+    from safetensors.torch import load_file, save_file
+
+    (file,) = (copy / "vae").glob("*.safetensors")
+    renamed, old_names = {}, {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for key, value in load_file(file).items():
+        name = key
+        for new, old in old_names.items() if "attentions" in key else ():
+            name = name.replace(new, old)
+        renamed[name] = value
+    assert any("proj_attn" in name for name in renamed)
+    save_file(renamed, file, {"format": "pt"})
+    (file,) = (copy / "text_encoder").glob("*.safetensors")
+    text = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(file).items()}
+    save_file({**text, "text_model.embeddings.position_ids": torch.arange(77)[None]}, file, {"format": "pt"})
+    old, new = load_editor(str(copy)), load_editor(str(editor_folder))
+    for part in ("vae", "text_encoder"):
+        states = [getattr(editor, part).state_dict() for editor in (old, new)]
+        assert all(torch.equal(states[0][key], value) for key, value in states[1].items())
