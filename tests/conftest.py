@@ -39,11 +39,11 @@ FAKES = Path(__file__).parent / "fakes"
 WORDS = "a the make turn paint give it bear ball block hat red blue green panda polar snow night into of photo".split()
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def interruptible() -> None:
-    """Let Ctrl-C interrupt programs as in a terminal; shells make programs in the background ignore it."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Let Ctrl-C interrupt programs as in a terminal. Shells make programs in the background ignore it, and so does a `wys` command
+    that was stopped, which usually ends the process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

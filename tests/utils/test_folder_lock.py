@@ -17,10 +17,19 @@ def test_a_locked_folder_has_one_writer(tmp_path: Path) -> None:
             FileLock(folder / LOCK_FILE, timeout=0).acquire()
         with locked_folder(folder, "the sweep"):  # the same process
             pass
-    assert not list(folder.iterdir())
+        (folder / "result").touch()
+    assert [path.name for path in folder.iterdir()] == ["result"]
     with FileLock(folder / LOCK_FILE), pytest.raises(WysError, match="Another process is writing the sweep in"):
         with locked_folder(folder, "the sweep"):
             pass
+
+
+def test_a_folder_in_which_nothing_was_written_is_not_left(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for name in ("new", "mine"):
+        with locked_folder(tmp_path / name, "the sweep"):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_a_folder_that_cannot_be_created_is_refused(tmp_path: Path) -> None:

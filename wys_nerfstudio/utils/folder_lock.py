@@ -1,5 +1,6 @@
 """One writer per output folder: a second process that would write there is refused."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +47,9 @@ def unlock_folder(folder: Path) -> None:
 
 @contextmanager
 def locked_folder(folder: Path, what: str) -> Iterator[None]:
-    """Context in which this process is the only writer of a command's output folder, which is created if necessary.
+    """Context in which this process is the only writer of a command's output folder.
+
+    The folder is created if necessary, and removed again if nothing was written.
 
     Args:
         folder: The folder.
@@ -55,6 +58,7 @@ def locked_folder(folder: Path, what: str) -> Iterator[None]:
     Raises:
         WysError: As for `lock_folder`, or if the folder cannot be created.
     """
+    new = not os.path.lexists(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock_folder(folder, what, "give -o another folder")
@@ -66,3 +70,5 @@ def locked_folder(folder: Path, what: str) -> Iterator[None]:
         yield
     finally:
         unlock_folder(folder)
+        if new and not any(folder.iterdir()):
+            folder.rmdir()
