@@ -16,8 +16,10 @@ sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import compat
 import edit_phase
 import field
+import full_size
 import localization
 import memory
+import photographs
 import scale
 import speed
 import startup
@@ -25,9 +27,10 @@ import views
 
 from wys_nerfstudio.config import wys_tiny
 from wys_nerfstudio.demo.scene import write_demo_scene
-from wys_nerfstudio.editing import EditSettings, edit_images, load_editor, relevance_maps
+from wys_nerfstudio.editing import Editor, EditSettings, edit_images, load_editor, relevance_maps
 from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor
 from wys_nerfstudio.utils.atomic_io import write_tensors
+from wys_nerfstudio.utils.visualization import write_png
 
 
 def test_the_tests_that_compat_runs_exist() -> None:
@@ -163,6 +166,77 @@ def test_scale_measures_memory_by_count_and_size_of_views(
     # Captured and edited view in 8 bits; the maps are small.
     assert few == many == pytest.approx(32 * 40 * 6 / 2**20, rel=0.1) and same <= few
     assert wide == pytest.approx(4 * few, rel=0.1)
+
+
+def test_the_scripted_editor_recolors_inside_the_mask_only(images: torch.Tensor) -> None:
+    editor, mask = photographs.ScriptedEditor(jitter=0.0), torch.zeros(3, 32, 40, dtype=torch.bool)
+    mask[:, 8:24, 8:32] = True
+    settings = EditSettings(resolution=40, diffusion_steps=5)
+    edited = edit_images(editor, images, images, mask, "any", settings, strength=0.8, seeds=[0, 1, 2])
+    assert torch.equal(edited[~mask], images[~mask])
+    assert torch.allclose(edited[mask], photographs.recolor(images)[mask], atol=1e-4)
+    assert isinstance(editor, Editor)
+    (maps,) = relevance_maps(editor, images, "any", seeds=[0, 1, 2], resolution=40)
+    assert maps.shape == (3, 4, 5) and maps.min() > 0
+
+
+def test_the_scripted_editor_varies_the_color_between_edits(images: torch.Tensor) -> None:
+    editor, mask = photographs.ScriptedEditor(jitter=0.1), torch.ones(3, 32, 40, dtype=torch.bool)
+    settings = EditSettings(resolution=40, diffusion_steps=5)
+    same = images[:1].expand(3, -1, -1, -1)
+    edits = [
+        edit_images(editor, same, same, mask, "any", settings, strength=0.8, seeds=seeds)
+        for seeds in ([0, 1, 2], [0, 1, 3])
+    ]
+    assert torch.allclose(edits[0][:2], edits[1][:2], atol=1e-5)
+    assert (edits[0][2] - edits[1][2]).abs().mean() > 0.01 < (edits[0][0] - edits[0][1]).abs().mean()
+
+
+def test_noisy_maps_show_halo_false_blobs_and_missing_objects() -> None:
+    marks = torch.zeros(400, 64, 64, dtype=torch.bool)
+    marks[:, 16:32, 16:32] = True
+    options = photographs.Options(Path(), Path(), Path(), missing=0.25, blobs=0.0)
+    maps = photographs.noisy_maps(marks, (16, 16), options, seed=0)
+    shown = maps[:, 5:7, 5:7].mean(dim=(1, 2)) > 0.3
+    assert 0.15 < 1 - shown.float().mean() < 0.35
+    inside, halo, outside = maps[shown][:, 5:7, 5:7], maps[shown][:, 3, 5:7], maps[:, 12:, 12:]
+    assert inside.mean() == pytest.approx(0.6, rel=0.1) and inside.mean() > 2 * halo.mean() > 4 * outside.mean()
+    options.missing, options.blobs = 0.0, 1.0
+    blobs = photographs.noisy_maps(marks, (16, 16), options, seed=0)[:, 12:, 12:]
+    assert 0.1 < (blobs.amax(dim=(1, 2)) > 0.4).float().mean() < 0.5 and outside.amax() < 0.1
+
+
+@pytest.mark.slow
+def test_photographs_compares_field_and_maps_with_marks(
+    ring_scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    for path in sorted((ring_scene / "images").iterdir()):
+        mask = torch.zeros(32, 40)
+        mask[8:24, 8:32] = 1
+        write_png(marks / f"{path.stem}.png", mask)
+    options = photographs.Options(ring_scene, marks, tmp_path, seeds=(0, 1))
+    options.reconstruct_steps = options.localize_steps = options.edit_steps = 10
+    photographs.main(options)
+    assert "| IoU of field and hull | " in capsys.readouterr().out
+    first, second = json.loads((tmp_path / "photographs.json").read_text())["rows"]
+    # The second run starts from the captured scene of the first.
+    assert first["outside before, dB"] == pytest.approx(second["outside before, dB"], abs=0.01)
+    assert "reconstruct, s" in first and "reconstruct, s" not in second
+    assert {"localize, s", "edit, s", "end, s", "peak, GiB"} < second.keys()
+    assert first["maps"]["AP"] > 0.5 and first["maps"] != second["maps"]
+    assert 0 < first["color deviation, edited views"] < 0.3
+    assert (tmp_path / "held_out_1.png").is_file()
+
+
+@pytest.mark.slow
+def test_full_size_measures_every_stage(ring_scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    full_size.main(full_size.Options(ring_scene, tmp_path, views=4, side=80, steps=2, edits=1))
+    assert "| contact sheet | " in capsys.readouterr().out
+    rows = json.loads((tmp_path / "full_size.json").read_text())["rows"]
+    assert [row["stage"] for row in rows][::5] == ["start-up", "begin of the edit phase", "ns-eval: render of one view"]
+    assert all(row["peak_gib"] > 0.3 for row in rows)
 
 
 @pytest.mark.slow
