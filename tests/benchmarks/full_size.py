@@ -112,7 +112,7 @@ def main(options: Options) -> None:
     """Measure, print the table and write the JSON file."""
     options.output.mkdir(parents=True, exist_ok=True)
     scene = options.output / "scene"
-    write_scene(options.capture, scene, options.views, options.side)
+    write_scene(options.capture, scene, options.views, options.side, suffix=".jpg")
     editor = ScriptedEditor(jitter=0.08)
     with mock.patch("wys_nerfstudio.pipeline.load_editor", lambda *_: editor):
         rows = measure_stages(options, scene)

@@ -72,7 +72,7 @@ class Row:
     """Memory in MiB of a view, its relevance and its edit."""
 
 
-def write_scene(source: Path, folder: Path, views: int, side: Optional[int] = None) -> int:
+def write_scene(source: Path, folder: Path, views: int, side: Optional[int] = None, suffix: str = ".png") -> int:
     """Write a scene of repeated, and optionally enlarged, views.
 
     Args:
@@ -80,6 +80,7 @@ def write_scene(source: Path, folder: Path, views: int, side: Optional[int] = No
         folder: Folder to write; it is replaced.
         views: Number of views.
         side: Longer side of the views in pixels. Default: the source's.
+        suffix: Suffix of their files.
 
     Returns:
         Longer side of the views in pixels.
@@ -92,7 +93,7 @@ def write_scene(source: Path, folder: Path, views: int, side: Optional[int] = No
     frames = []
     for number in range(views):
         frame = transforms["frames"][number % len(transforms["frames"])]
-        name = f"images/{number:04d}.png"
+        name = f"images/{number:04d}{suffix}"
         Image.open(source / frame["file_path"]).resize(size).save(folder / name)
         frames.append({**frame, "file_path": name})
     transforms |= {key: transforms[key] * scale for key in ("fl_x", "fl_y", "cx", "cy")}
