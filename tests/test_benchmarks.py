@@ -206,6 +206,14 @@ def test_noisy_maps_show_halo_false_blobs_and_missing_objects() -> None:
     assert 0.1 < (blobs.amax(dim=(1, 2)) > 0.4).float().mean() < 0.5 and outside.amax() < 0.1
 
 
+def test_color_deviation_is_that_of_the_views_means_inside_their_masks() -> None:
+    captured = [torch.rand(4, 4, 3, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    masks = [torch.zeros(4, 4, dtype=torch.bool) for _ in captured]
+    masks[0][:2], masks[1][2:] = True, True
+    shifted = [photographs.recolor(image) + shift for image, shift in zip(captured, (0.1, -0.1, 9.0))]
+    assert photographs.color_deviation(shifted, captured, masks) == pytest.approx(0.2 / 2**0.5, abs=1e-5)
+
+
 @pytest.mark.slow
 def test_photographs_compares_field_and_maps_with_marks(
     ring_scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -226,7 +234,7 @@ def test_photographs_compares_field_and_maps_with_marks(
     assert "reconstruct, s" in first and "reconstruct, s" not in second
     assert {"localize, s", "edit, s", "end, s", "peak, GiB"} < second.keys()
     assert first["maps"]["AP"] > 0.5 and first["maps"] != second["maps"]
-    assert 0 < first["color deviation, edited views"] < 0.3
+    assert 0 < first["color deviation of edited views"] < 0.3
     assert (tmp_path / "held_out_1.png").is_file()
 
 

@@ -289,22 +289,26 @@ def localization(maps: Float[Tensor, "n h w"], marks: Bool[Tensor, "n h w"], tau
     return {name: sum(values) / len(values) for name, values in rows.items()}
 
 
-@torch.no_grad()
-def consistency(trainer: WysTrainer, marks: Path) -> dict[str, float]:
-    """Return the deviation between views of the color inside the marks, of the edited views and of renders of the same views.
+def color_deviation(images: Sequence[Tensor], captured: Sequence[Tensor], masks: Sequence[Tensor]) -> float:
+    """Return the standard deviation between images of the mean difference to the intended edit inside their masks.
 
-    The color of a view is the mean difference to the intended edit, over the marked pixels that the edit changed.
+    Args:
+        images: Edited images (h, w, 3).
+        captured: The same views as captured.
+        masks: Pixels (h, w) that count; images without any are left out.
     """
-    data, model = trainer.pipeline.datamanager, trainer.pipeline.scene_model
-    masks = read_masks(marks, data.train_dataset.image_filenames, *data.view_size)
-    colors: dict[str, list[Tensor]] = {"color deviation, edited views": [], "color deviation, renders": []}
-    for view in sorted(data.edited_views):
-        captured, edited = data.captured_views([view])[0], data.current_views([view])[0]
-        where = masks[view] & (captured != edited).any(dim=-1)
-        if where.any():
-            for values, image in zip(colors.values(), (edited, model.render_view(data.cameras, view)["rgb"])):
-                values.append((image - recolor(captured))[where].mean(dim=0))
-    return {name: float(torch.stack(values).std(dim=0).mean()) for name, values in colors.items()}
+    triples = [triple for triple in zip(images, captured, masks) if triple[2].any()]
+    colors = [(image - recolor(before))[mask].mean(dim=0) for image, before, mask in triples]
+    return float(torch.stack(colors).std(dim=0).mean())
+
+
+def deviation_of_edits(trainer: WysTrainer, marks: Path) -> float:
+    """Return the color deviation of the edited views, inside the marks where the edit changed them."""
+    data = trainer.pipeline.datamanager
+    views = sorted(data.edited_views)
+    masks = read_masks(marks, data.train_dataset.image_filenames, *data.view_size)[views]
+    captured, edited = data.captured_views(views), data.current_views(views)
+    return color_deviation([*edited], [*captured], [*(masks & (captured != edited).any(dim=-1))])
 
 
 def measure(options: Options, seed: int, base: Optional[Path]) -> tuple[dict[str, Any], Path]:
@@ -319,7 +323,8 @@ def measure(options: Options, seed: int, base: Optional[Path]) -> tuple[dict[str
     edited, field = render(trainer, "rgb"), render(trainer, "relevance_value")[..., 0]
     row: dict[str, Any] = {"seed": seed, "maps": localization(maps, marks, options.mask_threshold)}
     row["field and hull"] = localization(field, marks, options.mask_threshold)
-    row |= consistency(trainer, options.marks)
+    row["color deviation of edited views"] = deviation_of_edits(trainer, options.marks)
+    row["color deviation of held-out renders"] = color_deviation([*edited], [*captured], [*marks])
     trainer.pipeline.scene_model.field.relevance_hull.reset()
     row["field"] = localization(render(trainer, "relevance_value")[..., 0], marks, options.mask_threshold)
     load_captured_scene(trainer.pipeline, trainer.base_dir)
