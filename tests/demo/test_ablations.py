@@ -16,12 +16,13 @@ import torch
 from conftest import run_wys
 from nerfstudio.scripts import train
 from nerfstudio.utils import writer
+from pages import ROOT
 from PIL import Image
 from rich.console import Console
 
 from wys_nerfstudio.cli import main
 from wys_nerfstudio.demo import ablations
-from wys_nerfstudio.demo.ablations import VARIANTS, psnr_outside, table
+from wys_nerfstudio.demo.ablations import METRICS, VARIANTS, psnr_outside, table
 from wys_nerfstudio.evaluation.ground_truth import GroundTruth
 from wys_nerfstudio.relevance.localizer import Localization
 from wys_nerfstudio.utils.visualization import write_png
@@ -65,6 +66,13 @@ def test_the_table_shows_mean_and_range_over_seeds() -> None:
     assert [cell.strip() for cell in rows[0]] == ["before", "37.5", "-"]
     assert [cell.strip() for cell in rows[1]] == ["relevance field", "36.5 (36.0 to 37.0)", "0.62 (0.50 to 0.75)"]
     assert [cell.strip() for cell in rows[2]] == ["true masks", "37.0", "1.00"]
+
+
+def test_the_table_has_a_column_for_each_metric_of_the_page() -> None:
+    every_metric = {name: 0.0 for name in METRICS}
+    titles = [str(column.header) for column in table({"before": [every_metric]}).columns]
+    page = json.loads((ROOT / ".github" / "benchmarks" / "ablations.json").read_text("utf8"))["columns"]
+    assert titles == [page[0], page[1].removeprefix("edited "), *page[2:]] and "CLIP text-image sim." in titles
 
 
 def test_psnr_outside_measures_changes_outside_the_masks(tmp_path: Path) -> None:
