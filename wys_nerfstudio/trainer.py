@@ -12,7 +12,7 @@ from typing import Literal, NoReturn, Optional
 import torch
 import yaml
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
-from nerfstudio.engine.callbacks import TrainingCallbackLocation
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackLocation
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils import writer
 from nerfstudio.utils.misc import step_check
@@ -292,6 +292,8 @@ class WysTrainer(Trainer):
             ):
                 self._peers = PeerMonitor()
                 super().setup(test_mode)
+                after_training = [TrainingCallbackLocation.AFTER_TRAIN]
+                self.callbacks.append(TrainingCallback(after_training, self._write_contact_sheet))
                 if self.config.load_checkpoint is not None:
                     main_process_only(self.config.write_config)()
         except SystemExit:
@@ -523,12 +525,27 @@ class WysTrainer(Trainer):
 
     def _after_train(self) -> None:
         """Finish the run, before the last checkpoint marks it as finished."""
-        session = self.pipeline.session
-        session.finish(self.step)
-        # The viewer renders in other threads, and a training view is rendered with its own appearance.
-        with self.train_lock, self.convert_memory_errors("renders"):
-            session.edit_loop.write_contact_sheet(session.run.folder)
+        self.pipeline.session.finish(self.step)
         super()._after_train()
+
+    def _write_contact_sheet(self, step: int) -> None:
+        """Collective: write the contact sheet of the finished run, unless the run is interrupted. All else is saved by now.
+
+        Args:
+            step: The last trained step; nerfstudio calls this after training.
+        """
+        session, interrupts = self.pipeline.session, self._interrupts
+        saved = f'the run is finished and saved; wys compare "{self.base_dir}" renders a contact sheet.'
+        # The viewer renders in other threads, and a training view is rendered with its own appearance.
+        with self.train_lock, convert_memory_errors(ACTIVITIES["renders"], lambda: saved):
+            written = broadcast_from_main(
+                lambda: session.edit_loop.write_contact_sheet(session.run.folder, lambda: interrupts.received)
+            )
+        if not written:
+            self.shutdown()
+            if rank() == 0:
+                print(f"wys: Stopped before the contact sheet was written: {saved}", file=sys.stderr)
+            raise SystemExit(INTERRUPTED)
 
     def _load_checkpoint(self) -> None:
         """Load weights, optimizers and state of the run that is resumed."""

@@ -69,7 +69,7 @@ def resume_hint(folder: Path) -> str:
 
 
 class GracefulInterrupt:
-    """Context manager that lets the current step finish after Ctrl-C, SIGTERM or SIGHUP. A second Ctrl-C raises
+    """Context manager that lets the current step or render finish after Ctrl-C, SIGTERM or SIGHUP. A second Ctrl-C raises
     KeyboardInterrupt; SIGTERM, which queueing systems send, and SIGHUP never do. nohup's SIGHUP stays ignored."""
 
     def __init__(self) -> None:
@@ -90,6 +90,6 @@ class GracefulInterrupt:
 
     def _handle(self, _number: int, _frame: Optional[FrameType]) -> None:
         if not self.received:
-            CONSOLE.print("Stopping after this step. Ctrl-C again stops at once and saves nothing.")
+            CONSOLE.print("Stopping after this step or render. Ctrl-C again stops at once and saves nothing.")
         self.received = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
