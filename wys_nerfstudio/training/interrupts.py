@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, Optional
 
 from nerfstudio.utils.rich_utils import CONSOLE
@@ -37,6 +37,20 @@ def exit_on_error() -> Iterator[None]:
     except KeyboardInterrupt as error:
         print("wys: Stopped at once; nothing since the last checkpoint is saved.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from error
+
+
+def report_uncaught_errors() -> None:
+    """End this program with a sentence instead of a traceback after a `WysError` that nothing else converts: nerfstudio's commands
+    build some parts of a finished run by themselves."""
+    previous = sys.excepthook
+
+    def report(kind: type[BaseException], error: BaseException, traceback: Optional[TracebackType]) -> None:
+        if isinstance(error, WysError):
+            print(f"wys: {error}", file=sys.stderr)
+        else:
+            previous(kind, error, traceback)
+
+    sys.excepthook = report
 
 
 @contextmanager
