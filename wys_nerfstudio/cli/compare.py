@@ -20,7 +20,7 @@ from wys_nerfstudio.utils.visualization import SOFTWARE, contact_sheet, evenly_s
 
 SHOWN_VIEWS = 6
 """Number of views in contact sheets."""
-SHOWN_SIDE = 512
+SHOWN_SIDE = 384
 """Largest longer side in pixels of an image in contact sheets."""
 RENDERS = {"rgb": "render", "relevance": "relevance field", "relevance_overlay": "overlay"}
 """Model outputs in contact sheets, and their titles."""

@@ -33,8 +33,9 @@ NOT_FINITE_REMEDY = (
 """Advice for edits that are NaN or infinite."""
 SHEET_VIEWS = 6
 """Number of views in the contact sheet."""
-SHEET_SIDE = 512
-"""Largest longer side in pixels of an image in the contact sheet, which has six columns."""
+SHEET_SIDE = 384
+"""Largest longer side in pixels of a render for the contact sheet, which has six columns: less than InstructPix2Pix's editing size,
+and readable where views are edited much smaller."""
 
 
 @dataclass
@@ -338,7 +339,7 @@ class EditLoop:
 
     @torch.no_grad()
     def write_contact_sheet(self, folder: Path, stopped: Callable[[], bool]) -> bool:
-        """Write images of some views as they are now, as `edit_log.TITLES` names them, at most as large as views are edited.
+        """Write images of some views as they are now, as `edit_log.TITLES` names them.
 
         Args:
             folder: The run's `wys` folder. A sheet that is there is of an earlier moment and is removed first.
@@ -349,8 +350,7 @@ class EditLoop:
         """
         views, localizer, rows = self._views, self._localizer(), []
         (folder / "contact_sheet.png").unlink(missing_ok=True)
-        longer_side = min(SHEET_SIDE, max(self._editing_size()))
-        every_pixel = torch.ones(limited_size(*views.view_size, longer_side), dtype=torch.bool)
+        every_pixel = torch.ones(limited_size(*views.view_size, SHEET_SIDE), dtype=torch.bool)
         shown = evenly_spaced(SHEET_VIEWS, views.num_views)
         for view in track(shown, description="Contact sheet", console=CONSOLE):
             if stopped():
@@ -358,7 +358,7 @@ class EditLoop:
             colors, values, _ = self._scene.render_pixels(views.cameras, view, every_pixel)
             value = values.view(every_pixel.shape)
             mask = localizer.mask_from(value) if localizer.uses_field else localizer.view_mask(view, *views.view_size)
-            row = image_row(views, view, value, mask, longer_side)
+            row = image_row(views, view, value, mask, SHEET_SIDE)
             rows.append((views.view_names[view], [*row, colors.view(*value.shape, 3).clamp(0, 1).cpu()]))
         save_png(folder / "contact_sheet.png", contact_sheet(TITLES, rows), f"views of a scene edited with {SOFTWARE}")
         CONSOLE.print(
