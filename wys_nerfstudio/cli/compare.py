@@ -59,6 +59,25 @@ def find_config(run: Path) -> Path:
     return config
 
 
+def require_wys_run(config: Path) -> None:
+    """Refuse a config.yml that is damaged or of another method, before nerfstudio loads it.
+
+    Args:
+        config: The file.
+
+    Raises:
+        WysError: If it is.
+    """
+    from wys_nerfstudio.training.output_folder import CONFIG_TAG
+    from wys_nerfstudio.training.run_options import read_run_config
+
+    if not config.read_bytes().startswith(CONFIG_TAG.encode()):
+        raise WysError(
+            f'"{config.parent}" is not a wys run: wys compare takes runs of ns-train wys, wys-small or wys-tiny.'
+        )
+    read_run_config(config.parent)
+
+
 def compare_runs(runs: Sequence[Path], output: Path) -> None:
     """Print the runs' metrics and write `comparison.json`, `contact_sheet.png`, `chart.png` and `relevance_A.png` per run.
 
@@ -72,8 +91,6 @@ def compare_runs(runs: Sequence[Path], output: Path) -> None:
     from nerfstudio.utils.eval_utils import eval_setup
     from nerfstudio.utils.rich_utils import CONSOLE
 
-    from wys_nerfstudio.pipeline import WysPipeline
-
     if not runs:
         raise WysError("wys compare takes one or more runs: wys compare RUN_A RUN_B.")
     configs = [find_config(run) for run in runs]
@@ -81,6 +98,7 @@ def compare_runs(runs: Sequence[Path], output: Path) -> None:
         # A run has a contact_sheet.png as well.
         if output.resolve().is_relative_to(config.parent.resolve()):
             raise WysError(f'-o "{output}" is inside the run "{config.parent}": give -o another folder.')
+        require_wys_run(config)
     titles = [f"{chr(ord('A') + i)}: {config.parent.name}" for i, config in enumerate(configs)]
     names: list[str] = []
     shown_views: list[int] = []
@@ -89,10 +107,6 @@ def compare_runs(runs: Sequence[Path], output: Path) -> None:
     renders: list[list[dict[str, Tensor]]] = []
     for config in configs:
         pipeline: Any = eval_setup(config, test_mode="test")[1]
-        if not isinstance(pipeline, WysPipeline):
-            raise WysError(
-                f'"{config.parent}" is not a wys run: wys compare takes runs of ns-train wys, wys-small or wys-tiny.'
-            )
         data = pipeline.datamanager
         if not names:
             names = data.view_names
