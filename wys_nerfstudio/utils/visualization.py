@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from matplotlib import colormaps as matplotlib_colormaps
-from matplotlib.font_manager import findfont
+from matplotlib import get_data_path
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 SOFTWARE = f"wys-nerfstudio {__version__}"
 """Value of the text chunk Software of every PNG."""
-FONT = "DejaVu Sans"
+FONT = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"
 """Font of contact sheets, which comes with matplotlib: Latin, Greek, Cyrillic, Hebrew, Arabic and more, but no Chinese, Japanese
-or Korean."""
+or Korean. matplotlib's own search for fonts would delay every command."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def reduce(image: Float[Tensor, "h w c"], longer_side: int) -> Float[Tensor, "so
 
 def printable(text: str) -> str:
     """Return text in which unprintable characters and those that `FONT` lacks are escaped as in Python's string literals."""
-    known = FT2Font(findfont(FONT)).get_charmap()
+    known = FT2Font(FONT).get_charmap()
     shown = (
         char if char.isprintable() and ord(char) in known else char.encode("unicode_escape").decode() for char in text
     )
@@ -150,7 +150,7 @@ def contact_sheet(
         (gap + (cell_width + gap) * len(titles), header + (cell_height + header + gap) * len(rows)),
         (255, 255, 255),
     )
-    draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(findfont(FONT), size=11)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(FONT, size=11)
     for column, title in enumerate(titles):
         draw.text((gap + column * (cell_width + gap), 2), printable(title), fill=(0, 0, 0), font=font)
     for i, (name, images) in enumerate(rows):
