@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Optional
 
 import numpy as np
@@ -706,3 +707,31 @@ def test_a_capture_is_loadable_or_refused(valid_scene, value, key, into_frame, d
     else:  # what the check accepts, nerfstudio can load
         config = NerfstudioDataParserConfig(data=file)
         assert len(config.setup().get_dataparser_outputs("train").image_filenames) == SIZE["views"]
+
+
+def start_tracker(failure: BaseException) -> ModuleType:
+    """Return a stand-in for wandb and comet_ml that cannot be started."""
+
+    def fail(**_: object) -> None:
+        raise failure
+
+    module = ModuleType("tracker")
+    module.init = module.Experiment = fail  # type: ignore
+    return module
+
+
+@pytest.mark.parametrize(
+    ("vis", "package", "tracker", "message"),
+    [
+        ("wandb", "wandb", None, "the package wandb cannot be imported.: pip install wandb, or train with --vis viewer"),
+        ("viewer+wandb", "wandb", start_tracker(RuntimeError("No API key configured. Use `wandb login` to log in.")),
+         "No API key configured. Use `wandb login` to log in.: log in with wandb login, set WANDB_MODE=offline if"),
+        ("comet", "comet_ml", None, "the package comet_ml cannot be imported.: pip install comet_ml, or train with"),
+        ("comet", "comet_ml", start_tracker(ValueError("Comet.ml requires an API key.\nDetails")),
+         "Comet.ml requires an API key.: set COMET_API_KEY to the key of your account, or train with --vis viewer"),
+        ("comet", "comet_ml", start_tracker(TimeoutError()), "--vis comet does not start .TimeoutError.: set COMET_API"),
+    ],
+)  # fmt: skip
+def test_trackers_that_cannot_be_started_are_refused(cli_case, refusal, monkeypatch, vis, package, tracker, message):
+    monkeypatch.setitem(sys.modules, package, tracker)
+    assert re.search(message, refusal(cli_case.arguments("--vis", vis)))

@@ -215,9 +215,12 @@ def test_export_needs_no_editor(finished_run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "point_cloud.ply").stat().st_size > 1000
 
 
-def test_compare_tabulates_several_runs(finished_run: Path, tmp_path: Path, monkeypatch) -> None:
+def test_compare_tabulates_several_runs(finished_run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     again = shutil.copytree(finished_run, tmp_path / "again")
     run_wys(monkeypatch, "compare", finished_run, again, "-o", tmp_path / "out")
+    printed = capsys.readouterr().out
+    for bar in ("Metrics of the edited views", "Contact sheet"):
+        assert len(re.findall(rf"{bar} .* 100% \d+:\d+:\d+", printed)) == 2
     results = list(json.loads((tmp_path / "out" / "comparison.json").read_text())["metrics"].values())
     assert len(results) == 2 and results[0] == results[1] and results[0]["edit_psnr"] > 0
     for name in ("contact_sheet.png", "chart.png", "relevance_A.png", "relevance_B.png"):

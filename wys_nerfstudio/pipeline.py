@@ -29,11 +29,12 @@ from wys_nerfstudio.evaluation.niqe import NiqeParams, check_niqe
 from wys_nerfstudio.model import WysModel, WysModelConfig
 from wys_nerfstudio.relevance.cache import RelevanceRequest
 from wys_nerfstudio.relevance.localizer import Localization, available_localizations, trains_field
-from wys_nerfstudio.training.checkpoint import check_backend, model_state
+from wys_nerfstudio.training.checkpoint import model_state
 from wys_nerfstudio.training.devices import has_own_device, validate_editor_device
 from wys_nerfstudio.training.distributed import wrap_ddp
 from wys_nerfstudio.training.interrupts import exit_on_error
 from wys_nerfstudio.training.run_state import RunState
+from wys_nerfstudio.training.scene_checks import SavedScene
 from wys_nerfstudio.training.schedule import PhaseSchedule
 from wys_nerfstudio.training.session import RELEVANCE_FOLDER, EditSession, Run
 from wys_nerfstudio.training.settings import RunSettings, Settings
@@ -388,14 +389,10 @@ class WysPipeline(VanillaPipeline):
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
         """Load a checkpoint's weights. Those of another backend or shape end the program with a sentence."""
         with exit_on_error():
-            check_backend("The run", model_state({"pipeline": loaded_state}), self.scene_model.state_dict())
-            try:
-                super().load_pipeline(loaded_state, step)
-            except RuntimeError as error:
-                raise WysError(
-                    "The run's weights do not fit this model: use the --data and the --pipeline.model options with which it "
-                    "was trained; its config.yml lists them."
-                ) from error
+            weights = model_state({"pipeline": loaded_state})
+            saved = SavedScene("The run", weights, {}, "Restore the config.yml that it was trained with.")
+            saved.check(self.scene_model, {*weights, *self.scene_model.state_dict()})
+            super().load_pipeline(loaded_state, step)
 
     def weights(self) -> dict[str, Any]:
         """Return the pipeline's state with the same names for any number of processes; a tensor with two names is one object."""

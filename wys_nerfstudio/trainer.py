@@ -11,8 +11,9 @@ from typing import Literal, NoReturn, Optional
 
 import torch
 import yaml
+from nerfstudio.configs.base_config import ViewerConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
-from nerfstudio.engine.callbacks import TrainingCallbackLocation
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackLocation
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils import writer
 from nerfstudio.utils.misc import step_check
@@ -44,6 +45,7 @@ from wys_nerfstudio.training.interrupts import (
     GracefulInterrupt,
     convert_disk_errors,
     exit_on_error,
+    report_uncaught_errors,
     resume_hint,
 )
 from wys_nerfstudio.training.learning_rates import use_typed_rates
@@ -54,6 +56,7 @@ from wys_nerfstudio.training.run_options import check_resumed_options, read_run_
 from wys_nerfstudio.training.run_state import STATE_KEY, RunState, set_random_state
 from wys_nerfstudio.training.scene_checks import check_resumed_scene
 from wys_nerfstudio.training.settings import RunSettings
+from wys_nerfstudio.training.trackers import convert_tracker_errors
 from wys_nerfstudio.training.validation import minimum, validate_range, validate_ranges
 from wys_nerfstudio.utils.atomic_io import write_text
 from wys_nerfstudio.utils.background import BackgroundJob
@@ -68,6 +71,8 @@ from wys_nerfstudio.viewer.commands import CommandHandler
 
 STEP_OPTIONS = ("steps_per_save", "steps_per_eval_batch", "steps_per_eval_image", "steps_per_eval_all_images")
 """Options of nerfstudio that count steps from one time to the next; 0 is never."""
+ELSEWHERE = "start this command in the folder in which the run was started, or correct {} in the run's config.yml."
+"""Advice for paths of a finished run that do not exist."""
 NEVER = 2**62
 """A step that no run reaches."""
 
@@ -240,13 +245,33 @@ class WysTrainerConfig(TrainerConfig):
 class SavedConfig(WysTrainerConfig):
     """Options of a run in its config.yml, from which nerfstudio's other commands load it."""
 
+    @property
+    def viewer(self) -> ViewerConfig:  # type: ignore
+        """Options of the viewer."""
+        return vars(self)["viewer"]
+
+    @viewer.setter
+    def viewer(self, options: ViewerConfig) -> None:
+        """Take options of the viewer. ns-viewer replaces the run's by its own, which open a port to the network by default: the host
+        stays the run's unless one is typed."""
+        typed = any(word.replace("_", "-").startswith("--viewer.websocket-host") for word in sys.argv)
+        if "viewer" in vars(self) and not typed:
+            options.websocket_host = self.viewer.websocket_host
+        vars(self)["viewer"] = options
+
     def get_checkpoint_dir(self) -> Path:
         """Return the folder of checkpoints, after choosing the newest undamaged one.
 
         nerfstudio (1.1.5) calls this right before it loads the newest checkpoint, whatever that contains.
         """
         folder = super().get_checkpoint_dir()
+        data = self.pipeline.datamanager.data or self.pipeline.datamanager.dataparser.data
+        report_uncaught_errors()
         with exit_on_error():
+            if newest_checkpoint(folder) is None:
+                raise WysError(f'No checkpoint found in "{folder}": {ELSEWHERE.format("output_dir")}')
+            if not data.exists():
+                raise WysError(f'There is no data at "{data}": {ELSEWHERE.format("data")}')
             self.load_step = read_checkpoint(find_checkpoint(folder, "--load-config", self.load_step))["step"]
         return folder
 
@@ -288,10 +313,13 @@ class WysTrainer(Trainer):
                 exit_on_error(),
                 convert_disk_errors(self.base_dir),
                 convert_lost_rank_errors(),
+                convert_tracker_errors(),
                 self.convert_memory_errors("preparation"),
             ):
                 self._peers = PeerMonitor()
                 super().setup(test_mode)
+                after_training = [TrainingCallbackLocation.AFTER_TRAIN]
+                self.callbacks.append(TrainingCallback(after_training, self._write_contact_sheet))
                 if self.config.load_checkpoint is not None:
                     main_process_only(self.config.write_config)()
         except SystemExit:
@@ -523,12 +551,27 @@ class WysTrainer(Trainer):
 
     def _after_train(self) -> None:
         """Finish the run, before the last checkpoint marks it as finished."""
-        session = self.pipeline.session
-        session.finish(self.step)
-        # The viewer renders in other threads, and a training view is rendered with its own appearance.
-        with self.train_lock, self.convert_memory_errors("renders"):
-            session.edit_loop.write_contact_sheet(session.run.folder)
+        self.pipeline.session.finish(self.step)
         super()._after_train()
+
+    def _write_contact_sheet(self, step: int) -> None:
+        """Collective: write the contact sheet of the finished run, unless the run is interrupted. All else is saved by now.
+
+        Args:
+            step: The last trained step; nerfstudio calls this after training.
+        """
+        session, interrupts = self.pipeline.session, self._interrupts
+        saved = f'the run is finished and saved; wys compare "{self.base_dir}" renders a contact sheet.'
+        # The viewer renders in other threads, and a training view is rendered with its own appearance.
+        with self.train_lock, convert_memory_errors(ACTIVITIES["renders"], lambda: saved):
+            written = broadcast_from_main(
+                lambda: session.edit_loop.write_contact_sheet(session.run.folder, lambda: interrupts.received)
+            )
+        if not written:
+            self.shutdown()
+            if rank() == 0:
+                print(f"wys: Stopped before the contact sheet was written: {saved}", file=sys.stderr)
+            raise SystemExit(INTERRUPTED)
 
     def _load_checkpoint(self) -> None:
         """Load weights, optimizers and state of the run that is resumed."""

@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import run_wys, sentence_of
 from rich.console import Console
 
 from wys_nerfstudio.cli import main
 from wys_nerfstudio.cli.compare import metric_names, metrics_table
+from wys_nerfstudio.training.output_folder import CONFIG_TAG
 
 
 @pytest.mark.parametrize(
@@ -38,6 +40,23 @@ def test_an_output_inside_a_run_is_refused(output: str, tmp_path: Path, monkeypa
     with pytest.raises(SystemExit, match='is inside the run "run": give -o another folder.'):
         main.entrypoint()
     assert Path("run/wys/contact_sheet.png").read_text() == "as it was" and not Path("run/new").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", '"run" is not a wys run: wys compare takes runs of'),
+        ("!!python/object:nerfstudio.engine.trainer.TrainerConfig\nmethod_name: nerfacto", '"run" is not a wys run'),
+        (f"{CONFIG_TAG}\n{{", '"run/config.yml" cannot be read: '),
+        (CONFIG_TAG, '"run/config.yml" does not contain the options of a run'),
+    ],
+)
+def test_runs_of_other_methods_and_damaged_ones_are_refused(content: str, message: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("run/config.yml").write_text(content)
+    assert message in sentence_of(lambda: run_wys(monkeypatch, "compare", "run"))
+    assert not Path("wys-compare").exists()
 
 
 def test_the_table_lists_the_metrics_of_all_runs() -> None:

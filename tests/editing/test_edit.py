@@ -180,6 +180,16 @@ def test_images_keep_their_size(editor, height, width):
     assert psnr(result, captured, mask) < 50
 
 
+@pytest.mark.parametrize(("height", "width"), [(192, 108), (108, 192)])
+def test_renders_are_edited_at_the_size_of_the_view(editor, height, width):
+    settings = replace(SETTINGS, resolution=80, diffusion_steps=1)
+    size = settings.size_for(editor, height, width)
+    assert settings.size_for(editor, *size) != size, "in whole latents, the proportions differ"
+    views, renders = smooth_images(1, height, width), smooth_images(1, *size, seed=1)
+    edited = edit(editor, renders, full_mask(views), reference=views, settings=settings)
+    assert edited.shape == views.shape
+
+
 def test_unet_inputs_are_noised_render_and_captured_view(editor):
     captured, render, mask, unet_inputs = smooth_images(1), smooth_images(1, seed=1), some_mask(1), []
     hook = editor.unet.register_forward_pre_hook(lambda _, inputs: unet_inputs.append(inputs[0][:1].clone()))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_edit_metrics_equal_the_metrics_of_the_view(alexnet_file: Path) -> None:
     assert set(edit_metrics(captured, edited)) == {"edit_psnr", "edit_ssim"}
 
 
-def test_views_are_evaluated_one_after_the_other(clip_folder: Path, alexnet_file: Path) -> None:
+def test_views_are_evaluated_one_after_the_other(clip_folder: Path, alexnet_file: Path, capsys) -> None:
     captured, edited = random_views()
     taken = []
 
@@ -52,6 +53,7 @@ def test_views_are_evaluated_one_after_the_other(clip_folder: Path, alexnet_file
     perceptual, names = Lpips(alexnet_file), ["0.png", "1.png", "2.png"]
     results = evaluate_edit(views(), names, perceptual, captions=("a bear", "a panda"), clip_model=str(clip_folder))
     assert taken == [0, 1, 2]
+    assert re.search(r"Metrics of the edited views .* 100% \d+:\d+:\d+", capsys.readouterr().out)
     assert results["edit_psnr"] == [metrics.psnr(a, b) for a, b in zip(edited, captured)]
     assert results["edit_lpips"] == [edit_metrics(a, b, perceptual)["edit_lpips"] for a, b in zip(captured, edited)]
     clip = load_clip(str(clip_folder))

@@ -1,6 +1,7 @@
 """The edit loop on a stub scene: a list of images that is "trained" by copying the edited views."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from jaxtyping import Bool, Float
+from PIL import Image
 from torch import Tensor
 
 from wys_nerfstudio.editing import EMBEDDED, Editor, EditSettings, edit_images, load_editor
@@ -15,7 +17,7 @@ from wys_nerfstudio.editing.editor import resize_images
 from wys_nerfstudio.editing.sampling import edit_seed
 from wys_nerfstudio.relevance import resize
 from wys_nerfstudio.relevance.localizer import available_localizations
-from wys_nerfstudio.training import schedule
+from wys_nerfstudio.training import edit_log, edit_loop, schedule
 from wys_nerfstudio.training.edit_loop import EditLoop
 from wys_nerfstudio.training.scene import EditInput, EditOptions, Scene, TrainingViews
 from wys_nerfstudio.training.settings import RunSettings, Settings
@@ -387,7 +389,43 @@ def test_no_visual_hull_without_relevance_maps(make_stub):
     assert stub.scene.hulls == []
 
 
-def test_the_contact_sheet_is_written(make_stub, tmp_path):
+@pytest.mark.parametrize("localization", ["relevance-field", "masks", "none"])
+@pytest.mark.parametrize(("sheet_side", "size"), [(384, (32, 48)), (24, (16, 24))])
+def test_the_contact_sheet_has_a_limited_size(make_stub, tmp_path, monkeypatch, localization, sheet_side, size):
+    stub = make_stub(localization)
+    monkeypatch.setattr(edit_loop, "SHEET_SIDE", sheet_side)
+    assert stub.loop.write_contact_sheet(tmp_path, lambda: False)
+    height, width = size
+    assert stub.scene.rendered_pixels == [height * width] * NUM_VIEWS
+    factor = -(-160 // height)
+    with Image.open(tmp_path / "contact_sheet.png") as sheet:
+        assert sheet.width == 4 + 6 * (width * factor + 4)
+
+
+def test_the_contact_sheet_stops_between_two_renders(make_stub, tmp_path):
     stub = make_stub()
-    stub.loop.write_contact_sheet(tmp_path)
-    assert any(path.suffix == ".png" for path in tmp_path.iterdir())
+    assert stub.loop.write_contact_sheet(tmp_path, lambda: False)
+    stub.scene.rendered_pixels.clear()
+    assert not stub.loop.write_contact_sheet(tmp_path, lambda: len(stub.scene.rendered_pixels) == 2)
+    assert len(stub.scene.rendered_pixels) == 2
+    assert not list(tmp_path.iterdir()), "a sheet of an earlier moment is not left"
+
+
+def test_images_for_tensorboard_are_reduced(make_stub, tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr(edit_log.writer, "EVENT_WRITERS", [None])
+    monkeypatch.setattr(edit_log.writer, "put_image", lambda name, image, step: sent.append(image))
+    monkeypatch.setattr(edit_log, "STRIP_SIDE", 24)
+    stub = make_stub()
+    view = stub.next_view()
+    stub.loop.edit(0, tmp_path)
+    (strip,) = sent
+    assert strip.shape == (16, 5 * 24, 3)
+    images = (stub.views.captured[view], stub.views.current[view])
+    for cell, image in zip((strip[:, :24], strip[:, -24:]), images):
+        torch.testing.assert_close(cell, image.view(16, 2, 24, 2, 3).mean(dim=(1, 3)))
+
+
+def test_the_contact_sheet_has_a_progress_bar(make_stub, tmp_path, capsys):
+    make_stub().loop.write_contact_sheet(tmp_path, lambda: False)
+    assert re.search(r"Contact sheet .* 100% \d+:\d+:\d+", capsys.readouterr().out)

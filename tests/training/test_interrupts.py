@@ -138,12 +138,58 @@ def test_ctrl_c_saves_and_the_run_can_be_resumed(command, reference, capsys, ste
     before = signal.getsignal(signal.SIGINT)
     assert command(step=step, action=interrupt) == 130
     printed = capsys.readouterr()
-    assert "Stopping after this step" in printed.out and "Traceback" not in printed.out + printed.err
+    assert "Stopping after this step or render" in printed.out and "Traceback" not in printed.out + printed.err
     message = f'wys: Stopped after step {step}; to resume, type the same command with --load-dir "{command.run}".'
     assert message in printed.err
     assert command.newest().name == f"step-{step:09d}.ckpt"
     assert signal.getsignal(signal.SIGINT) is before
     assert_resume_matches(command, reference)
+
+
+def at_the_contact_sheet(command: TrainCommand, then: Callable[[], object]) -> Callable[[WysTrainer], None]:
+    """Return an action for the last step: `then` is called after the first render for the contact sheet, by when the run must be
+    saved."""
+
+    def watch(trainer: WysTrainer) -> None:
+        scene = trainer.pipeline.scene_model
+        render = scene.render_pixels
+
+        def render_once(*arguments: Any) -> Any:
+            assert trainer._writing._running is None
+            assert command.newest().name == f"step-{STEPS - 1:09d}.ckpt"
+            edited = trainer.pipeline.datamanager.edited_views
+            assert len(list((command.run / "wys" / "edits").glob("*.png"))) == len(edited) > 0
+            scene.render_pixels = render  # type: ignore
+            result = render(*arguments)
+            then()
+            return result
+
+        scene.render_pixels = render_once  # type: ignore
+
+    return watch
+
+
+SAVED = "the run is finished and saved; wys compare "
+
+
+@pytest.mark.parametrize("moment", ["last step", "contact sheet"])
+def test_ctrl_c_at_the_end_leaves_a_finished_run_without_a_sheet(command, reference, capsys, moment):
+    interrupted = at_the_contact_sheet(command, lambda: interrupt(None))  # type: ignore
+    assert command(step=STEPS - 1, action=interrupt if moment == "last step" else interrupted) == 130
+    message = f'wys: Stopped before the contact sheet was written: {SAVED}"{command.run}" renders a contact sheet.'
+    assert message in capsys.readouterr().err
+    assert not (command.run / "wys" / "contact_sheet.png").exists()
+    assert_equal_weights(command.weights(), reference)
+
+
+def test_a_run_killed_before_its_contact_sheet_is_finished(command, reference):
+    def kill() -> None:
+        raise KeyboardInterrupt
+
+    assert command(step=STEPS - 1, action=at_the_contact_sheet(command, kill)) == 130
+    assert_equal_weights(command.weights(), reference)
+    assert "The run is finished" in str(command("--load-dir", command.run))
+    assert eval_setup(command.run / "config.yml")[3] == STEPS - 1
 
 
 def test_repeated_sigterm_is_handled_as_one_ctrl_c(command, reference, capsys):
@@ -377,6 +423,8 @@ def test_renders_out_of_memory_end_with_a_sentence(command, monkeypatch, moment)
             monkeypatch.setattr(trainer.pipeline.session.edit_loop, "write_contact_sheet", run_out_of_memory)
 
     remedy = f"try --pipeline.model.eval-num-rays-per-chunk 512{RESUME.format(run=command.run)}"
+    if moment == "contact sheet":
+        remedy = f'{SAVED}"{command.run}" renders a contact sheet.'
     assert command(step=7, action=fail) == f"wys: The GPU ran out of memory while views were rendered: {remedy}"
 
 

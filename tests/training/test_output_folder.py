@@ -121,7 +121,8 @@ def test_resuming_in_place_replaces_nothing_and_is_allowed(folder: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "link", ["wys", "wys/history", "wys/edits", "wys/edits.jsonl", "nerfstudio_models/x", "config.yml", LOCK_FILE]
+    "link",
+    ["wys", "wys/history", "wys/edits", "wys/edits.jsonl", "nerfstudio_models/x", "config.yml", "wandb", LOCK_FILE],
 )
 def test_links_out_of_the_folder_are_refused(folder: Path, tmp_path: Path, link: str) -> None:
     outside, path = tmp_path / "outside", folder / link
@@ -134,6 +135,14 @@ def test_links_out_of_the_folder_are_refused(folder: Path, tmp_path: Path, link:
         with pytest.raises(WysError, match=f'"{path}" is a symbolic link, and a run writes into its own folder only'):
             claim(folder, resumed)
     assert {file: file.read_bytes() for file in before} == before
+
+
+@pytest.mark.parametrize("link", ["wandb/latest-run", "wandb/run-1/logs/debug-core.log"])
+def test_links_of_wandb_to_its_logs_are_allowed(folder: Path, link: str) -> None:
+    (folder / link).parent.mkdir(parents=True)
+    (folder / link).symlink_to("run-1")
+    write(folder, "nerfstudio_models/step-000000001.ckpt")
+    claim(folder, folder / "nerfstudio_models" / "step-000000001.ckpt")
 
 
 def test_the_folder_itself_may_be_reached_through_a_link(folder: Path, tmp_path: Path) -> None:

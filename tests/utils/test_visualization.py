@@ -14,7 +14,10 @@ from wys_nerfstudio.utils.visualization import (
     apply_colormap,
     contact_sheet,
     evenly_spaced,
+    limited_size,
+    printable,
     read_png,
+    reduce,
     save_figure,
     save_png,
     to_uint8,
@@ -107,6 +110,54 @@ def test_a_contact_sheet_has_titles_and_names():
     assert (named[:18, 4:68] < 128).any()
     assert (named[:18, 72:] < 128).any()
     assert (named[18 + 16 :, :68] < 200).any()
+
+
+def name_pixels(name: str) -> np.ndarray:
+    """Return the pixels of a row's name and of a title in a contact sheet."""
+    sheet = np.array(contact_sheet([name], [(name, [torch.ones(16, 300, 3)])], min_height=16))
+    return np.concatenate([sheet[:18], sheet[18 + 16 :]])
+
+
+@pytest.mark.parametrize("letters", ["жшюы", "αβψλ", "éñøß", "אבגד", "ابجد"])
+def test_a_contact_sheet_shows_letters_instead_of_boxes(letters):
+    shown = [name_pixels(letter) for letter in letters]
+    assert all((a != b).any() for i, a in enumerate(shown) for b in shown[:i])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Медведь_0001 Ωμέγα é", "Медведь_0001 Ωμέγα é"),
+        ("宮殿_0001", r"\u5bae\u6bbf_0001"),
+        ("곰", r"\uacf0"),
+        ("\udcff_from_latin-1", r"\udcff_from_latin-1"),
+        ("two\nlines", r"two\nlines"),
+        ("\U0001f43c\U000e0001", r"\U0001f43c\U000e0001"),
+    ],
+)
+def test_characters_that_the_font_lacks_are_escaped(name, expected):
+    assert printable(name) == expected
+    assert (name_pixels(name) == name_pixels(expected)).all()
+
+
+@given(st.text())
+def test_every_name_can_be_drawn(name):
+    assert name_pixels(name).shape == name_pixels("").shape
+
+
+@pytest.mark.parametrize("longer_side", [1, 5, 32, 48, 100])
+@pytest.mark.parametrize("size", [(32, 48), (48, 32), (1, 48), (20, 20)])
+def test_images_are_reduced_to_the_limited_size(size, longer_side):
+    image = torch.full((*size, 3), 0.25)
+    reduced = reduce(image, longer_side)
+    assert reduced.shape[:2] == limited_size(*size, longer_side)
+    assert max(reduced.shape[:2]) == min(longer_side, max(size)) and (reduced == 0.25).all()
+    assert reduced is image or max(size) > longer_side
+
+
+def test_a_reduced_image_has_the_means_of_areas():
+    image = torch.rand(4, 6, 3)
+    torch.testing.assert_close(reduce(image, 3), image.view(2, 2, 3, 2, 3).mean(dim=(1, 3)))
 
 
 @given(st.integers(0, 40), st.integers(0, 40))

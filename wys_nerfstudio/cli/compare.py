@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 from wys_nerfstudio.utils.atomic_io import write_json
 from wys_nerfstudio.utils.errors import WysError
-from wys_nerfstudio.utils.visualization import SOFTWARE, contact_sheet, evenly_spaced, save_figure, save_png
+from wys_nerfstudio.utils.visualization import SOFTWARE, contact_sheet, evenly_spaced, reduce, save_figure, save_png
 
 SHOWN_VIEWS = 6
 """Number of views in contact sheets."""
+SHOWN_SIDE = 384
+"""Largest longer side in pixels of an image in contact sheets."""
 RENDERS = {"rgb": "render", "relevance": "relevance field", "relevance_overlay": "overlay"}
 """Model outputs in contact sheets, and their titles."""
 
@@ -56,6 +59,25 @@ def find_config(run: Path) -> Path:
     return config
 
 
+def require_wys_run(config: Path) -> None:
+    """Refuse a config.yml that is damaged or of another method, before nerfstudio loads it.
+
+    Args:
+        config: The file.
+
+    Raises:
+        WysError: If it is.
+    """
+    from wys_nerfstudio.training.output_folder import CONFIG_TAG
+    from wys_nerfstudio.training.run_options import read_run_config
+
+    if not config.read_bytes().startswith(CONFIG_TAG.encode()):
+        raise WysError(
+            f'"{config.parent}" is not a wys run: wys compare takes runs of ns-train wys, wys-small or wys-tiny.'
+        )
+    read_run_config(config.parent)
+
+
 def compare_runs(runs: Sequence[Path], output: Path) -> None:
     """Print the runs' metrics and write `comparison.json`, `contact_sheet.png`, `chart.png` and `relevance_A.png` per run.
 
@@ -69,8 +91,6 @@ def compare_runs(runs: Sequence[Path], output: Path) -> None:
     from nerfstudio.utils.eval_utils import eval_setup
     from nerfstudio.utils.rich_utils import CONSOLE
 
-    from wys_nerfstudio.pipeline import WysPipeline
-
     if not runs:
         raise WysError("wys compare takes one or more runs: wys compare RUN_A RUN_B.")
     configs = [find_config(run) for run in runs]
@@ -78,34 +98,35 @@ def compare_runs(runs: Sequence[Path], output: Path) -> None:
         # A run has a contact_sheet.png as well.
         if output.resolve().is_relative_to(config.parent.resolve()):
             raise WysError(f'-o "{output}" is inside the run "{config.parent}": give -o another folder.')
+        require_wys_run(config)
     titles = [f"{chr(ord('A') + i)}: {config.parent.name}" for i, config in enumerate(configs)]
     names: list[str] = []
+    shown_views: list[int] = []
     metrics: list[dict[str, float]] = []
     captured: list[Tensor] = []
     renders: list[list[dict[str, Tensor]]] = []
     for config in configs:
         pipeline: Any = eval_setup(config, test_mode="test")[1]
-        if not isinstance(pipeline, WysPipeline):
-            raise WysError(
-                f'"{config.parent}" is not a wys run: wys compare takes runs of ns-train wys, wys-small or wys-tiny.'
-            )
         data = pipeline.datamanager
         if not names:
             names = data.view_names
-            captured = [data.captured_views([view])[0] for view in evenly_spaced(SHOWN_VIEWS, len(names))]
+            shown_views = evenly_spaced(SHOWN_VIEWS, len(names))
+            captured = [reduce(data.captured_views([view])[0], SHOWN_SIDE) for view in shown_views]
         elif data.view_names != names:
             raise WysError(
                 f'"{config.parent}" and "{configs[0].parent}" have different views: compare runs on the same data.'
             )
         metrics.append(pipeline.get_average_eval_image_metrics()["edit"]["mean"])
-        cameras = data.train_dataset.cameras
-        shown = [pipeline.scene_model.render_view(cameras, view) for view in evenly_spaced(SHOWN_VIEWS, len(names))]
-        renders.append([{name: view[name].clamp(0, 1).cpu() for name in RENDERS} for view in shown])
+        cameras, shown = data.train_dataset.cameras, []
+        for view in track(shown_views, description="Contact sheet", console=CONSOLE):
+            render = pipeline.scene_model.render_view(cameras, view)
+            shown.append({name: reduce(render[name].clamp(0, 1), SHOWN_SIDE).cpu() for name in RENDERS})
+        renders.append(shown)
 
     output.mkdir(parents=True, exist_ok=True)
     folders = {title: str(config.parent) for title, config in zip(titles, configs)}
     write_json(output / "comparison.json", {"runs": folders, "metrics": dict(zip(titles, metrics))})
-    shown_names = [names[view] for view in evenly_spaced(SHOWN_VIEWS, len(names))]
+    shown_names = [names[view] for view in shown_views]
     rows = [(name, [captured[i], *(views[i]["rgb"] for views in renders)]) for i, name in enumerate(shown_names)]
     about = f"renders of scenes edited with {SOFTWARE}"
     save_png(output / "contact_sheet.png", contact_sheet(["captured", *titles], rows), about)

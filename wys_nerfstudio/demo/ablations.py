@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from nerfstudio.utils.eval_utils import eval_setup
 from nerfstudio.utils.rich_utils import CONSOLE
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -246,7 +247,7 @@ def _measure(
         edits = {file.name: read_png(file) for file in sorted((run / "wys" / "edits").glob("*.png"))}
         metrics["view_psnr_outside"] = psnr_outside(ground_truth, edits)
     dataset = pipeline.datamanager.train_dataset
-    for view in evenly_spaced(SHOWN_VIEWS, len(dataset)):
+    for view in track(evenly_spaced(SHOWN_VIEWS, len(dataset)), description="Contact sheet", console=CONSOLE):
         render = pipeline.scene_model.render_view(dataset.cameras, view)["rgb"]
         write_png(
             folder / dataset.image_filenames[view].name,

@@ -7,6 +7,7 @@ from typing import Optional
 import torch
 from jaxtyping import Float
 from nerfstudio.utils.rich_utils import CONSOLE
+from rich.progress import track
 from torch import Tensor
 
 from wys_nerfstudio.evaluation import metrics
@@ -47,7 +48,8 @@ def evaluate_edit(
     clip = _load_clip(clip_model)
     by_view: list[dict[str, float]] = []
     embeddings: list[tuple[Tensor, Tensor]] = []
-    for name, (captured, edited) in zip(names, views):
+    bar = track(zip(names, views), description="Metrics of the edited views", total=len(names), console=CONSOLE)
+    for name, (captured, edited) in bar:
         values = edit_metrics(captured, edited, perceptual)
         if niqe_params is not None:
             values["edit_niqe"] = niqe(edited.cpu(), niqe_params)

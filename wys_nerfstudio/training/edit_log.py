@@ -14,11 +14,13 @@ from torch import Tensor
 from wys_nerfstudio import relevance
 from wys_nerfstudio.training.distributed import main_process_only
 from wys_nerfstudio.training.scene import EditInput, TrainingViews
-from wys_nerfstudio.utils.visualization import apply_colormap, write_png
+from wys_nerfstudio.utils.visualization import apply_colormap, limited_size, reduce, write_png
 
 EDITS_FILE = "edits.jsonl"
 TITLES = ("captured", "relevance map", "relevance field", "mask", "edited view", "render")
 """Columns of the contact sheet. TensorBoard, which receives every edit, shows all but the render."""
+STRIP_SIDE = 256
+"""Longer side in pixels of the images for TensorBoard, whose file holds those of every edit."""
 
 
 @dataclass
@@ -71,26 +73,27 @@ def read_edit_lines(folder: Path) -> list[bytes]:
 
 
 def image_row(
-    views: TrainingViews, view: int, field: Float[Tensor, "h w"], mask: Bool[Tensor, "h w"]
+    views: TrainingViews, view: int, field: Float[Tensor, "fh fw"], mask: Bool[Tensor, "mh mw"], longer_side: int
 ) -> list[Float[Tensor, "h w 3"]]:
-    """Return the images of a view in the order of `TITLES`, all but the render, in main memory.
+    """Return the images of a view in the order of `TITLES`, all but the render, reduced to one size and in main memory.
 
     Args:
         views: The training views.
         view: Index of the view.
-        field: The field's relevance, rendered from that view.
-        mask: Pixels that may change.
+        field: The field's relevance, rendered from that view; at most `longer_side` pixels, or of the view's size.
+        mask: Pixels that may change; of the field's or of the view's size.
+        longer_side: Largest longer side of the images, in pixels.
     """
     maps = views.relevance_maps
-    view_map = torch.zeros(1, *views.view_size) if maps is None else maps[view][None].float()
+    view_map = torch.zeros(1, 1, 1) if maps is None else maps[view][None].float()
     row = [
         views.captured_views([view])[0],
-        apply_colormap(relevance.resize(view_map, *views.view_size)[0]),
+        apply_colormap(relevance.resize(view_map, *limited_size(*views.view_size, longer_side))[0]),
         apply_colormap(field),
         mask.float()[..., None].expand(-1, -1, 3),
         views.current_views([view])[0],
     ]
-    return [image.cpu() for image in row]
+    return [reduce(image, longer_side).cpu() for image in row]
 
 
 def show_edit(step: int, views: TrainingViews, inputs: Sequence[EditInput]) -> None:
@@ -103,6 +106,6 @@ def show_edit(step: int, views: TrainingViews, inputs: Sequence[EditInput]) -> N
     """
     if not writer.EVENT_WRITERS:
         return
-    row = image_row(views, inputs[0].view, inputs[0].relevance, inputs[0].mask)
+    row = image_row(views, inputs[0].view, inputs[0].relevance, inputs[0].mask, STRIP_SIDE)
     strip = torch.cat(row, dim=1)
     writer.put_image(name=f"Edit ({' | '.join(TITLES[:-1])})", image=strip, step=step)

@@ -20,17 +20,22 @@ from wys_nerfstudio.editing.edit import check_finite
 from wys_nerfstudio.editing.sampling import edit_seed
 from wys_nerfstudio.relevance.localizer import Localizer
 from wys_nerfstudio.training import schedule
-from wys_nerfstudio.training.distributed import gather, main_process_only, rank, shard
+from wys_nerfstudio.training.distributed import gather, rank, shard
 from wys_nerfstudio.training.edit_log import TITLES, EditRecord, image_row, record_edit, show_edit
 from wys_nerfstudio.training.scene import EditInput, EditOptions, Scene, TrainingViews
 from wys_nerfstudio.training.settings import Settings
 from wys_nerfstudio.utils.errors import WysError
-from wys_nerfstudio.utils.visualization import SOFTWARE, contact_sheet, evenly_spaced, save_png
+from wys_nerfstudio.utils.visualization import SOFTWARE, contact_sheet, evenly_spaced, limited_size, save_png
 
 NOT_FINITE_REMEDY = (
     "Resume with --pipeline.editor-dtype float32, and with lower guidance scales if that does not suffice."
 )
 """Advice for edits that are NaN or infinite."""
+SHEET_VIEWS = 6
+"""Number of views in the contact sheet."""
+SHEET_SIDE = 384
+"""Largest longer side in pixels of a render for the contact sheet, which has six columns: less than InstructPix2Pix's editing size,
+and readable where views are edited much smaller."""
 
 
 @dataclass
@@ -332,27 +337,34 @@ class EditLoop:
         given_masks = views.relevance_maps.dtype == torch.bool
         scene.build_visual_hull(views.cameras, maps, unclamped_maps, depths, given_masks)
 
-    @main_process_only
     @torch.no_grad()
-    def write_contact_sheet(self, folder: Path) -> None:
+    def write_contact_sheet(self, folder: Path, stopped: Callable[[], bool]) -> bool:
         """Write images of some views as they are now, as `edit_log.TITLES` names them.
 
         Args:
-            folder: The run's `wys` folder.
+            folder: The run's `wys` folder. A sheet that is there is of an earlier moment and is removed first.
+            stopped: Whether to stop; called before each render.
+
+        Returns:
+            Whether the sheet was written.
         """
         views, localizer, rows = self._views, self._localizer(), []
-        height, width = views.view_size
-        for view in evenly_spaced(6, views.num_views):
-            every_pixel = torch.ones(height, width, dtype=torch.bool)
+        (folder / "contact_sheet.png").unlink(missing_ok=True)
+        every_pixel = torch.ones(limited_size(*views.view_size, SHEET_SIDE), dtype=torch.bool)
+        shown = evenly_spaced(SHEET_VIEWS, views.num_views)
+        for view in track(shown, description="Contact sheet", console=CONSOLE):
+            if stopped():
+                return False
             colors, values, _ = self._scene.render_pixels(views.cameras, view, every_pixel)
-            value = values.view(height, width)
-            mask = localizer.mask_from(value) if localizer.uses_field else localizer.view_mask(view, height, width)
-            row = image_row(views, view, value, mask)
-            rows.append((views.view_names[view], [*row, colors.view(height, width, 3).clamp(0, 1).cpu()]))
+            value = values.view(every_pixel.shape)
+            mask = localizer.mask_from(value) if localizer.uses_field else localizer.view_mask(view, *views.view_size)
+            row = image_row(views, view, value, mask, SHEET_SIDE)
+            rows.append((views.view_names[view], [*row, colors.view(*value.shape, 3).clamp(0, 1).cpu()]))
         save_png(folder / "contact_sheet.png", contact_sheet(TITLES, rows), f"views of a scene edited with {SOFTWARE}")
         CONSOLE.print(
             f"{len(views.edited_views)} of {views.num_views} views are edited; see {folder}/contact_sheet.png."
         )
+        return True
 
 
 def _shrink_masks(

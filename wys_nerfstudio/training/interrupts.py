@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, Optional
 
 from nerfstudio.utils.rich_utils import CONSOLE
@@ -37,6 +37,20 @@ def exit_on_error() -> Iterator[None]:
     except KeyboardInterrupt as error:
         print("wys: Stopped at once; nothing since the last checkpoint is saved.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from error
+
+
+def report_uncaught_errors() -> None:
+    """End this program with a sentence instead of a traceback after a `WysError` that nothing else converts: nerfstudio's commands
+    build some parts of a finished run by themselves."""
+    previous = sys.excepthook
+
+    def report(kind: type[BaseException], error: BaseException, traceback: Optional[TracebackType]) -> None:
+        if isinstance(error, WysError):
+            print(f"wys: {error}", file=sys.stderr)
+        else:
+            previous(kind, error, traceback)
+
+    sys.excepthook = report
 
 
 @contextmanager
@@ -69,7 +83,7 @@ def resume_hint(folder: Path) -> str:
 
 
 class GracefulInterrupt:
-    """Context manager that lets the current step finish after Ctrl-C, SIGTERM or SIGHUP. A second Ctrl-C raises
+    """Context manager that lets the current step or render finish after Ctrl-C, SIGTERM or SIGHUP. A second Ctrl-C raises
     KeyboardInterrupt; SIGTERM, which queueing systems send, and SIGHUP never do. nohup's SIGHUP stays ignored."""
 
     def __init__(self) -> None:
@@ -90,6 +104,6 @@ class GracefulInterrupt:
 
     def _handle(self, _number: int, _frame: Optional[FrameType]) -> None:
         if not self.received:
-            CONSOLE.print("Stopping after this step. Ctrl-C again stops at once and saves nothing.")
+            CONSOLE.print("Stopping after this step or render. Ctrl-C again stops at once and saves nothing.")
         self.received = True
         signal.signal(signal.SIGINT, signal.default_int_handler)

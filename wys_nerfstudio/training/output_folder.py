@@ -67,7 +67,7 @@ def _refuse_links(folder: Path) -> None:
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = Path(parent, name)
-            if path.is_symlink():
+            if path.is_symlink() and folder / "wandb" not in path.parents:  # wandb links to its newest logs
                 raise WysError(
                     f'"{path}" is a symbolic link, and a run writes into its own folder only: remove the link, or choose '
                     "another folder with --timestamp or --output-dir."

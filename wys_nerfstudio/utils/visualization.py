@@ -10,9 +10,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from matplotlib import colormaps as matplotlib_colormaps
+from matplotlib import get_data_path
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+from torch.nn import functional as F
 
 from wys_nerfstudio import __version__
 from wys_nerfstudio.utils.atomic_io import atomic_write
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
 
 SOFTWARE = f"wys-nerfstudio {__version__}"
 """Value of the text chunk Software of every PNG."""
+FONT = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+"""Font of contact sheets, which comes with matplotlib: Latin, Greek, Cyrillic, Hebrew, Arabic and more, but no Chinese, Japanese
+or Korean. matplotlib's own search for fonts would delay every command."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,30 @@ def apply_colormap(relevance: Float[Tensor, "h w"]) -> Float[Tensor, "h w 3"]:
     return torch.from_numpy(colors).float()
 
 
+def limited_size(height: int, width: int, longer_side: int) -> tuple[int, int]:
+    """Return height and width of an image that is reduced, if necessary, to at most `longer_side` pixels."""
+    scale = min(1.0, longer_side / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def reduce(image: Float[Tensor, "h w c"], longer_side: int) -> Float[Tensor, "some_height some_width c"]:
+    """Reduce an image to `limited_size` by averaging areas; a smaller image is returned as it is."""
+    height, width = image.shape[:2]
+    size = limited_size(height, width, longer_side)
+    if size == (height, width):
+        return image
+    return F.interpolate(image.permute(2, 0, 1)[None], size=size, mode="area")[0].permute(1, 2, 0)
+
+
+def printable(text: str) -> str:
+    """Return text in which unprintable characters and those that `FONT` lacks are escaped as in Python's string literals."""
+    known = FT2Font(FONT).get_charmap()
+    shown = (
+        char if char.isprintable() and ord(char) in known else char.encode("unicode_escape").decode() for char in text
+    )
+    return "".join(shown)
+
+
 def contact_sheet(
     titles: Sequence[str], rows: Sequence[tuple[str, Sequence[Tensor]]], min_height: int = 160
 ) -> Image.Image:
@@ -120,15 +150,15 @@ def contact_sheet(
         (gap + (cell_width + gap) * len(titles), header + (cell_height + header + gap) * len(rows)),
         (255, 255, 255),
     )
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(FONT, size=11)
     for column, title in enumerate(titles):
-        draw.text((gap + column * (cell_width + gap), 3), title, fill=(0, 0, 0), font=font)
+        draw.text((gap + column * (cell_width + gap), 2), printable(title), fill=(0, 0, 0), font=font)
     for i, (name, images) in enumerate(rows):
         top = header + i * (cell_height + header + gap)
         for column, image in enumerate(images):
             cell = Image.fromarray(to_uint8(image)).resize((cell_width, cell_height), Image.Resampling.NEAREST)
             sheet.paste(cell, (gap + column * (cell_width + gap), top))
-        draw.text((gap, top + cell_height + 2), name, fill=(90, 90, 90), font=font)
+        draw.text((gap, top + cell_height + 2), printable(name), fill=(90, 90, 90), font=font)
     return sheet
 
 
