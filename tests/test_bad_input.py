@@ -124,6 +124,18 @@ class CliCase:
             Image.new("L", size, value).save(self.folder / "masks" / f"frame_{i:03d}.png")
         return self.folder / "masks"
 
+    def use_cameras(self) -> None:
+        """Move the views to the folders of two cameras, with equal names."""
+
+        def move(meta: dict) -> None:
+            for i, frame in enumerate(meta["frames"]):
+                file = self.scene / "images" / "ab"[i % 2] / f"frame_{i // 2:03d}.png"
+                file.parent.mkdir(exist_ok=True)
+                (self.scene / frame["file_path"]).rename(file)
+                frame["file_path"] = file.relative_to(self.scene).as_posix()
+
+        self.change_scene(move)
+
     def copy_editor(self) -> Path:
         """Copy the editor and use the copy."""
         self.editor = str(shutil.copytree(self.editor, self.folder / "editor"))
@@ -183,6 +195,18 @@ def refusal(cli_case: CliCase, no_training, monkeypatch, capsys, request) -> Cal
 
 def test_the_unchanged_command_line_is_accepted(cli_case, no_training, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ns-train", *cli_case.arguments()])
+    with pytest.raises(TrainingStarted):
+        train.entrypoint()
+
+
+def test_masks_of_views_with_equal_names_are_accepted(cli_case, no_training, monkeypatch):
+    cli_case.use_cameras()
+    for number, view in enumerate(sorted((cli_case.scene / "images").rglob("*.png"))):
+        name = f"{view.parent.name}/{view.name}" if number % 2 else f"{number:05d}_{view.name}"
+        mask = cli_case.folder / "masks" / name
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (24, 20), 255).save(mask)
+    monkeypatch.setattr(sys, "argv", ["ns-train", *cli_case.arguments(*MASKS, cli_case.folder / "masks")])
     with pytest.raises(TrainingStarted):
         train.entrypoint()
 
@@ -269,6 +293,10 @@ SCENES = [
     case("text instead of an image", lambda c: c.write_image(b"plain text"), r"\(10 bytes\) cannot be read as an image"),
     case("truncated image", lambda c: c.write_image((c.scene / "images" / "frame_002.png").read_bytes()[:100]),
          r'frame_003.png" \(100 bytes\) cannot be read as an image'),
+    case("CMYK image", lambda c: Image.new("CMYK", (24, 20)).save(c.scene / "images" / "frame_003.png", "JPEG"),
+         'images/frame_003.png" is a CMYK image: convert it to RGB first'),
+    case("image of 16 bits", lambda c: Image.fromarray(np.zeros((20, 24), np.uint16)).save(c.scene / "images" / "frame_003.png"),
+         'images/frame_003.png" has 16 bits per channel'),
     case("images of two sizes",
          lambda c: Image.new("RGB", (12, 10)).save(c.scene / "images" / "frame_003.png"), "All views must have one size"),
     case("no downscaled images", lambda c: ["nerfstudio-data", "--downscale-factor", "2"],
@@ -403,6 +431,8 @@ OPTIONS = [
          r'The mask ".*masks/frame_003.png" cannot be read as an image'),
     case("masks that are all black", lambda c: [*MASKS, c.write_masks(value=0)], "All masks in .*masks. are black: nothing would be edited"),
     case("0/1 masks", lambda c: [*MASKS, c.write_masks(value=1)], "masks/frame_000.png. is a 0/1 mask: .* multiply a 0/1 mask by 255"),
+    case("one mask for two views", lambda c: (c.use_cameras(), [*MASKS, c.write_masks(1)])[1],
+         'masks/frame_000.png" is the mask of both ".*images/a/frame_000.png" and ".*images/b/frame_000.png": give each its own'),
     case("masks of another shape", lambda c: [*MASKS, c.write_masks(size=(20, 24))], "masks/frame_000.png. is 20x24 and its view 24x20"),
     case("no instruction", lambda c: setattr(c, "instruction", None), "There is no instruction"),
     case("blank instruction", lambda c: setattr(c, "instruction", " \t "), "There is no instruction"),
