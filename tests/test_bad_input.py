@@ -400,6 +400,7 @@ OPTIONS = [
         }.items()
         for value in values
     ),
+    case("fraction of another parser", lambda c: ["phototourism-data", "--train-split-fraction=0"], "wys: --train-split-fraction must be above 0"),
     case("scale of another parser", lambda c: ["colmap", "--data", c.scene, "--scale-factor=nan"], "wys: --scale-factor must be a finite"),
     case("near above far", lambda c: ["--pipeline.model.near-plane=9", "--pipeline.model.far-plane=3"], "must be below"),
     case("minimum strength above maximum", lambda c: ["--pipeline.min-strength=0.9", "--pipeline.max-strength=0.2"],
@@ -431,7 +432,7 @@ OPTIONS = [
          r'The mask ".*masks/frame_003.png" cannot be read as an image'),
     case("masks that are all black", lambda c: [*MASKS, c.write_masks(value=0)], "All masks in .*masks. are black: nothing would be edited"),
     case("0/1 masks", lambda c: [*MASKS, c.write_masks(value=1)], "masks/frame_000.png. is a 0/1 mask: .* multiply a 0/1 mask by 255"),
-    case("one mask for two views", lambda c: (c.use_cameras(), [*MASKS, c.write_masks(1)])[1],
+    case("one mask for two views", lambda c: (c.use_cameras(), [*MASKS, c.write_masks(3)])[1],
          'masks/frame_000.png" is the mask of both ".*images/a/frame_000.png" and ".*images/b/frame_000.png": give each its own'),
     case("masks of another shape", lambda c: [*MASKS, c.write_masks(size=(20, 24))], "masks/frame_000.png. is 20x24 and its view 24x20"),
     case("no instruction", lambda c: setattr(c, "instruction", None), "There is no instruction"),

@@ -98,10 +98,9 @@ def _check_parser_options(options: DataParserConfig) -> None:
     validate_ranges("", options, {})
     for option in fields(options):
         name, value = flag(option.name, ""), getattr(options, option.name)
-        if option.name.endswith(("fraction", "percentage")):
+        if option.name.endswith("fraction"):
             validate_share(name, value)
-        positive = ("scale", "factor", "interval", "fraction", "percentage", "bound")
-        if option.name.endswith(positive) and value is not None:
+        if option.name.endswith(("scale", "factor", "interval", "fraction", "bound")) and value is not None:
             validate_positive(name, value)
 
 
