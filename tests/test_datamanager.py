@@ -4,9 +4,11 @@ import json
 import math
 import random
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from nerfstudio.data.dataparsers.colmap_dataparser import ColmapDataParserConfig
 from nerfstudio.data.dataparsers.instant_ngp_dataparser import InstantNGPDataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from PIL import Image
+from PIL.ImageFile import ImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from wys_nerfstudio import relevance
@@ -356,6 +359,7 @@ def animated(image: Image.Image, file: Path) -> Path:
     return file.with_suffix(".gif")
 
 
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(range(256)) * (3 * HEIGHT * WIDTH // 256)
 CONVERTED = {
     "palette": in_mode("P"),
     "palette with transparency": in_mode("P", transparency=0),
@@ -404,6 +408,28 @@ def test_images_that_image_edits_refuse_are_refused(tmp_path, message):
         (file,) = resave(copy, REFUSED[message], view)
         with pytest.raises(WysError, match=f'^"{file}" {message}'):
             load(copy)
+
+
+def test_heic_images_are_read_by_a_plugin_in_every_command(tmp_path, monkeypatch):
+    scene = write_ring_scene(tmp_path / "scene", views=4)
+    resave(scene, lambda image, file: file.with_suffix(".heic").write_bytes(HEIC) and file.with_suffix(".heic"))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(WysError, match="cannot identify image file '.*frame_000.heic'"):
+        load(scene, test_mode="test")
+
+    class Heif(ImageFile):
+        format = "HEIF"
+
+        def _open(self) -> None:
+            self._size, self._mode = (WIDTH, HEIGHT), "RGB"
+            self.tile = [("raw", (0, 0, WIDTH, HEIGHT), 24, ("RGB", 0, 1))]
+
+    def register() -> None:
+        monkeypatch.setitem(Image.OPEN, "HEIF", (Heif, lambda head: head[4:8] == b"ftyp"))
+        monkeypatch.setattr(Image, "ID", ["HEIF", *Image.ID])
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+    assert load(scene, test_mode="test").train_dataset.get_numpy_image(0).tobytes() == HEIC[24:]
 
 
 @pytest.mark.parametrize("orientation", [3, 6])

@@ -6,6 +6,7 @@ device; captured views and reference views are in main memory and moved view by 
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -40,7 +41,7 @@ from wys_nerfstudio.training.validation import flag, minimum, validate_positive,
 from wys_nerfstudio.utils.cameras import ONE_PLACE, check_cameras, check_positions, fit_cameras
 from wys_nerfstudio.utils.data_checks import check_image, check_names, parser_error
 from wys_nerfstudio.utils.errors import WysError
-from wys_nerfstudio.utils.image_io import MIN_SIDE
+from wys_nerfstudio.utils.image_io import MIN_SIDE, enable_heic
 from wys_nerfstudio.utils.log_filters import ignore_warnings
 from wys_nerfstudio.utils.memory_errors import is_memory_error
 from wys_nerfstudio.utils.view_masks import check_frame_masks
@@ -115,6 +116,8 @@ class WysDataManager(VanillaDataManager[CaptureDataset]):
         self._rescaled: Optional[str] = None
         """What was printed about cameras that were rescaled."""
         ignore_warnings()  # in ns-eval and other commands nothing of this package is built earlier
+        with suppress(ImportError):
+            enable_heic()  # parsers read the size of the first image themselves
         if hasattr(config.dataparser, "load_3D_points"):
             config.dataparser.load_3D_points = False  # type: ignore # only Gaussian splatting uses them
         try:

@@ -157,6 +157,15 @@ def orientation(path: Path) -> int:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
 
 
+def enable_heic() -> None:
+    """Let Pillow read HEIC files.
+
+    Raises:
+        ImportError: If pillow-heif, Pillow's plugin for them, is not installed.
+    """
+    import_module("pillow_heif").register_heif_opener()
+
+
 def _formats(path: Path, head: bytes) -> list[str]:
     """Return Pillow's names of the supported formats that it can read.
 
@@ -173,7 +182,7 @@ def _formats(path: Path, head: bytes) -> list[str]:
             )
     elif brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"):
         try:
-            import_module("pillow_heif").register_heif_opener()
+            enable_heic()
         except ImportError as error:
             raise WysError(
                 f'"{path}" is a HEIC image: install the plugin that reads it (pip install pillow-heif), or convert the '
