@@ -11,8 +11,7 @@ from conftest import build_editor_folder
 from test_edit import smooth_images
 
 from wys_nerfstudio import relevance
-from wys_nerfstudio.editing import EMBEDDED, EditSettings, edit_image, edit_images, load_editor, relevance_maps
-from wys_nerfstudio.editing.editor import resize_images
+from wys_nerfstudio.editing import EMBEDDED, EditSettings, edit_image, load_editor, relevance_maps
 from wys_nerfstudio.editing.sampling import edit_seed, seeded_noise
 from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor, timesteps
 from wys_nerfstudio.evaluation.metrics import psnr
@@ -282,18 +281,3 @@ def test_extreme_guidance_is_refused_instead_of_black_pixels(editor):
     settings = replace(FEW_STEPS, guidance_scale=1e38, mask_threshold=0.0)
     with pytest.raises(WysError, match="the edit became NaN or Inf. Lower the guidance scales"):
         edit_image(editor, smooth_images(1)[0], INSTRUCTION, settings)
-
-
-@pytest.mark.parametrize("size", [(240, 135), (135, 240), (96, 54)])
-def test_renders_at_the_editing_size_start_edits_of_their_views(size):
-    editor = load_editor(EMBEDDED)
-    small = FEW_STEPS.size_for(editor, *size)
-    assert editor.editing_size(*small, editor.native_resolution) != small
-    reference = torch.rand(1, *size, 3, generator=torch.Generator().manual_seed(0))
-    start = resize_images(reference, *small)
-    mask = torch.ones(1, *size, dtype=torch.bool)
-    edits = [
-        edit_images(editor, images, reference, mask, INSTRUCTION, FEW_STEPS, strength=0.5, seeds=[0])
-        for images in (start, reference)
-    ]
-    torch.testing.assert_close(*edits)

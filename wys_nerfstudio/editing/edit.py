@@ -124,8 +124,7 @@ def relevance_maps(
     level = editor.noise_level(noise_level)
     for first in range(0, len(images), batch_size):
         with editor.full_precision():  # not across the yield: callers may edit in between
-            size = editor.editing_size(images.shape[1], images.shape[2], resolution or editor.native_resolution)
-            encoding = _encode(editor, images[first : first + batch_size], size)
+            encoding = _encode(editor, images[first : first + batch_size], images, resolution)
             clean = encoding.latents
             noise = seeded_noise(seeds[first : first + batch_size], (num_samples, *clean.shape[1:]), editor.device)
             predict = editor.predictor(encoding.condition, instruction, WITH_AND_WITHOUT_TEXT)
@@ -187,9 +186,7 @@ def _local_edit(
     Returns:
         Decoded images at the editing size, also outside the mask.
     """
-    # Of the reference: the editing size of an image of an editing size can be another one.
-    size = settings.size_for(editor, *reference.shape[1:3])
-    start, kept = (_encode(editor, x, size) for x in (images, reference))
+    start, kept = (_encode(editor, x, reference, settings.resolution) for x in (images, reference))
     edited = masked_denoise(
         start=start.latents,
         reference=kept.latents,
@@ -231,7 +228,7 @@ def sds_edit_images(
     Returns:
         Decoded images at the editing size, also outside the mask.
     """
-    encoding = _encode(editor, reference, settings.size_for(editor, *reference.shape[1:3]))
+    encoding = _encode(editor, reference, reference, settings.resolution)
     predict = editor.predictor(encoding.condition, instruction, WITH_AND_WITHOUT_TEXT)
 
     def signed_relevance(latents: Tensor, level: NoiseLevel) -> Tensor:
@@ -379,8 +376,9 @@ def guided_denoiser(editor: Editor, encoding: ImageEncoding, instruction: str, s
     return denoise
 
 
-def _encode(editor: Editor, images: Tensor, size: tuple[int, int]) -> ImageEncoding:
-    """Encode images at an editing size."""
+def _encode(editor: Editor, images: Tensor, reference: Tensor, resolution: Optional[int]) -> ImageEncoding:
+    """Encode images at the editing size of the reference. That of a render, which has other proportions by up to 2 %, can differ."""
+    size = editor.editing_size(reference.shape[1], reference.shape[2], resolution or editor.native_resolution)
     images = images.to(editor.device)
     return editor.encode(resize_images(to_float(images), *size))
 
