@@ -125,6 +125,18 @@ class CliCase:
             Image.new("L", size, value).save(self.folder / "masks" / f"frame_{i:03d}.png")
         return self.folder / "masks"
 
+    def use_cameras(self) -> None:
+        """Move the views to the folders of two cameras, with equal names."""
+
+        def move(meta: dict) -> None:
+            for i, frame in enumerate(meta["frames"]):
+                file = self.scene / "images" / "ab"[i % 2] / f"frame_{i // 2:03d}.png"
+                file.parent.mkdir(exist_ok=True)
+                (self.scene / frame["file_path"]).rename(file)
+                frame["file_path"] = file.relative_to(self.scene).as_posix()
+
+        self.change_scene(move)
+
     def copy_editor(self) -> Path:
         """Copy the editor and use the copy."""
         self.editor = str(shutil.copytree(self.editor, self.folder / "editor"))
@@ -184,6 +196,18 @@ def refusal(cli_case: CliCase, no_training, monkeypatch, capsys, request) -> Cal
 
 def test_the_unchanged_command_line_is_accepted(cli_case, no_training, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ns-train", *cli_case.arguments()])
+    with pytest.raises(TrainingStarted):
+        train.entrypoint()
+
+
+def test_masks_of_views_with_equal_names_are_accepted(cli_case, no_training, monkeypatch):
+    cli_case.use_cameras()
+    for number, view in enumerate(sorted((cli_case.scene / "images").rglob("*.png"))):
+        name = f"{view.parent.name}/{view.name}" if number % 2 else f"{number:05d}_{view.name}"
+        mask = cli_case.folder / "masks" / name
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (24, 20), 255).save(mask)
+    monkeypatch.setattr(sys, "argv", ["ns-train", *cli_case.arguments(*MASKS, cli_case.folder / "masks")])
     with pytest.raises(TrainingStarted):
         train.entrypoint()
 
@@ -253,7 +277,7 @@ SCENES = [
     case("file name that is too long", lambda c: c.change_scene(lambda m: frame(m).update(file_path="x" * 300)), 'no image ".*x"'),
     case("images of another size than their cameras", lambda c: c.change_scene(lambda m: m.update(w=25)),
          'images/frame_000.png" is 24x20 and its camera 25x20: use the images that'),
-    case("no training views", lambda c: c.change_scene(lambda m: m.update(train_filenames=[], val_filenames=[])),
+    case("no training views", lambda c: c.change_scene(lambda m: m.update(train_filenames=[], val_filenames=[], test_filenames=[])),
          "is left for training: change its train_filenames, --eval-mode"),
     case("no training views left by the interval", lambda c: ["nerfstudio-data", "--eval-mode=interval", "--eval-interval=1"],
          "is left for training: change its train_filenames, --eval-mode"),
@@ -270,15 +294,36 @@ SCENES = [
     case("text instead of an image", lambda c: c.write_image(b"plain text"), r"\(10 bytes\) cannot be read as an image"),
     case("truncated image", lambda c: c.write_image((c.scene / "images" / "frame_002.png").read_bytes()[:100]),
          r'frame_003.png" \(100 bytes\) cannot be read as an image'),
+    case("CMYK image", lambda c: Image.new("CMYK", (24, 20)).save(c.scene / "images" / "frame_003.png", "JPEG"),
+         'images/frame_003.png" is a CMYK image: convert it to RGB first'),
+    case("image of 16 bits", lambda c: Image.fromarray(np.zeros((20, 24), np.uint16)).save(c.scene / "images" / "frame_003.png"),
+         'images/frame_003.png" has 16 bits per channel'),
     case("images of two sizes",
          lambda c: Image.new("RGB", (12, 10)).save(c.scene / "images" / "frame_003.png"), "All views must have one size"),
     case("no downscaled images", lambda c: ["nerfstudio-data", "--downscale-factor", "2"],
-         "There is no image .*images_2/frame_000.png"),
+         "There is no .*images_2/frame_000.png.: --downscale-factor 2 reads smaller images .* give --pipeline.datamanager.camera-res-scale-factor 0.5 instead"),
     case("masks for some frames only", lambda c: c.change_scene(lambda m: frame(m).update(mask_path="images/frame_003.png")),
-         "The data at .* cannot be read .AssertionError: Different number of image and mask"),
-    case("split without frames", lambda c: c.change_scene(lambda m: m.update(train_filenames=["nothing.png"])),
-         "The data at .* cannot be read .RuntimeError: Some filenames for split train were not found"),
-    case("scene of another format", lambda c: ["blender-data", "--data", c.scene], "The data at .* cannot be read"),
+         '5 of 6 frames have no "mask_path", the first of them images/frame_000.png: give it to all frames or to none'),
+    case("depth for some frames only", lambda c: c.change_scene(lambda m: frame(m).update(depth_file_path="depth.png")),
+         '5 of 6 frames have no "depth_file_path"'),
+    case("mask that is a number", lambda c: c.change_scene(lambda m: [f.update(mask_path=1) for f in m["frames"]]),
+         'the "mask_path" of images/frame_000.png is not a path'),
+    case("unknown orientation", lambda c: c.change_scene(lambda m: m.update(orientation_override="down")),
+         'the "orientation_override" is down. Supported: pca, up, vertical, none'),
+    case("malformed transform", lambda c: c.change_scene(lambda m: m.update(applied_transform=[[1, 0, 0]] * 3)),
+         'the "applied_transform" is not 3 x 4 finite numbers'),
+    *(case(f"split with {' and '.join(given) or 'nothing'}", lambda c, given=given: c.change_scene(lambda m: m.update(
+           {f"{split}_filenames": ["images/frame_003.png"] for split in given})),
+           f"has {' and '.join(f'{split}_filenames' for split in given)}, but no {missing}_filenames: training reads")
+      for given, missing in [(["train"], "val"), (["val"], "train"), (["train", "val"], "test"), (["train", "test"], "val")]),
+    *(case(f"{split} split without frames", lambda c, split=split: c.change_scene(lambda m: m.update(
+           {f"{other}_filenames": ["nothing.png"] if other == split else ["images/frame_003.png"] for other in ("train", "val", "test")})),
+           f'{split}_filenames lists nothing.png, which is not the "file_path" of any frame') for split in ("train", "val", "test")),
+    case("split that is not a list", lambda c: c.change_scene(lambda m: m.update(
+         train_filenames=None, val_filenames=[], test_filenames=[])), "train_filenames is not a list of file names"),
+    *(case(f"split by file names with {parser}", lambda c, parser=parser: [parser, "--eval-mode=filename"],
+           "The name of each image at .*scene. must contain train or eval") for parser in ("nerfstudio-data", "instant-ngp-data")),
+    case("scene of another format", lambda c: ["blender-data"], 'There is no ".*transforms_train.json": for data in another'),
 ]  # fmt: skip
 
 MASKS = ["--localization", "masks", "--pipeline.masks-dir"]
@@ -356,6 +401,7 @@ OPTIONS = [
         }.items()
         for value in values
     ),
+    case("fraction of another parser", lambda c: ["phototourism-data", "--train-split-fraction=0"], "wys: --train-split-fraction must be above 0"),
     case("scale of another parser", lambda c: ["colmap", "--data", c.scene, "--scale-factor=nan"], "wys: --scale-factor must be a finite"),
     case("near above far", lambda c: ["--pipeline.model.near-plane=9", "--pipeline.model.far-plane=3"], "must be below"),
     case("minimum strength above maximum", lambda c: ["--pipeline.min-strength=0.9", "--pipeline.max-strength=0.2"],
@@ -384,9 +430,11 @@ OPTIONS = [
     case("missing masks folder", lambda c: [*MASKS, c.folder / "none"], "no mask for the view frame_000.png"),
     case("missing mask", lambda c: [*MASKS, c.write_masks(3)], "no mask for the view frame_003.png"),
     case("mask is not an image", lambda c: ((c.write_masks() / "frame_003.png").write_bytes(b"x"), [*MASKS, c.folder / "masks"])[1],
-         r'masks/frame_003.png" \(1 bytes\) cannot be read as an image'),
+         r'The mask ".*masks/frame_003.png" cannot be read as an image'),
     case("masks that are all black", lambda c: [*MASKS, c.write_masks(value=0)], "All masks in .*masks. are black: nothing would be edited"),
     case("0/1 masks", lambda c: [*MASKS, c.write_masks(value=1)], "masks/frame_000.png. is a 0/1 mask: .* multiply a 0/1 mask by 255"),
+    case("one mask for two views", lambda c: (c.use_cameras(), [*MASKS, c.write_masks(3)])[1],
+         'masks/frame_000.png" is the mask of both ".*images/a/frame_000.png" and ".*images/b/frame_000.png": give each its own'),
     case("masks of another shape", lambda c: [*MASKS, c.write_masks(size=(20, 24))], "masks/frame_000.png. is 20x24 and its view 24x20"),
     case("no instruction", lambda c: setattr(c, "instruction", None), "There is no instruction"),
     case("blank instruction", lambda c: setattr(c, "instruction", " \t "), "There is no instruction"),
@@ -701,7 +749,7 @@ def test_a_capture_is_loadable_or_refused(valid_scene, value, key, into_frame, d
     file = valid_scene / "changed.json"
     file.write_text(json.dumps(meta))
     try:
-        check_capture(file)
+        check_capture(file, NerfstudioDataParserConfig())
     except WysError as error:
         assert len(str(error).splitlines()) == 1
     else:  # what the check accepts, nerfstudio can load

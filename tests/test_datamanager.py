@@ -4,8 +4,11 @@ import json
 import math
 import random
 import shutil
+import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +20,8 @@ from nerfstudio.data.dataparsers.colmap_dataparser import ColmapDataParserConfig
 from nerfstudio.data.dataparsers.instant_ngp_dataparser import InstantNGPDataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from PIL import Image
+from PIL.ImageFile import ImageFile
+from PIL.PngImagePlugin import PngImageFile
 
 from wys_nerfstudio import relevance
 from wys_nerfstudio.datamanager import WysDataManager, WysDataManagerConfig
@@ -25,6 +30,7 @@ from wys_nerfstudio.editing.sampling import edit_seed
 from wys_nerfstudio.relevance.cache import RelevanceRequest, save_maps
 from wys_nerfstudio.training.scene import EditInput
 from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.image_io import read_image
 from wys_nerfstudio.utils.visualization import apply_colormap, read_png, to_uint8
 
 HEIGHT, WIDTH = 32, 40
@@ -177,9 +183,7 @@ def test_views_of_different_sizes_are_refused_with_two_names(tmp_path, per_frame
         for i, frame in enumerate(meta["frames"]):
             frame.update(shared | ({"w": 30} if i == 5 else {}))
         (scene / "transforms.json").write_text(json.dumps(meta))
-    sentence = (
-        "All views must have one size.*frame_000.png is 40x32 while frame_005.png is 30x32: crop or resize.*ns-process"
-    )
+    sentence = "All views must have one size, and frame_000.png is 40x32 while frame_005.png is 30x32: crop them to one"
     with pytest.raises(WysError, match=sentence):
         load(scene)
 
@@ -309,6 +313,157 @@ def test_poses_that_a_parser_mirrors_are_refused(tmp_path):
     assert outcomes and "is mirrored: choose another --orientation-method than pca" in outcomes[0]
 
 
+# ------------------------------------------------------------------------------------------------------------ image files
+
+
+def resave(scene: Path, save: Callable[[Image.Image, Path], Path], *views: int) -> list[Path]:
+    """Write images of a scene in another way, by default all, and return the files."""
+    files: list[Path] = []
+
+    def change(meta: dict) -> None:
+        for view in views or range(len(meta["frames"])):
+            before = scene / meta["frames"][view]["file_path"]
+            with Image.open(before) as image:
+                image.load()
+            before.unlink()
+            files.append(save(image, before))
+            meta["frames"][view]["file_path"] = files[-1].relative_to(scene).as_posix()
+
+    change_meta(scene, change)
+    return files
+
+
+def in_mode(mode: str, suffix: str = ".png", **options: object) -> Callable[[Image.Image, Path], Path]:
+    def save(image: Image.Image, file: Path) -> Path:
+        image.convert(mode).save(file.with_suffix(suffix), **options)
+        return file.with_suffix(suffix)
+
+    return save
+
+
+def in_16_bits(suffix: str) -> Callable[[Image.Image, Path], Path]:
+    def save(image: Image.Image, file: Path) -> Path:
+        Image.fromarray(np.array(image.convert("L")).astype(np.uint16) * 257).save(file.with_suffix(suffix))
+        return file.with_suffix(suffix)
+
+    return save
+
+
+def as_array(image: Image.Image, file: Path) -> Path:
+    np.save(file.with_suffix(".npy"), np.array(image))
+    return file.with_suffix(".npy")
+
+
+def animated(image: Image.Image, file: Path) -> Path:
+    image.save(file.with_suffix(".gif"), save_all=True, append_images=[image.rotate(90)])
+    return file.with_suffix(".gif")
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(range(256)) * (3 * HEIGHT * WIDTH // 256)
+CONVERTED = {
+    "palette": in_mode("P"),
+    "palette with transparency": in_mode("P", transparency=0),
+    "gray": in_mode("L"),
+    "gray JPEG": in_mode("L", ".jpg"),
+    "gray with alpha": in_mode("LA"),
+    "1 bit": in_mode("1"),
+    "color with alpha": in_mode("RGBA"),
+    "TIFF": in_mode("RGB", ".tif"),
+    "WebP": in_mode("RGB", ".webp"),
+}
+
+
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_images_are_converted_as_those_of_image_edits(tmp_path, kind):
+    scene = write_ring_scene(tmp_path / "scene", views=12)
+    resave(scene, CONVERTED[kind], *range(0, 12, 2))
+    data = load(scene)
+    for dataset in (data.train_dataset, data.eval_dataset):
+        for index, file in enumerate(dataset.image_filenames):
+            expected = read_image(file)
+            pixels = dataset.get_numpy_image(index)
+            assert np.array_equal(pixels[..., :3], expected.pixels.numpy())
+            assert (pixels.shape[-1] == 4) == (expected.alpha is not None)
+            if expected.alpha is not None:
+                assert np.array_equal(pixels[..., 3], expected.alpha)
+
+
+REFUSED = {
+    "is a CMYK image: convert it to RGB first": in_mode("CMYK", ".jpg"),
+    "has 16 bits per channel": in_16_bits(".png"),
+    "has 16 bits per channel, but": in_16_bits(".tif"),
+    "has 32 bits per channel": in_mode("F", ".tif"),
+    "is an animation or has several pages": animated,
+    "is a PPM image, which is not supported": in_mode("RGB", ".ppm"),
+    r"\(\d+ bytes\) cannot be read as an image .*: give an undamaged PNG, JPEG, WebP": as_array,
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_images_that_image_edits_refuse_are_refused(tmp_path, message):
+    scene = write_ring_scene(tmp_path / "scene", views=12)
+    held_out = int(load(scene).eval_dataset.image_filenames[0].stem[-3:])
+    for view in (1, held_out):
+        copy = shutil.copytree(scene, tmp_path / f"view_{view}")
+        (file,) = resave(copy, REFUSED[message], view)
+        with pytest.raises(WysError, match=f'^"{file}" {message}'):
+            load(copy)
+
+
+def test_heic_images_are_read_by_a_plugin_in_every_command(tmp_path, monkeypatch):
+    scene = write_ring_scene(tmp_path / "scene", views=4)
+    resave(scene, lambda image, file: file.with_suffix(".heic").write_bytes(HEIC) and file.with_suffix(".heic"))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(WysError, match="cannot identify image file '.*frame_000.heic'"):
+        load(scene, test_mode="test")
+
+    class Heif(ImageFile):
+        format = "HEIF"
+
+        def _open(self) -> None:
+            self._size, self._mode = (WIDTH, HEIGHT), "RGB"
+            self.tile = [("raw", (0, 0, WIDTH, HEIGHT), 24, ("RGB", 0, 1))]
+
+    def register() -> None:
+        monkeypatch.setitem(Image.OPEN, "HEIF", (Heif, lambda head: head[4:8] == b"ftyp"))
+        monkeypatch.setattr(Image, "ID", ["HEIF", *Image.ID])
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+    assert load(scene, test_mode="test").train_dataset.get_numpy_image(0).tobytes() == HEIC[24:]
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_pixels_are_those_that_are_stored(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    scene = write_ring_scene(tmp_path / "scene", views=4)
+    resave(scene, in_mode("RGB", exif=exif))
+    data = load(scene)
+    assert data.train_dataset.get_numpy_image(0).tolist() == file_pixels(data, 0).tolist()
+
+
+def test_each_image_is_decoded_once(tmp_path, monkeypatch):
+    scene = write_ring_scene(tmp_path / "scene", views=12)
+    decoded: Counter[str] = Counter()
+    load_pixels = PngImageFile.load
+
+    def count(image: PngImageFile) -> object:
+        decoded[str(image.filename)] += bool(image.tile)
+        return load_pixels(image)
+
+    monkeypatch.setattr(PngImageFile, "load", count)
+    data = load(scene)
+    files = [*data.train_dataset.image_filenames, *data.eval_dataset.image_filenames]
+    assert set(decoded) == set(map(str, files))
+    assert sum(decoded.values()) <= len(files) + 2, "the first one of a split gives the size of its images"
+
+
+def test_views_below_the_smallest_size_are_refused(tmp_path):
+    scene = write_ring_scene(tmp_path / "scene", views=4)
+    with pytest.raises(WysError, match="The views have 14x11 pixels and each side must have at least 16: use larger"):
+        load(scene, camera_res_scale_factor=0.36)
+
+
 # --------------------------------------------------------------------------------------------------------------- frame masks
 
 
@@ -349,7 +504,17 @@ def test_unusable_frame_masks_are_refused(tmp_path, masks, message):
 def test_missing_frame_masks_are_refused(tmp_path):
     scene = write_frame_masks(write_ring_scene(tmp_path / "scene", views=4), [WHITE] * 4)
     (scene / "masks" / "2.png").unlink()
-    with pytest.raises(WysError, match='There is no image ".*masks/2.png", which is listed in the capture'):
+    with pytest.raises(WysError, match='There is no ".*masks/2.png", the frame mask of frame_002.png: all views have'):
+        load(scene)
+
+
+@pytest.mark.parametrize("views", [4, 12])
+def test_damaged_frame_masks_are_refused(tmp_path, views):
+    scene = write_frame_masks(write_ring_scene(tmp_path / "scene", views=views), [WHITE] * views)
+    outputs = load(scene).eval_dataset._dataparser_outputs  # no view of four is held out
+    mask = (outputs.mask_filenames or [scene / "masks" / "2.png"])[0]
+    mask.write_bytes(mask.read_bytes()[:60])
+    with pytest.raises(WysError, match=f'The frame mask ".*masks/{mask.name}" cannot be read as an image: replace it'):
         load(scene)
 
 

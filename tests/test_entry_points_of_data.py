@@ -87,6 +87,29 @@ def test_downscaled_views_run_to_the_end(editor_folder: Path, tmp_path: Path) ->
     assert {Image.open(path).size for path in (run / "wys" / "edits").glob("*.png")} == {(32, 24)}
 
 
+def test_shrunk_images_are_edited_and_evaluated_with_rescaled_cameras(editor_folder: Path, tmp_path: Path) -> None:
+    scene = write_ring_scene(tmp_path / "scene", width=80, height=64)
+    for path in (scene / "images").iterdir():
+        Image.open(path).resize((40, 32)).save(path)
+    meta = json.loads((scene / "transforms.json").read_text())
+    shared = {key: meta.pop(key) for key in ("fl_x", "fl_y", "cx", "cy", "w", "h")}
+    for frame in meta["frames"]:
+        frame.update(shared)
+    (scene / "transforms.json").write_text(json.dumps(meta))
+    done = train("wys-tiny", scene, tmp_path / "out", *SMALL_MODEL, *SHORT, "--editor", editor_folder, "--instruction",
+                 "make the ball blue", "--mask-threshold=0.3")  # fmt: skip
+    sentence = "The images are 40x32 and their cameras 80x64: the cameras are rescaled."
+    assert " ".join(done.stdout.split()).count(sentence) == 1
+    run = newest_run(tmp_path / "out")
+    assert {Image.open(path).size for path in (run / "wys" / "edits").glob("*.png")} == {(40, 32)}
+    command("eval", "--load-config", run / "config.yml", "--output-path", tmp_path / "eval.json")
+    assert json.loads((tmp_path / "eval.json").read_text())["results"]["psnr"] > 0
+    command("render", "dataset", "--load-config", run / "config.yml", "--output-path", tmp_path / "renders", "--split",
+            "train+test", "--rendered-output-names", "rgb", "gt-rgb")  # fmt: skip
+    sizes = [Image.open(path).size for path in (tmp_path / "renders").rglob("*.jpg")]
+    assert sizes == [(40, 32)] * 28, "14 renders and their images"
+
+
 @pytest.mark.parametrize("localization", ["relevance-map", "masks", "none"])
 def test_other_localizations_run_to_the_end(
     localization: str, ring_scene: Path, editor_folder: Path, tmp_path: Path

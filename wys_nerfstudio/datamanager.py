@@ -6,6 +6,7 @@ device; captured views and reference views are in main memory and moved view by 
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -18,7 +19,6 @@ from nerfstudio.configs.dataparser_configs import AnnotatedDataParserUnion
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig, DataparserOutputs
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
-from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.pixel_samplers import PatchPixelSamplerConfig
 from nerfstudio.data.utils.dataloaders import FixedIndicesEvalDataloader, RandIndicesEvalDataloader
 from nerfstudio.model_components.ray_generators import RayGenerator
@@ -33,15 +33,18 @@ from wys_nerfstudio.editing.edit import check_finite
 from wys_nerfstudio.editing.editor import resize_images
 from wys_nerfstudio.editing.sampling import edit_seed
 from wys_nerfstudio.relevance.cache import MAPS_FILE, RelevanceRequest, find_maps, save_maps
+from wys_nerfstudio.training.capture_dataset import CaptureDataset
 from wys_nerfstudio.training.distributed import broadcast_from_main, gather, main_process_only, shard
 from wys_nerfstudio.training.image_stack import ImageStack, read_images, to_device
 from wys_nerfstudio.training.scene import EditInput
 from wys_nerfstudio.training.validation import flag, minimum, validate_positive, validate_ranges, validate_share
 from wys_nerfstudio.utils.cameras import ONE_PLACE, check_cameras, check_positions, fit_cameras
-from wys_nerfstudio.utils.data_checks import check_frame_masks, check_image, check_names
+from wys_nerfstudio.utils.data_checks import check_image, check_names, parser_error
 from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.image_io import MIN_SIDE, enable_heic
 from wys_nerfstudio.utils.log_filters import ignore_warnings
 from wys_nerfstudio.utils.memory_errors import is_memory_error
+from wys_nerfstudio.utils.view_masks import check_frame_masks
 from wys_nerfstudio.utils.visualization import SOFTWARE, apply_colormap, save_png, to_uint8, write_png
 
 REFERENCE_VIEWS = "reference"
@@ -102,7 +105,7 @@ def _check_parser_options(options: DataParserConfig) -> None:
             validate_positive(name, value)
 
 
-class WysDataManager(VanillaDataManager[InputDataset]):
+class WysDataManager(VanillaDataManager[CaptureDataset]):
     """Captured views, relevance maps and edited views of one scene; views are numbered as in the training dataset."""
 
     config: WysDataManagerConfig
@@ -113,23 +116,22 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         self._rescaled: Optional[str] = None
         """What was printed about cameras that were rescaled."""
         ignore_warnings()  # in ns-eval and other commands nothing of this package is built earlier
+        with suppress(ImportError):
+            enable_heic()  # parsers read the size of the first image themselves
+        if hasattr(config.dataparser, "load_3D_points"):
+            config.dataparser.load_3D_points = False  # type: ignore # only Gaussian splatting uses them
         try:
             super().__init__(config, *arguments, **named)
         except ZeroDivisionError as error:  # parsers divide by the extent of the camera positions
             raise WysError(ONE_PLACE) from error
-        except (AssertionError, LookupError, TypeError, ValueError, OSError, RuntimeError) as error:
+        except WysError:
+            raise
+        except Exception as error:  # nerfstudio's parsers raise errors of many kinds on data that they cannot read
             if is_memory_error(error):
                 raise
-            # An error of nerfstudio's parsers about data that they cannot read.
-            for path in getattr(getattr(self, "train_dataset", None), "image_filenames", []):
-                check_image(path, "the capture", decode=True)
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise WysError(
-                f'The data at "{config.data}" cannot be read ({type(error).__name__}: {first_line}): check them with another '
-                "method of nerfstudio, or name their format at the end of the command."
-            ) from error
+            raise parser_error(config.dataparser.data, config.dataparser, error) from error
 
-    def create_train_dataset(self) -> InputDataset:
+    def create_train_dataset(self) -> CaptureDataset:
         """Build the dataset of the training views, with cameras that agree with the images."""
         outputs = self.train_dataparser_outputs
         if not outputs.image_filenames:
@@ -141,11 +143,13 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         check_positions(outputs)
         return dataset
 
-    def create_eval_dataset(self) -> InputDataset:
+    def create_eval_dataset(self) -> CaptureDataset:
         """Build the dataset of the held-out views, with cameras that agree with the images."""
+        if self.test_mode == "val":  # ns-eval, ns-render and ns-viewer of this run read another split
+            self._create_dataset(self.dataparser.get_dataparser_outputs(split="test"))
         return self._create_dataset(self.dataparser.get_dataparser_outputs(split=self.test_split))
 
-    def _create_dataset(self, outputs: DataparserOutputs) -> InputDataset:
+    def _create_dataset(self, outputs: DataparserOutputs) -> CaptureDataset:
         files, masks, scale = outputs.image_filenames, outputs.mask_filenames, self.config.camera_res_scale_factor
         flipped = getattr(self.dataparser.config, "orientation_method", None) == "pca"
         check_cameras(
@@ -157,6 +161,8 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         check_names(files)
         # Renders read no images; these may be absent then.
         if self.test_mode != "inference" or all(map(Path.is_file, files)):
+            for file in files:
+                check_image(file, "the capture")
             change = fit_cameras(outputs.cameras, files, self._downscaled)
             if change is not None and change != self._rescaled:
                 CONSOLE.print(change)
@@ -167,6 +173,12 @@ class WysDataManager(VanillaDataManager[InputDataset]):
             for side in ("width", "height"):  # rounded as the dataset rounds its images, in double precision
                 pixels = (getattr(outputs.cameras, side).double() * scale).long()
                 setattr(dataset.cameras, side, pixels)
+        for width, height in zip(dataset.cameras.width.flatten().tolist(), dataset.cameras.height.flatten().tolist()):
+            if min(width, height) < MIN_SIDE:
+                raise WysError(
+                    f"The views have {width}x{height} pixels and each side must have at least {MIN_SIDE}: use larger images, or "
+                    "a larger --pipeline.datamanager.camera-res-scale-factor."
+                )
         return dataset
 
     @property

@@ -39,9 +39,9 @@ from wys_nerfstudio.training.schedule import PhaseSchedule
 from wys_nerfstudio.training.session import RELEVANCE_FOLDER, EditSession, Run
 from wys_nerfstudio.training.settings import RunSettings, Settings
 from wys_nerfstudio.training.validation import flag, minimum, validate_ranges, validate_share
-from wys_nerfstudio.utils.data_checks import read_masks
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.memory_errors import convert_memory_errors
+from wys_nerfstudio.utils.view_masks import read_masks
 from wys_nerfstudio.viewer.panel import ViewerPanel
 
 MINIMA = {
@@ -88,7 +88,8 @@ class WysPipelineConfig(VanillaPipelineConfig):
     mask_threshold: Annotated[float, tyro.conf.arg(aliases=["--mask-threshold"])] = 0.5
     """Pixels of at least this relevance are edited (tau); 0 edits everything, higher is more local."""
     masks_dir: Optional[Path] = None
-    """Folder with one mask per view, named as the view, for --localization masks; white pixels are edited."""
+    """Folder with one mask per view, for --localization masks; white pixels are edited. Masks are named as the views, with
+    their sub-folders if names repeat, or as the masks that a run writes."""
     relevance_noise_level: float = 0.8
     """Noise level of relevance maps (t_rel), as a share of the diffusion."""
     relevance_num_samples: int = 1
@@ -338,7 +339,8 @@ class WysPipeline(VanillaPipeline):
         if config.niqe_params is not None:
             check_niqe(config.niqe_params, *data.view_size)
         if config.masks_dir is not None:
-            self._masks = read_masks(config.masks_dir, data.train_dataset.image_filenames, *data.view_size)
+            files = data.train_dataset.image_filenames
+            self._masks = read_masks(config.masks_dir, files, data.view_names, *data.view_size)
         if self.session.schedule.reconstruct_steps > 0 and torch.device(self.editor_device).type == "cuda":
             # Reconstruction should have the GPU's memory to itself; loading again takes seconds.
             self.release_editor()

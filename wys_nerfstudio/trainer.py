@@ -12,7 +12,6 @@ from typing import Literal, NoReturn, Optional
 import torch
 import yaml
 from nerfstudio.configs.base_config import ViewerConfig
-from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackLocation
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils import writer
@@ -185,8 +184,7 @@ class WysTrainerConfig(TrainerConfig):
         data = manager.data or manager.dataparser.data
         if not data.exists():
             raise WysError(f'There is no data at "{data}": give --data a folder of captured views.')
-        if isinstance(manager.dataparser, NerfstudioDataParserConfig):
-            check_capture(data, manager.dataparser.downscale_factor)
+        check_capture(data, manager.dataparser)
 
     def _take_prompt(self) -> None:
         """Take nerfstudio's own --prompt as the instruction."""

@@ -122,6 +122,15 @@ def test_images_of_two_sizes_are_refused(tmp_path):
         fit_cameras(cameras(40, 32), write_images(tmp_path, (40, 32), (40, 32), (80, 64)), downscaled=False)
 
 
+def test_exif_rotation_of_some_images_is_named(tmp_path):
+    upright = write_images(tmp_path, *[(40, 32)] * 2)
+    (tmp_path / "rotated").mkdir()
+    files = [*upright, *write_images(tmp_path / "rotated", (32, 40), orientation=8)]
+    sentence = "0.jpg is 40x32 while 0.jpg is 32x40: its EXIF orientation, which nerfstudio ignores"
+    with pytest.raises(WysError, match=sentence):
+        fit_cameras(cameras(40, 32), files, downscaled=False)
+
+
 @pytest.mark.parametrize("size", [(41, 32), (40, 33), (41, 33)])
 def test_downscaled_images_may_be_rounded_otherwise(tmp_path, size):
     views = cameras(40, 32)

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
-from PIL import ExifTags, Image
 from torch import Tensor
 
 from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.image_io import image_size, orientation
 
 Size = tuple[int, int]
 """Width and height in pixels."""
@@ -20,23 +20,16 @@ TOLERANCE = 1e-2
 
 PRECISION = 1e-6
 """Relative precision of coordinates in single precision, with a margin."""
+EXIF_REMEDY = (
+    "its EXIF orientation, which nerfstudio ignores, swaps width and height; rotate the pixels of all images, for example with "
+    "`magick mogrify -auto-orient`."
+)
+"""What to do about images that EXIF data rotate."""
 ONE_PLACE = (
     "The training views were all captured from one place, or there is one only: a scene is reconstructed from views of "
     "different positions."
 )
 """Why cameras in one place are refused."""
-
-
-def image_size(path: Path) -> Size:
-    """Return the size of an image as it is stored; nerfstudio ignores EXIF orientations. Reads the file's header only."""
-    with Image.open(path) as image:
-        return image.size
-
-
-def orientation(path: Path) -> int:
-    """Return the EXIF orientation of an image file: 1 if it is stored upright, 5 to 8 if width and height are swapped."""
-    with Image.open(path) as image:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
 
 
 def is_scaled(size: Size, other: Size) -> bool:
@@ -75,9 +68,10 @@ def fit_cameras(cameras: Cameras, files: Sequence[Path], downscaled: bool) -> Op
     sizes = [image_size(path) for path in files]
     odd = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
     if odd is not None:
+        swapped = sizes[odd] == sizes[0][::-1] and (orientation(files[0]) >= 5) != (orientation(files[odd]) >= 5)
         raise WysError(
             f"All views must have one size, and {files[0].name} is {_text(sizes[0])} while {files[odd].name} is "
-            f"{_text(sizes[odd])}: crop or resize them, for instance with ns-process-data."
+            f"{_text(sizes[odd])}: {EXIF_REMEDY if swapped else 'crop them to one size before their poses are computed.'}"
         )
     camera_sizes = [(int(width), int(height)) for width, height in zip(cameras.width, cameras.height)]
     wrong = next((i for i, size in enumerate(camera_sizes) if size != sizes[0]), None)
@@ -94,8 +88,7 @@ def fit_cameras(cameras: Cameras, files: Sequence[Path], downscaled: bool) -> Op
     if is_rounding or set(camera_sizes) != {given} or not is_scaled(given, stored):
         swapped = orientation(files[wrong]) >= 5 and is_scaled(given, (stored[1], stored[0]))
         remedy = (
-            "its EXIF orientation, which nerfstudio ignores, swaps width and height; rotate the pixels of all images, for "
-            "example with `magick mogrify -auto-orient`."
+            EXIF_REMEDY
             if swapped
             else "use the images that the cameras were computed from, or correct width and height of the cameras."
         )

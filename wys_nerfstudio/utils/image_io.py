@@ -5,7 +5,8 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -77,14 +78,51 @@ class ImageFile:
 
 
 def read_image(path: "str | Path") -> ImageFile:
-    """Read an image file with 8 bits per channel, rotated by its EXIF orientation and converted to RGB.
+    """Read an image file as `open_image`, rotated by its EXIF orientation and converted to RGB.
+
+    Raises:
+        WysError: As for `open_image`, or if the image is too small.
+    """
+    path = Path(path)
+    with open_image(path) as opened:
+        opened.load()  # PNG files may have text at their end
+        metadata, edits = _metadata(opened), _edits(opened)
+        ImageOps.exif_transpose(opened, in_place=True)
+        pixels = np.array(_converted(opened))
+    height, width, channels = pixels.shape
+    if min(height, width) < MIN_SIDE:
+        raise WysError(f'"{path}" has {width}x{height} pixels: each side of an image must have at least {MIN_SIDE}.')
+    alpha = pixels[..., 3].copy() if channels == 4 else None
+    rgb = np.ascontiguousarray(pixels[..., :3])
+    return ImageFile(torch.from_numpy(rgb), alpha, metadata, edits)
+
+
+def read_stored_image(path: Path) -> Image.Image:
+    """Read an image file as `open_image`, in RGB, or in RGBA if it has transparency; its EXIF orientation is not applied.
+
+    Raises:
+        WysError: As for `open_image`.
+    """
+    with open_image(path) as opened:
+        return _converted(opened)
+
+
+def _converted(image: Image.Image) -> Image.Image:
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+@contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """Open an image file with 8 bits per channel; its pixels are not decoded yet.
 
     HEIC files are read by Pillow's plugin pillow-heif, if it is installed.
 
+    Args:
+        path: The file.
+
     Raises:
-        WysError: If the file is missing, damaged, animated or too small, or has another format, bit depth or color space.
+        WysError: If the file is missing, damaged or animated, or has another format, bit depth or color space.
     """
-    path = Path(path)
     if not os.path.isfile(path):  # unlike Path.is_file, also for names that are too long
         raise WysError(f'There is no image "{path}".')
     kind = UNREADABLE.get(path.suffix.lower())
@@ -95,25 +133,37 @@ def read_image(path: "str | Path") -> ImageFile:
             head = file.read(32)
         with Image.open(path, formats=_formats(path, head)) as opened:
             _check_kind(path, head, opened)
-            opened.load()  # PNG files may have text at their end
-            metadata, edits = _metadata(opened), _edits(opened)
-            ImageOps.exif_transpose(opened, in_place=True)
-            pixels = np.array(opened.convert("RGBA" if opened.has_transparency_data else "RGB"))
+            yield opened
     except WysError:
         raise
     except Exception as error:  # decoders raise errors of many kinds on damaged files
         if is_memory_error(error):
             raise
         raise WysError(
-            f'The image "{path}" cannot be read ({" ".join(str(error).split())}): give an undamaged PNG, JPEG, WebP, BMP, '
-            "TIFF, GIF, AVIF or HEIC file."
+            f'"{path}" ({path.stat().st_size} bytes) cannot be read as an image ({" ".join(str(error).split())}): give an '
+            "undamaged PNG, JPEG, WebP, BMP, TIFF, GIF, AVIF or HEIC file."
         ) from error
-    height, width, channels = pixels.shape
-    if min(height, width) < MIN_SIDE:
-        raise WysError(f'"{path}" has {width}x{height} pixels: each side of an image must have at least {MIN_SIDE}.')
-    alpha = pixels[..., 3].copy() if channels == 4 else None
-    rgb = np.ascontiguousarray(pixels[..., :3])
-    return ImageFile(torch.from_numpy(rgb), alpha, metadata, edits)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Return width and height of an image as it is stored; nerfstudio ignores EXIF orientations. Reads the file's header only."""
+    with Image.open(path) as image:
+        return image.size
+
+
+def orientation(path: Path) -> int:
+    """Return the EXIF orientation of an image file: 1 if it is stored upright, 5 to 8 if width and height are swapped."""
+    with Image.open(path) as image:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+
+
+def enable_heic() -> None:
+    """Let Pillow read HEIC files.
+
+    Raises:
+        ImportError: If pillow-heif, Pillow's plugin for them, is not installed.
+    """
+    import_module("pillow_heif").register_heif_opener()
 
 
 def _formats(path: Path, head: bytes) -> list[str]:
@@ -132,7 +182,7 @@ def _formats(path: Path, head: bytes) -> list[str]:
             )
     elif brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"):
         try:
-            import_module("pillow_heif").register_heif_opener()
+            enable_heic()
         except ImportError as error:
             raise WysError(
                 f'"{path}" is a HEIC image: install the plugin that reads it (pip install pillow-heif), or convert the '
@@ -253,12 +303,12 @@ def read_mask(path: Path) -> Bool[Tensor, "h w"]:
     return mask
 
 
-def load_mask(path: Path, upright: bool = True) -> Bool[Tensor, "h w"]:
+def load_mask(path: Path, view: Optional[Path] = None) -> Bool[Tensor, "h w"]:
     """Read a mask: True inside, which is white in an opaque image and opaque in a cut-out, whatever its colors.
 
     Args:
         path: An image of 8 bits per channel. It is a cut-out if it has pixels that are more transparent than opaque.
-        upright: Apply the file's EXIF orientation.
+        view: Image that is read as it is stored; the mask's EXIF orientation is applied unless the image has the same one.
 
     Raises:
         WysError: If the file is damaged or of another kind, if its inside is ambiguous, or if it has values of 1 to 127 only, as
@@ -271,7 +321,8 @@ def load_mask(path: Path, upright: bool = True) -> Bool[Tensor, "h w"]:
                     f'The mask "{path}" is not a single image of 8 bits per channel in gray or RGB: convert it, for example '
                     f"with `magick {path.name} -colorspace gray -depth 8 {path.stem}.png`."
                 )
-            image = (ImageOps.exif_transpose(opened) if upright else opened).convert("RGBA")
+            as_stored = view is not None and orientation(path) == orientation(view)
+            image = (opened if as_stored else ImageOps.exif_transpose(opened)).convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise WysError(f'The mask "{path}" cannot be read as an image: replace it with an undamaged file.') from error
     brightness, opacity = np.array(image.convert("L")), np.array(image)[..., 3]
