@@ -401,3 +401,18 @@ def test_the_first_edit_steps_keep_the_scene(ring_scene: Path, editor_folder: Pa
     for number in range(151, 171):
         step(trainer, number)
         assert similarity() > before - 1.5
+
+
+def test_transparent_pixels_are_reconstructed_as_empty_space(editor_folder: Path, tmp_path: Path) -> None:
+    """If views are blended with random colors, nothing opaque explains transparent pixels."""
+    scene = write_ring_scene(tmp_path / "scene", alpha=True)
+    config = small_config(scene, editor_folder, tmp_path, reconstruct_steps=80)
+    config.pipeline.model.background_color = "random"
+    trainer = build_trainer(config)
+    for number in range(80):
+        step(trainer, number)
+    data, model = trainer.pipeline.datamanager, trainer.pipeline.scene_model
+    for view in (3, 8):
+        accumulation = model.render_view(data.cameras, view)["accumulation"]
+        opaque = data.train_dataset.get_data(view)["image"][..., 3:] == 1
+        assert float(accumulation[opaque].mean()) > 0.7 and float(accumulation[~opaque].mean()) < 0.3

@@ -257,7 +257,7 @@ class WysPipeline(VanillaPipeline):
         with exit_on_error():  # in ns-eval and other commands nothing else converts errors about the data
             super().__init__(config, device, test_mode, 1, local_rank, grad_scaler)  # type: ignore
         if config.model.background_color == "white":
-            self.datamanager.set_background(1.0)
+            self.datamanager.background = 1.0
         self.world_size = world_size
         if world_size > 1:
             # nerfstudio's own wrapping works on CUDA devices only.
