@@ -331,7 +331,7 @@ def test_renders_need_no_images(tmp_path):
         (None, NerfstudioDataParserConfig, lambda m: m.update(train_filenames=[], val_filenames=["images/frame_000.png"]),
          'No view of ".*scene" is left for training: change its train_filenames, --eval-mode'),
         (None, NerfstudioDataParserConfig, lambda m: m.update(train_filenames=["images/frame_001.png"], val_filenames=[]),
-         "were all captured from one place, or there is one only"),
+         'Only one view of ".*scene" is left for training: change its train_filenames, --eval-mode'),
         (None, InstantNGPDataParserConfig, lambda m: m["frames"].extend(m["frames"][:4] * 2),
          "with a single held-out view: hold out more, for example with --train-split-fraction 0.8"),
     ],

@@ -35,6 +35,7 @@ from wys_nerfstudio.editing.editor import resize_images
 from wys_nerfstudio.editing.sampling import edit_seed
 from wys_nerfstudio.relevance.cache import MAPS_FILE, RelevanceRequest, find_maps, save_maps
 from wys_nerfstudio.training.distributed import broadcast_from_main, gather, main_process_only, shard
+from wys_nerfstudio.training.held_out import FewCameras
 from wys_nerfstudio.training.image_stack import ImageStack, blend, read_images, to_device
 from wys_nerfstudio.training.scene import EditInput
 from wys_nerfstudio.training.validation import flag, minimum, validate_positive, validate_ranges, validate_share
@@ -135,9 +136,10 @@ class WysDataManager(VanillaDataManager[InputDataset]):
     def create_train_dataset(self) -> InputDataset:
         """Build the dataset of the training views, with cameras that agree with the images."""
         outputs = self.train_dataparser_outputs
-        if not outputs.image_filenames:
+        if len(outputs.image_filenames) < 2:
+            left = "Only one view" if outputs.image_filenames else "No view"
             raise WysError(
-                f'No view of "{self.config.data}" is left for training: change its train_filenames, --eval-mode, '
+                f'{left} of "{self.config.data}" is left for training: change its train_filenames, --eval-mode, '
                 "--train-split-fraction or --eval-interval."
             )
         dataset = self._create_dataset(outputs)
@@ -146,7 +148,12 @@ class WysDataManager(VanillaDataManager[InputDataset]):
 
     def create_eval_dataset(self) -> InputDataset:
         """Build the dataset of the held-out views, with cameras that agree with the images."""
-        return self._create_dataset(self.dataparser.get_dataparser_outputs(split=self.test_split))
+        dataset = self._create_dataset(self.dataparser.get_dataparser_outputs(split=self.test_split))
+        if len(dataset) < 2:
+            dataset.cameras.__class__ = FewCameras
+        if len(dataset) == 0:
+            CONSOLE.print("No view is held out: metrics of held-out views are left out.")
+        return dataset
 
     def _create_dataset(self, outputs: DataparserOutputs) -> InputDataset:
         files, masks, scale = outputs.image_filenames, outputs.mask_filenames, self.config.camera_res_scale_factor
@@ -195,6 +202,8 @@ class WysDataManager(VanillaDataManager[InputDataset]):
         self._stack.check_drawable(rays, "training")
         self.use_reconstruction_rays()
         self.train_ray_generator = RayGenerator(self.train_dataset.cameras.to(self.device))
+        # `ns-render spiral` starts at a view of it. Without held-out views, `setup_eval` is not called.
+        self.eval_dataloader = RandIndicesEvalDataloader(self.train_dataset, self.device)
 
     def setup_eval(self) -> None:
         """Read the held-out views as the training views: in 8 bits."""
