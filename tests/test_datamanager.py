@@ -118,15 +118,66 @@ def test_distorted_images_are_not_resampled(tmp_path):
 @pytest.mark.parametrize("white", [False, True])
 def test_transparent_pixels_show_the_background(tmp_path, white):
     data = load(write_ring_scene(tmp_path / "alpha", alpha=True, views=5))
-    if white:
-        data.set_background(1.0)
+    data.background = float(white)
     for view in range(data.num_views):
         pixels = file_pixels(data, view).astype(float) / 255
         transparent = pixels[..., 3] == 0
         assert 0 < transparent.mean() < 1
         expected = pixels[..., :3] * pixels[..., 3:] + float(white) * (1 - pixels[..., 3:])
-        assert to_uint8(data.captured_views([view])[0]).tolist() == np.round(expected * 255).astype(int).tolist()
-    assert data.next_train(0)[1]["image"].shape == (256, 3)
+        for views in (data.captured_views, data.reference_views, data.current_views):
+            assert to_uint8(views([view])[0]).tolist() == np.round(expected * 255).astype(int).tolist()
+
+
+def test_ray_batches_of_cutouts_are_transparent(tmp_path):
+    data = load(write_ring_scene(tmp_path / "alpha", alpha=True, views=11))
+    for dataset, (_, batch) in ((data.train_dataset, data.next_train(0)), (data.eval_dataset, data.next_eval(0))):
+        assert set(batch["image"][:, 3].tolist()) == {0.0, 1.0}
+        for color, (view, row, column) in zip(batch["image"], batch["indices"].tolist()):
+            assert torch.equal(color, dataset.get_data(view)["image"][row, column])
+
+
+@pytest.mark.parametrize("background", [0.0, 1.0])
+def test_edited_views_of_cutouts_are_opaque_and_restored(tmp_path, background):
+    scene = write_ring_scene(tmp_path / "alpha", alpha=True, views=5)
+    data, resumed = load(scene), load(scene)
+    data.background = resumed.background = background
+    data.set_view(2, torch.rand(HEIGHT, WIDTH, 3))
+    edited = data.current_views([2])
+    data.start_from_current()
+    assert torch.equal(data.reference_views(range(5)), data.current_views(range(5)))
+    assert torch.equal(data.reference_views([2]), edited)
+    data.set_view(4, torch.rand(HEIGHT, WIDTH, 3))
+    state = data.views_state()
+    assert state["current"].shape == (2, HEIGHT, WIDTH, 3) and state["reference"].shape == (5, HEIGHT, WIDTH, 3)
+    write_views(data, tmp_path / "edits")
+    assert torch.equal(read_png(tmp_path / "edits" / f"{data.view_names[2]}.png"), edited[0])
+    resumed.load_views_state(state)
+    for views in ("current_views", "reference_views"):
+        assert torch.equal(getattr(resumed, views)(range(5)), getattr(data, views)(range(5)))
+    assert resumed.reference_hash() == data.reference_hash()
+    drawn = resumed.next_train(0)[1]
+    alphas, edited_views = drawn["image"][:, 3], torch.isin(drawn["indices"][:, 0], torch.tensor([2, 4]))
+    assert set(alphas[edited_views].tolist()) == {1.0} and set(alphas[~edited_views].tolist()) == {0.0, 1.0}
+    resumed.start_from_captured()
+    assert torch.equal(resumed.captured_views(range(5)), resumed.current_views(range(5)))
+    assert resumed.next_train(0)[1]["image"][:, 3].eq(0).any()
+
+
+def test_views_that_differ_in_transparency_alone_are_refused(tmp_path):
+    scene = write_ring_scene(tmp_path / "alpha", alpha=True, views=5)
+    state = load(scene).views_state()
+    path = scene / "images" / "frame_003.png"
+    pixels = np.array(Image.open(path))
+    pixels[pixels[..., 3] == 0, :3] = 0
+    Image.fromarray(pixels).save(path)
+    pixels[..., 3] = 255
+    after = load(scene)  # colors of transparent pixels count
+    with pytest.raises(WysError, match="The picture of the view frame_003 is not what that run was trained on"):
+        after.check_views(state)
+    state = after.views_state()
+    Image.fromarray(pixels).save(path)  # black on black
+    with pytest.raises(WysError, match="The picture of the view frame_003 is not what that run was trained on"):
+        load(scene).check_views(state)
 
 
 def test_repeated_file_names_are_made_unique_by_numbers(tmp_path):
@@ -284,7 +335,7 @@ def test_renders_need_no_images(tmp_path):
         (None, NerfstudioDataParserConfig, lambda m: m.update(train_filenames=[], val_filenames=["images/frame_000.png"]),
          'No view of ".*scene" is left for training: change its train_filenames, --eval-mode'),
         (None, NerfstudioDataParserConfig, lambda m: m.update(train_filenames=["images/frame_001.png"], val_filenames=[]),
-         "were all captured from one place, or there is one only"),
+         'Only one view of ".*scene" is left for training: change its train_filenames, --eval-mode'),
         (None, InstantNGPDataParserConfig, lambda m: m["frames"].extend(m["frames"][:4] * 2),
          "with a single held-out view: hold out more, for example with --train-split-fraction 0.8"),
     ],

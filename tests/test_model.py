@@ -152,40 +152,61 @@ def test_reconstruction_trains_the_scene_and_the_cameras():
 # ------------------------------------------------------------------------------------------------------------------- losses
 
 
-@pytest.mark.parametrize("poses", ["off", "SO3xR3"])
-def test_reconstruction_losses_and_metrics_equal_nerfactos(poses, alexnet_file, tmp_path, monkeypatch):
-    from torchvision.models import alexnet
+BACKGROUNDS = pytest.mark.parametrize("background", ["random", "last_sample", "black", "white"])
 
-    # Nerfacto loads its LPIPS weights from torch's cache.
-    cache = tmp_path / "hub" / "checkpoints"
-    cache.mkdir(parents=True)
-    torch.save(alexnet(weights=None).state_dict(), cache / "alexnet-owt-7be5be79.pth")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    optimizer = CameraOptimizerConfig(mode=poses)
-    wys = build(Phase.RECONSTRUCT, camera_optimizer=optimizer).train()
-    nerfacto = NerfactoModelConfig(**SIZES, camera_optimizer=optimizer).setup(
-        scene_box=SCENE_BOX, num_train_data=VIEWS, metadata={}
-    )
+
+@BACKGROUNDS
+@pytest.mark.parametrize("transparent", [False, True])
+def test_reconstruction_losses_and_metrics_equal_nerfactos(background, transparent, torch_home):
+    options = {"camera_optimizer": CameraOptimizerConfig(mode="SO3xR3"), "background_color": background}
+    wys = build(Phase.RECONSTRUCT, **options)
+    nerfacto = NerfactoModelConfig(**{**SIZES, **options}).setup(scene_box=SCENE_BOX, num_train_data=VIEWS, metadata={})
+    nerfacto.collider = wys.collider  # nerfacto renders from 0 in eval mode
     missing, _ = nerfacto.load_state_dict(
         {k: v for k, v in wys.state_dict().items() if not k.startswith(("field.mlp_rel", "field.relevance"))},
         strict=False,
     )
     assert all(key.startswith("lpips.") for key in missing)
+    data = batch()
+    if transparent:
+        data["image"] = torch.cat([data["image"], torch.linspace(0, 1, 32)[:, None]], dim=1)
 
-    def losses_and_metrics(model: NerfactoModel) -> dict[str, torch.Tensor]:
+    def outputs_of(model: NerfactoModel) -> dict:
         torch.manual_seed(1)
-        outputs = model(rays())
-        metrics = model.get_metrics_dict(outputs, batch())
-        losses = model.get_loss_dict(outputs, batch(), metrics)
+        return model(rays())
+
+    def losses_and_metrics(model: NerfactoModel, outputs: dict) -> dict[str, torch.Tensor]:
+        torch.manual_seed(2)
+        metrics = model.get_metrics_dict(outputs, data)
+        losses = model.get_loss_dict(outputs, data, metrics)
         return {
             **{f"loss {k}": v for k, v in losses.items()},
             **{f"metric {k}": torch.as_tensor(v) for k, v in metrics.items()},
         }
 
-    result, expected = losses_and_metrics(wys), losses_and_metrics(nerfacto.train())
-    assert result.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(result[name], expected[name], rtol=1e-6, atol=1e-8)
+    for training in (True, False):
+        wys.train(training), nerfacto.train(training)
+        outputs = outputs_of(wys)
+        result, expected = losses_and_metrics(wys, outputs), losses_and_metrics(nerfacto, outputs_of(nerfacto))
+        exact = losses_and_metrics(nerfacto, outputs)
+        assert result.keys() == expected.keys()
+        for name in expected:
+            assert torch.equal(result[name], exact[name]), name
+            torch.testing.assert_close(result[name], expected[name], rtol=1e-6, atol=1e-8)
+
+
+@BACKGROUNDS
+def test_the_edit_phase_sees_transparent_pixels_in_one_color(background):
+    model, data = build(background_color=background).train(), batch()
+    color, alpha = data["image"], torch.linspace(0, 1, 32)[:, None]
+    outputs = model(rays())
+    metrics = model.get_metrics_dict(outputs, data)
+    opaque = {**data, "image": color * alpha + (background == "white") * (1 - alpha)}
+    for transparent in (False, True):
+        given = {**data, "image": torch.cat([color, alpha], dim=1)} if transparent else opaque
+        torch.manual_seed(1)
+        losses = model.get_loss_dict(outputs, given, metrics)
+        torch.testing.assert_close(losses["rgb_loss"], (outputs["rgb"] - opaque["image"]).abs().mean())
 
 
 def expectile_sum(pairs: list[tuple[float, float]], expectile: float) -> float:
@@ -317,7 +338,7 @@ def test_eval_relevance_is_the_maximum_of_surface_and_free_space():
     assert model(bundle)["relevance"].eq(1).all()
 
 
-@pytest.mark.parametrize("background", ["last_sample", "black", "white", "random"])
+@BACKGROUNDS
 @pytest.mark.parametrize("mode", ["localize", "edit", "eval"])
 def test_relevance_has_the_background_of_the_colors(background, mode, monkeypatch):
     """Nerfacto fills background with the color of a ray's last sample, almost without density; relevance must follow."""

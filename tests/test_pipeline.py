@@ -401,3 +401,29 @@ def test_the_first_edit_steps_keep_the_scene(ring_scene: Path, editor_folder: Pa
     for number in range(151, 171):
         step(trainer, number)
         assert similarity() > before - 1.5
+
+
+@pytest.mark.parametrize("background", ["random", "last_sample", "black", "white"])
+def test_edits_see_the_background_of_nerfactos_metrics(background, editor_folder: Path, tmp_path: Path) -> None:
+    config = small_config(write_ring_scene(tmp_path / "scene", alpha=True, views=4), editor_folder, tmp_path)
+    config.pipeline.model.background_color = background
+    pipeline = config.pipeline.setup(device="cpu", test_mode="test")
+    data = pipeline.datamanager
+    expected = pipeline.scene_model.renderer_rgb.blend_background(data.train_dataset.get_data(1)["image"])
+    torch.testing.assert_close(data.reference_views([1])[0], expected, atol=1 / 510 + 1e-6, rtol=0)
+    assert torch.equal(data.captured_views([1]), data.reference_views([1]))
+
+
+def test_transparent_pixels_are_reconstructed_as_empty_space(editor_folder: Path, tmp_path: Path) -> None:
+    """If views are blended with random colors, nothing opaque explains transparent pixels."""
+    scene = write_ring_scene(tmp_path / "scene", alpha=True)
+    config = small_config(scene, editor_folder, tmp_path, reconstruct_steps=80)
+    config.pipeline.model.background_color = "random"
+    trainer = build_trainer(config)
+    for number in range(80):
+        step(trainer, number)
+    data, model = trainer.pipeline.datamanager, trainer.pipeline.scene_model
+    for view in (3, 8):
+        accumulation = model.render_view(data.cameras, view)["accumulation"]
+        opaque = data.train_dataset.get_data(view)["image"][..., 3:] == 1
+        assert float(accumulation[opaque].mean()) > 0.7 and float(accumulation[~opaque].mean()) < 0.3

@@ -1,7 +1,8 @@
 """The training views: captured, edited, and their relevance maps. Edits views with an image editor under masks.
 
 Ray batches are drawn from one stack of 8-bit images, so an edit is a write into that stack. It is the only one on the training
-device; captured views and reference views are in main memory and moved view by view.
+device; captured views and reference views are in main memory and moved view by view. Captured views keep their transparency, for the
+reconstruction; edited views and what edits are conditioned on are opaque.
 """
 
 import hashlib
@@ -35,7 +36,8 @@ from wys_nerfstudio.editing.sampling import edit_seed
 from wys_nerfstudio.relevance.cache import MAPS_FILE, RelevanceRequest, find_maps, save_maps
 from wys_nerfstudio.training.capture_dataset import CaptureDataset
 from wys_nerfstudio.training.distributed import broadcast_from_main, gather, main_process_only, shard
-from wys_nerfstudio.training.image_stack import ImageStack, read_images, to_device
+from wys_nerfstudio.training.held_out import FewCameras
+from wys_nerfstudio.training.image_stack import ImageStack, blend, read_images, to_device
 from wys_nerfstudio.training.scene import EditInput
 from wys_nerfstudio.training.validation import flag, minimum, validate_positive, validate_ranges, validate_share
 from wys_nerfstudio.utils.cameras import ONE_PLACE, check_cameras, check_positions, fit_cameras
@@ -109,6 +111,8 @@ class WysDataManager(VanillaDataManager[CaptureDataset]):
     """Captured views, relevance maps and edited views of one scene; views are numbered as in the training dataset."""
 
     config: WysDataManagerConfig
+    background = 0.0
+    """Gray in [0, 1] behind transparent pixels wherever views are opaque: in edits, metrics of edits and images of views."""
 
     def __init__(self, config: WysDataManagerConfig, *arguments: Any, **named: Any) -> None:
         self._written: dict[Path, dict[str, bytes]] = {}
@@ -134,9 +138,10 @@ class WysDataManager(VanillaDataManager[CaptureDataset]):
     def create_train_dataset(self) -> CaptureDataset:
         """Build the dataset of the training views, with cameras that agree with the images."""
         outputs = self.train_dataparser_outputs
-        if not outputs.image_filenames:
+        if len(outputs.image_filenames) < 2:
+            left = "Only one view" if outputs.image_filenames else "No view"
             raise WysError(
-                f'No view of "{self.config.data}" is left for training: change its train_filenames, --eval-mode, '
+                f'{left} of "{self.config.data}" is left for training: change its train_filenames, --eval-mode, '
                 "--train-split-fraction or --eval-interval."
             )
         dataset = self._create_dataset(outputs)
@@ -147,7 +152,12 @@ class WysDataManager(VanillaDataManager[CaptureDataset]):
         """Build the dataset of the held-out views, with cameras that agree with the images."""
         if self.test_mode == "val":  # ns-eval, ns-render and ns-viewer of this run read another split
             self._create_dataset(self.dataparser.get_dataparser_outputs(split="test"))
-        return self._create_dataset(self.dataparser.get_dataparser_outputs(split=self.test_split))
+        dataset = self._create_dataset(self.dataparser.get_dataparser_outputs(split=self.test_split))
+        if len(dataset) < 2:
+            dataset.cameras.__class__ = FewCameras
+        if len(dataset) == 0:
+            CONSOLE.print("No view is held out: metrics of held-out views are left out.")
+        return dataset
 
     def _create_dataset(self, outputs: DataparserOutputs) -> CaptureDataset:
         files, masks, scale = outputs.image_filenames, outputs.mask_filenames, self.config.camera_res_scale_factor
@@ -189,20 +199,8 @@ class WysDataManager(VanillaDataManager[CaptureDataset]):
         return any((factor or 1) > 1 for factor in (*factors, getattr(parser.config, "downscale_factor", None)))
 
     def setup_train(self) -> None:
-        """Read the captured views; transparent pixels are black."""
-        self._read_views(background=0.0)
-        rays = max(self.config.train_num_rays_per_batch, self.config.edit_num_rays_per_batch)
-        self._stack.check_drawable(rays, "training")
-        self.use_reconstruction_rays()
-        self.train_ray_generator = RayGenerator(self.train_dataset.cameras.to(self.device))
-
-    def set_background(self, background: float) -> None:
-        """Show a gray background in [0, 1] behind transparent pixels. All edits are undone."""
-        if self._transparent:
-            self._read_views(background)
-
-    def _read_views(self, background: float) -> None:
-        self._captured, masks, self._transparent = read_images(self.train_dataset, background)
+        """Read the captured views."""
+        self._captured, masks = read_images(self.train_dataset)
         self._picture_hashes = [hashlib.sha256(picture.numpy().data).hexdigest()[:16] for picture in self._captured]
         on_device = self.config.images_on_gpu and torch.device(self.device).type != "cpu"
         self._stack = ImageStack(
@@ -212,11 +210,16 @@ class WysDataManager(VanillaDataManager[CaptureDataset]):
         self.edited_views: set[int] = set()
         """Views that differ from the captured ones."""
         self.forget_relevance()
+        rays = max(self.config.train_num_rays_per_batch, self.config.edit_num_rays_per_batch)
+        self._stack.check_drawable(rays, "training")
+        self.use_reconstruction_rays()
+        self.train_ray_generator = RayGenerator(self.train_dataset.cameras.to(self.device))
+        # `ns-render spiral` starts at a view of it. Without held-out views, `setup_eval` is not called.
+        self.eval_dataloader = RandIndicesEvalDataloader(self.train_dataset, self.device)
 
     def setup_eval(self) -> None:
         """Read the held-out views as the training views: in 8 bits."""
-        images, masks, _ = read_images(self.eval_dataset, 0.0)
-        self._eval_stack = ImageStack(images, masks, self.device)
+        self._eval_stack = ImageStack(*read_images(self.eval_dataset), self.device)
         self._eval_stack.check_drawable(self.config.eval_num_rays_per_batch, "held-out")
         self.eval_pixel_sampler = self._get_pixel_sampler(self.eval_dataset, self.config.eval_num_rays_per_batch)
         self.eval_ray_generator = RayGenerator(self.eval_dataset.cameras.to(self.device))
@@ -262,8 +265,8 @@ class WysDataManager(VanillaDataManager[CaptureDataset]):
         """Return views as training uses them now, in [0, 1]."""
         return self._to_floats(self._stack.images, views)
 
-    def _to_floats(self, images: UInt8[Tensor, "n h w 3"], views: Sequence[int]) -> Float[Tensor, "b h w 3"]:
-        return images[list(views)].to(self.device).float().div_(255)
+    def _to_floats(self, images: UInt8[Tensor, "n h w c"], views: Sequence[int]) -> Float[Tensor, "b h w 3"]:
+        return blend(images[list(views)].to(self.device), self.background).float().div_(255)
 
     # -------------------------------------------------------------------------------------------------- ray batches
 
@@ -303,7 +306,7 @@ class WysDataManager(VanillaDataManager[CaptureDataset]):
         self.train_pixel_sampler = self._get_pixel_sampler(self.train_dataset, self.config.train_num_rays_per_batch)
 
     def next_train(self, step: int) -> tuple[RayBundle, dict]:
-        """Return the next ray batch: `image`, `indices`, the `patch_size` of the edit phase, and `relevance` if there are relevance maps."""
+        """Return the next ray batch: `image` (RGBA if any captured view is), `indices`, the `patch_size` of the edit phase, and `relevance` if there are relevance maps."""
         self.train_count += 1
         assert self.train_pixel_sampler is not None
         batch, drawn = self._stack.sample(self.train_pixel_sampler)
@@ -483,7 +486,7 @@ class WysDataManager(VanillaDataManager[CaptureDataset]):
 
     def set_view(self, view: int, image: Float[Tensor, "h w 3"]) -> None:
         """Replace a view by an image, in 8 bits as it is written to disk; the next ray batch uses it."""
-        self._stack.images[view] = torch.from_numpy(to_uint8(image)).to(self._stack.images.device)
+        self._stack.replace(view, torch.from_numpy(to_uint8(image)))
         self.edited_views.add(view)
 
     def reference_hash(self) -> str:
@@ -495,9 +498,9 @@ class WysDataManager(VanillaDataManager[CaptureDataset]):
     def views_state(self) -> dict[str, Any]:
         """Return the edited views and their reference (None if captured), in 8 bits in main memory, for `load_views_state`."""
         edited = sorted(self.edited_views)
-        current = torch.empty(len(edited), *self._captured.shape[1:], dtype=torch.uint8)
+        current = torch.empty(len(edited), *self.view_size, 3, dtype=torch.uint8)
         for place, view in zip(current, edited):
-            place.copy_(self._stack.images[view])
+            place.copy_(self._stack.images[view, ..., :3])
         return {
             "names": self.view_names,
             "size": list(self.view_size),
@@ -517,7 +520,7 @@ class WysDataManager(VanillaDataManager[CaptureDataset]):
         self.check_views(state)
         self.start_from_captured()
         for view, image in zip(state["edited"], state["current"]):
-            self._stack.images[view] = image.to(self._stack.images.device)
+            self._stack.replace(view, image)
         if state["reference"] is not None:
             self._reference = state["reference"]
         self.edited_views = set(state["edited"])
@@ -562,7 +565,10 @@ class WysDataManager(VanillaDataManager[CaptureDataset]):
 
     def start_from_current(self) -> None:
         """Make the views as they are now the reference of the edits to come."""
-        self._reference = torch.empty_like(self._captured).copy_(self._stack.images)
+        reference = torch.empty(self.num_views, *self.view_size, 3, dtype=torch.uint8)
+        for place, image in zip(reference, self._stack.images):
+            place.copy_(blend(image, self.background))
+        self._reference = reference
 
     @main_process_only
     def write_edited_views(self, folder: Path, state: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import torch
 from jaxtyping import Bool, Float
@@ -60,6 +60,9 @@ class WysModelConfig(NerfactoModelConfig):
     _target: type = field(default_factory=lambda: WysModel)
     eval_num_rays_per_chunk: int = 0
     """Rays that are rendered at a time. 0 is 32,768 with tiny-cuda-nn and 8,192 without."""
+    background_color: Literal["random", "last_sample", "black", "white"] = "last_sample"
+    """Color behind the scene and behind transparent pixels of captured views, as in nerfacto. Edits, and the metrics of edits,
+    see transparent pixels in white with white and in black with all others."""
     relevance_input: RelevanceInput = "geometry+position"
     """Input of the relevance head: the backbone's geometry features, these and an encoding of the position, or the hash
     grid's own features (torch backend only)."""
@@ -446,7 +449,8 @@ class WysModel(NerfactoModel):
         if self.phase is Phase.LOCALIZE:
             return losses
         assert metrics_dict is not None
-        target, rgb = batch["image"].to(self.device), outputs["rgb"]
+        # Opaque, also where nerfacto's background is random: edited views are.
+        target, rgb = self.renderer_rgb.blend_background(batch["image"].to(self.device)), outputs["rgb"]
         losses["rgb_loss"] = F.l1_loss(rgb, target)
         if self.config.lpips_loss_mult > 0:
             size = batch["patch_size"]

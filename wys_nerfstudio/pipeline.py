@@ -259,7 +259,7 @@ class WysPipeline(VanillaPipeline):
         with exit_on_error():  # in ns-eval and other commands nothing else converts errors about the data
             super().__init__(config, device, test_mode, 1, local_rank, grad_scaler)  # type: ignore
         if config.model.background_color == "white":
-            self.datamanager.set_background(1.0)
+            self.datamanager.background = 1.0
         self.world_size = world_size
         if world_size > 1:
             # nerfstudio's own wrapping works on CUDA devices only.
@@ -420,7 +420,8 @@ class WysPipeline(VanillaPipeline):
     def get_average_eval_image_metrics(
         self, step: Optional[int] = None, output_path: Optional[Path] = None, get_std: bool = False
     ) -> dict[str, Any]:
-        """Return nerfstudio's metrics of the held-out views; for ns-eval also `edit`, the metrics of the training views.
+        """Return nerfstudio's metrics of the held-out views, if there are any; for ns-eval also `edit`, the metrics of the
+        training views.
 
         `edit` holds `mean` and `views`: the metrics of `evaluation.evaluate` as means and per view (those of neighboring
         views under the first one's name).
@@ -436,7 +437,10 @@ class WysPipeline(VanillaPipeline):
             )
 
         with exit_on_error(), convert_memory_errors("while views were evaluated", remedy):
-            results: dict[str, Any] = super().get_average_eval_image_metrics(step, output_path, get_std)
+            held_out = len(self.datamanager.eval_dataset)
+            results: dict[str, Any] = {}
+            if held_out:  # one view has no standard deviation
+                results = super().get_average_eval_image_metrics(step, output_path, get_std and held_out > 1)
             self.eval()
             metrics = self.evaluate_edit()
             views = evaluate.per_view(metrics, self.datamanager.view_names)

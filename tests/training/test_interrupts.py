@@ -192,6 +192,16 @@ def test_a_run_killed_before_its_contact_sheet_is_finished(command, reference):
     assert eval_setup(command.run / "config.yml")[3] == STEPS - 1
 
 
+@pytest.mark.parametrize("step", [2, 7])
+def test_a_run_on_cutouts_resumes_equal(editor_folder, tmp_path, monkeypatch, step):
+    scene = write_ring_scene(tmp_path / "scene", width=16, height=12, views=4, alpha=True)
+    whole, stopped = (TrainCommand(scene, editor_folder, tmp_path / name, monkeypatch) for name in ("whole", "stopped"))
+    background = "--pipeline.model.background-color=random"
+    assert whole(background) is None and stopped(background, step=step, action=interrupt) == 130
+    assert stopped(background, "--load-dir", stopped.run) is None
+    assert_equal_weights(stopped.weights(), whole.weights())
+
+
 def test_repeated_sigterm_is_handled_as_one_ctrl_c(command, reference, capsys):
     def terminate_twice(_trainer: WysTrainer) -> None:
         os.kill(os.getpid(), signal.SIGTERM)

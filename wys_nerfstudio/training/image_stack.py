@@ -25,13 +25,13 @@ class ImageStack:
     """Images of one size in 8 bits, from which ray batches are drawn.
 
     Args:
-        images: The images. They are changed in place by edits.
+        images: The images, RGB or, if any of them is transparent, RGBA. They are changed in place by edits.
         masks: Pixels that may be drawn; None for all.
         device: Device of the ray batches.
     """
 
     def __init__(
-        self, images: UInt8[Tensor, "n h w 3"], masks: Optional[Bool[Tensor, "n h w 1"]], device: "str | torch.device"
+        self, images: UInt8[Tensor, "n h w c"], masks: Optional[Bool[Tensor, "n h w 1"]], device: "str | torch.device"
     ) -> None:
         self.images, self._device = images, torch.device(device)
         # Pixels are drawn in main memory, where nothing waits for a GPU: the sampler receives the images' shape only.
@@ -67,11 +67,16 @@ class ImageStack:
                 "that are trained on must not be 0 in the masks."
             )
 
+    def replace(self, index: int, image: UInt8[Tensor, "h w 3"]) -> None:
+        """Replace an image by an opaque one."""
+        self.images[index, ..., :3] = image.to(self.images.device)
+        self.images[index, ..., 3:] = 255
+
     def sample(self, sampler: PixelSampler) -> tuple[dict[str, Any], Int[Tensor, "rays 3"]]:
         """Draw pixels with nerfstudio's sampler.
 
         Returns:
-            A ray batch on its device: `image` (rays, 3) in [0, 1] and `indices` (rays, 3) of view, row and column; and the same
+            A ray batch on its device: `image` (rays, 3 or 4) in [0, 1] and `indices` (rays, 3) of view, row and column; and the same
             indices in main memory.
         """
         drawn = sampler.sample(self._drawn)["indices"]
@@ -85,34 +90,47 @@ def to_device(values: Shaped[Tensor, "..."], device: torch.device) -> Tensor:
     return values if values.device == device else values.pin_memory().to(device, non_blocking=True)
 
 
+def blend(images: UInt8[Tensor, "*shape c"], background: float) -> UInt8[Tensor, "*shape 3"]:
+    """Blend images with a background; RGB images are returned as they are.
+
+    Args:
+        images: RGB or RGBA images, whose colors are not multiplied by alpha.
+        background: Gray in [0, 1] behind transparent pixels.
+    """
+    if images.shape[-1] == 3:
+        return images
+    alpha = images[..., 3:].float() / 255
+    return (images[..., :3] * alpha + 255 * background * (1 - alpha)).round().to(torch.uint8)
+
+
 def read_images(
-    dataset: InputDataset, background: float
-) -> tuple[UInt8[Tensor, "n h w 3"], Optional[Bool[Tensor, "n h w 1"]], bool]:
+    dataset: InputDataset, channels: Optional[int] = None
+) -> tuple[UInt8[Tensor, "n h w c"], Optional[Bool[Tensor, "n h w 1"]]]:
     """Read all images of a split into main memory, one after the other.
 
     Args:
         dataset: The split; its images have one size.
-        background: Gray in [0, 1] behind transparent pixels.
+        channels: 3 for RGB, 4 for RGBA. Default: RGBA if any image has an alpha channel.
 
     Returns:
-        The images, their masks (None without), and whether any image has an alpha channel.
+        The images, and their masks (None without).
     """
     first = dataset.get_data(0)
     height, width = first["image"].shape[:2]
-    images = torch.empty(len(dataset), height, width, 3, dtype=torch.uint8)
+    images = torch.full((len(dataset), height, width, channels or first["image"].shape[-1]), 255, dtype=torch.uint8)
     masks = torch.empty(len(dataset), height, width, 1, dtype=torch.bool) if "mask" in first else None
 
-    def read(index: int) -> bool:
+    def read(index: int) -> int:
         data = dataset.get_data(index)
-        image, transparent = data["image"], data["image"].shape[-1] == 4
-        if transparent:
-            image = image[..., :3] * image[..., 3:] + background * (1 - image[..., 3:])
-        images[index] = (image * 255).round().to(torch.uint8)
+        image = data["image"][..., : images.shape[-1]]
+        images[index, ..., : image.shape[-1]] = (image * 255).round().to(torch.uint8)
         if masks is not None:
             masks[index] = data["mask"] > 0
-        return transparent
+        return data["image"].shape[-1]
 
     with ThreadPoolExecutor(READERS) as pool:
         parts = pool.map(read, range(len(dataset)))
         bar = track(parts, description="Reading images", total=len(dataset), console=CONSOLE, transient=True)
-        return images, masks, any([*bar])
+        most_channels = max(bar)
+    # Only some images have an alpha channel, and the first has none.
+    return (images, masks) if most_channels <= images.shape[-1] else read_images(dataset, most_channels)
