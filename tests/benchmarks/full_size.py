@@ -101,7 +101,7 @@ def measure_stages(options: Options, scene: Path) -> list[Row]:
     last = schedule.total_steps - 1
     stage("commit of the last edits", lambda: session.finish(last))
     stage("checkpoint", lambda: trainer.save_checkpoint(last))
-    stage("contact sheet", lambda: session.edit_loop.write_contact_sheet(session.run.folder))
+    stage("contact sheet", lambda: session.edit_loop.write_contact_sheet(session.run.folder, lambda: False))
     data, model = trainer.pipeline.datamanager, trainer.pipeline.scene_model
     trainer.pipeline.eval()
     stage("ns-eval: render of one view", lambda: model.render_view(data.cameras, 0))

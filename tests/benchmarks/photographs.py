@@ -39,7 +39,7 @@ from wys_nerfstudio.evaluation.metrics import average_precision, intersection_ov
 from wys_nerfstudio.trainer import WysTrainer, WysTrainerConfig
 from wys_nerfstudio.training.checkpoint import CAPTURED_SCENE
 from wys_nerfstudio.training.schedule import Phase
-from wys_nerfstudio.utils.data_checks import read_masks
+from wys_nerfstudio.utils.view_masks import read_masks
 from wys_nerfstudio.utils.visualization import apply_colormap, contact_sheet, save_png
 
 LATENT_FACTOR = 8
@@ -245,13 +245,17 @@ def train(options: Options, seed: int, base: Optional[Path]) -> tuple[WysTrainer
         data = trainer.pipeline.datamanager
         size = editor.latent_size(*editor.editing_size(*data.view_size, editor.native_resolution))
         for number, split in enumerate((data.train_dataset, data.eval_dataset)):
-            marks = read_masks(options.marks, split.image_filenames, *data.view_size)
+            marks = _read_marks(options.marks, split.image_filenames, data.view_size)
             given.append(Marked(marks, noisy_maps(marks, size, options, 2 * seed + number)))
         starts = _note_phases(trainer)
         trainer.train()
         ends = [*(start for _, start in starts[1:]), time.perf_counter()]
     seconds = {f"{name}, s": end - start for (name, start), end in zip(starts, ends)}
     return trainer, given[1], seconds | {"peak, GiB": resident_gib("VmHWM")}
+
+
+def _read_marks(folder: Path, views: Sequence[Path], size: tuple[int, int]) -> Bool[Tensor, "n h w"]:
+    return read_masks(folder, views, [path.stem for path in views], *size)
 
 
 def _note_phases(trainer: WysTrainer) -> list[tuple[str, float]]:
@@ -306,7 +310,7 @@ def deviation_of_edits(trainer: WysTrainer, marks: Path) -> float:
     """Return the color deviation of the edited views, inside the marks where the edit changed them."""
     data = trainer.pipeline.datamanager
     views = sorted(data.edited_views)
-    masks = read_masks(marks, data.train_dataset.image_filenames, *data.view_size)[views]
+    masks = _read_marks(marks, data.train_dataset.image_filenames, data.view_size)[views]
     captured, edited = data.captured_views(views), data.current_views(views)
     return color_deviation([*edited], [*captured], [*(masks & (captured != edited).any(dim=-1))])
 
