@@ -19,7 +19,6 @@ import yaml
 from conftest import write_ring_scene
 from filelock import FileLock, Timeout
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager
-from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from nerfstudio.scripts import eval as ns_eval
 from nerfstudio.scripts import train
 from nerfstudio.utils import writer
@@ -29,6 +28,7 @@ from test_bad_input import TINY
 from wys_nerfstudio import trainer as trainer_module
 from wys_nerfstudio.datamanager import WysDataManager
 from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor
+from wys_nerfstudio.pipeline import WysPipeline
 from wys_nerfstudio.trainer import WysTrainer
 from wys_nerfstudio.training.checkpoint import copy_to_cpu, newest_checkpoint, read_checkpoint
 from wys_nerfstudio.training.interrupts import convert_disk_errors, exit_on_error
@@ -46,7 +46,7 @@ SHORT = ["--pipeline.reconstruct-steps=4", "--pipeline.localize-steps=2", "--pip
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_ring_scene(tmp_path_factory.mktemp("interrupts") / "scene", width=16, height=12, views=4)
+    return write_ring_scene(tmp_path_factory.mktemp("interrupts") / "scene", width=20, height=16, views=4)
 
 
 class TrainCommand:
@@ -194,7 +194,7 @@ def test_a_run_killed_before_its_contact_sheet_is_finished(command, reference):
 
 @pytest.mark.parametrize("step", [2, 7])
 def test_a_run_on_cutouts_resumes_equal(editor_folder, tmp_path, monkeypatch, step):
-    scene = write_ring_scene(tmp_path / "scene", width=16, height=12, views=4, alpha=True)
+    scene = write_ring_scene(tmp_path / "scene", width=20, height=16, views=4, alpha=True)
     whole, stopped = (TrainCommand(scene, editor_folder, tmp_path / name, monkeypatch) for name in ("whole", "stopped"))
     background = "--pipeline.model.background-color=random"
     assert whole(background) is None and stopped(background, step=step, action=interrupt) == 130
@@ -450,7 +450,7 @@ def test_reopening_a_run_out_of_memory_ends_it(command, monkeypatch, part, activ
 
 def test_ns_eval_out_of_memory_ends_with_a_sentence(command, monkeypatch, tmp_path):
     assert command() is None
-    monkeypatch.setattr(VanillaPipeline, "get_average_eval_image_metrics", run_out_of_memory)
+    monkeypatch.setattr(WysPipeline, "evaluate_edit", run_out_of_memory)
     arguments = ["ns-eval", "--load-config", command.run / "config.yml", "--output-path", tmp_path / "eval.json"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in arguments])
     with pytest.raises(SystemExit) as ended:

@@ -17,7 +17,7 @@ from wys_nerfstudio.viewer.panel import ON_TOP, ViewerCommand
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_ring_scene(tmp_path_factory.mktemp("overlap") / "scene", width=16, height=12, views=4)
+    return write_ring_scene(tmp_path_factory.mktemp("overlap") / "scene", width=20, height=16, views=4)
 
 
 @pytest.fixture
