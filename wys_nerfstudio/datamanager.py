@@ -154,7 +154,7 @@ class WysDataManager(VanillaDataManager[CaptureDataset]):
             self._create_dataset(self.dataparser.get_dataparser_outputs(split="test"))
         dataset = self._create_dataset(self.dataparser.get_dataparser_outputs(split=self.test_split))
         if len(dataset) < 2:
-            dataset.cameras.__class__ = FewCameras
+            dataset.cameras = FewCameras.of(dataset.cameras)
         if len(dataset) == 0:
             CONSOLE.print("No view is held out: metrics of held-out views are left out.")
         return dataset

@@ -32,6 +32,7 @@ from torchvision.transforms.functional import gaussian_blur
 from views import resident_gib
 
 from wys_nerfstudio import relevance
+from wys_nerfstudio.config import wys
 from wys_nerfstudio.datamanager import WysDataManager
 from wys_nerfstudio.demo.score import load_captured_scene
 from wys_nerfstudio.editing.editor import Branch, ImageEncoding, NoiseLevel, Predictor
@@ -70,6 +71,10 @@ class Options:
     """Steps from one edit to the next."""
     mask_threshold: float = 0.5
     """Pixels of at least this relevance are edited."""
+    outlier_factor: float = wys.config.pipeline.relevance_outlier_factor  # type: ignore
+    """Relevance is clamped at Q3 + this many interquartile ranges."""
+    expectile: float = wys.config.pipeline.model.relevance_expectile  # type: ignore
+    """Expectile of the relevance loss."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of maps, edits and relevance heads."""
     inside: float = 0.6
@@ -226,7 +231,8 @@ def train(options: Options, seed: int, base: Optional[Path]) -> tuple[WysTrainer
     )
     config.pipeline.edit_steps, config.pipeline.edit_every = options.edit_steps, options.edit_every
     config.pipeline.mask_threshold = options.mask_threshold
-    config.pipeline.relevance_outlier_factor = relevance.OUTLIER_FACTOR
+    config.pipeline.relevance_outlier_factor = options.outlier_factor
+    config.pipeline.model.relevance_expectile = options.expectile
     editor = ScriptedEditor(options.jitter)
     given: list[Marked] = []
 
@@ -323,7 +329,7 @@ def measure(options: Options, seed: int, base: Optional[Path]) -> tuple[dict[str
         torch.stack([data.eval_dataset[i]["image"] for i in range(len(data.eval_dataset))]),
         held_out.marks,
     )
-    maps = relevance.upsample(held_out.maps, *size)
+    maps = relevance.upsample(held_out.maps, *size, "view", options.outlier_factor)
     edited, field = render(trainer, "rgb"), render(trainer, "relevance_value")[..., 0]
     row: dict[str, Any] = {"seed": seed, "maps": localization(maps, marks, options.mask_threshold)}
     row["field and hull"] = localization(field, marks, options.mask_threshold)

@@ -1,5 +1,7 @@
 """Cameras of the held-out views of a capture with fewer than two of them."""
 
+from dataclasses import fields
+
 import torch
 from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
@@ -11,6 +13,11 @@ from wys_nerfstudio.utils.errors import WysError
 
 class FewCameras(Cameras):
     """Cameras of fewer than two held-out views. A sentence ends commands that cannot do with so few."""
+
+    @classmethod
+    def of(cls, cameras: Cameras) -> "FewCameras":
+        """Return the same cameras as ones of this class."""
+        return cls(**{field.name: getattr(cameras, field.name) for field in fields(cameras)})
 
     @exit_on_error()
     def to(self, device: "torch.device | str") -> "FewCameras":
