@@ -1,5 +1,6 @@
 """The training views: captured and edited pixels, ray batches, relevance maps, and their files."""
 
+import gc
 import json
 import math
 import random
@@ -886,6 +887,7 @@ def test_views_take_one_8_bit_stack_on_the_gpu(tmp_path, editor_folder, on_gpu):
     scene, peaks = write_ring_scene(tmp_path / "scene", width=160, height=128, views=100), {}
     with emulated_gpu():
         editor = load_editor(str(editor_folder), "cuda", "float32")
+        gc.collect()  # networks of earlier tests may be in reference cycles
         before = memory.allocated
 
         def measured(name: str, action):

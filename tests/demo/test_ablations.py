@@ -256,7 +256,8 @@ def test_a_signal_reaches_the_trained_run_exactly_once(kind: signal.Signals, eve
 
 @pytest.mark.slow
 def test_ctrl_c_before_training_leaves_no_traceback() -> None:
-    child = subprocess.Popen([sys.executable, "-c", ablations.TRAIN, "wys-tiny"], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-W", "ignore", "-c", ablations.TRAIN, "wys-tiny"]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     time.sleep(2)  # of about ten seconds of imports
     child.send_signal(signal.SIGINT)
     assert child.communicate(timeout=60)[1] == "" and child.returncode == 130
