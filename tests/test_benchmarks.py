@@ -91,7 +91,7 @@ def test_edits_equal_those_of_the_slow_reference(editor: StableDiffusionEditor, 
         EditSettings(*scales, diffusion_steps=10), strength=strength, seeds=[5, 6, 7],
     )  # fmt: skip
     # The reference takes all steps at any noise level, so it is given the number of steps from this level.
-    steps = len(editor.noise_levels(strength, 10)) - 1
+    steps = len(editor.noise_levels(strength, 10, (8, 8))) - 1
     states = speed.slow_states(slow, "make the ball blue")
     for view, seed in enumerate((5, 6, 7)):
         render, captured = images[view : view + 1], images[2 - view : 3 - view]

@@ -20,8 +20,10 @@ from torch.amp.grad_scaler import GradScaler
 
 from wys_nerfstudio import relevance
 from wys_nerfstudio.datamanager import WysDataManager, WysDataManagerConfig
-from wys_nerfstudio.editing import Editor, EditSettings, load_editor
-from wys_nerfstudio.editing.loading import Precision, resolve_dtype
+from wys_nerfstudio.editing import EditOptions, Editor, EditSettings, load_editor
+from wys_nerfstudio.editing.edit import check_supported
+from wys_nerfstudio.editing.editor import EditorProfile
+from wys_nerfstudio.editing.loading import Precision, load_profile, resolve_dtype
 from wys_nerfstudio.evaluation import evaluate
 from wys_nerfstudio.evaluation.ground_truth import GroundTruth
 from wys_nerfstudio.evaluation.lpips import MIN_LPIPS_PATCH, lpips_is_cached
@@ -67,20 +69,21 @@ class WysPipelineConfig(VanillaPipelineConfig):
     """Folder or config.yml of a nerfacto or wys run whose scene is edited; without it the scene is reconstructed first."""
 
     editor: Annotated[str, tyro.conf.arg(aliases=["--editor"])] = "timbrooks/instruct-pix2pix"
-    """InstructPix2Pix-type checkpoint: a hub id, a local folder in diffusers format, or "embedded" for the small editor of
+    """InstructPix2Pix or FLUX.2 klein: a hub id, a local folder in diffusers format, or "embedded" for the small editor of
     toy images that comes with the package."""
     editor_device: Optional[str] = None
     """Device of the editor, such as cuda:1, on which no process trains; it edits while training continues. Default: the
     training device."""
     editor_dtype: Precision = "auto"
-    """Precision of the editor's weights and edits; auto is float16 on a GPU and float32 on the CPU. Relevance maps are
-    computed in float32."""
+    """Precision of the editor's weights and edits; auto is float16 (FLUX.2: bfloat16) on a GPU and float32 on the CPU.
+    Relevance maps are computed in float32."""
     editor_allow_pickle: bool = False
     """Load .bin files of an editor without safetensors files, with torch's weights-only loader."""
     relevance_batch_size: int = 8
     """Views per pass of the editor for relevance maps."""
     edit_resolution: Optional[int] = None
-    """Longer side in pixels at which views are edited. Default: the editor's own (512 for InstructPix2Pix)."""
+    """Longer side in pixels at which views are edited. Default: the editor's own (512 for InstructPix2Pix; for FLUX.2 that
+    of the views, up to one megapixel)."""
 
     localization: Annotated[Localization, tyro.conf.arg(aliases=["--localization"])] = "relevance-field"
     """What confines the edits: renders of the relevance field, the views' own relevance maps, a folder of masks, or
@@ -90,8 +93,9 @@ class WysPipelineConfig(VanillaPipelineConfig):
     masks_dir: Optional[Path] = None
     """Folder with one mask per view, for --localization masks; white pixels are edited. Masks are named as the views, with
     their sub-folders if names repeat, or as the masks that a run writes."""
-    relevance_noise_level: float = 0.8
-    """Noise level of relevance maps (t_rel), as a share of the diffusion."""
+    relevance_noise_level: Optional[float] = None
+    """Noise level of relevance maps (t_rel), as a share of the diffusion. Default: the editor's own (0.8 for
+    InstructPix2Pix)."""
     relevance_num_samples: int = 1
     """Noise samples averaged in a relevance map; more reduce its noise and take proportionally longer."""
     relevance_normalization: Literal["view", "scene"] = "view"
@@ -99,12 +103,13 @@ class WysPipelineConfig(VanillaPipelineConfig):
     relevance_outlier_factor: float = relevance.OUTLIER_FACTOR
     """Relevance is clamped at Q3 + this many interquartile ranges; a larger factor suits editors with clean maps."""
 
-    guidance_scale: Annotated[float, tyro.conf.arg(aliases=["--guidance-scale"])] = 7.5
-    """How strongly edits follow the instruction (S_T)."""
-    image_guidance_scale: Annotated[float, tyro.conf.arg(aliases=["--image-guidance-scale"])] = 1.5
-    """How strongly edits keep to the captured view (S_I)."""
-    diffusion_steps: int = 20
-    """Diffusion steps of an edit from pure noise; an edit from less noise takes proportionally fewer."""
+    guidance_scale: Annotated[Optional[float], tyro.conf.arg(aliases=["--guidance-scale"])] = None
+    """How strongly edits follow the instruction (S_T). Default: the editor's own (7.5 for InstructPix2Pix)."""
+    image_guidance_scale: Annotated[Optional[float], tyro.conf.arg(aliases=["--image-guidance-scale"])] = None
+    """How strongly edits keep to the captured view (S_I). Default: the editor's own (1.5 for InstructPix2Pix)."""
+    diffusion_steps: Optional[int] = None
+    """Diffusion steps of an edit from pure noise; an edit from less noise takes proportionally fewer. Default: the
+    editor's own (20 for InstructPix2Pix)."""
     min_strength: float = 0.02
     """Minimum noise that an edit starts from, as a share of the diffusion."""
     max_strength: float = 0.98
@@ -150,9 +155,9 @@ class WysPipelineConfig(VanillaPipelineConfig):
             0 if self.base_run is not None else self.reconstruct_steps, localize_steps, self.edit_steps
         )
 
-    def edit_settings(self, settings: RunSettings) -> EditSettings:
-        """Return guidance, steps and resolution of an edit."""
-        return EditSettings(
+    def edit_options(self, settings: RunSettings) -> EditOptions:
+        """Return guidance, steps and resolution of an edit, as far as they are given."""
+        return EditOptions(
             guidance_scale=settings.guidance_scale,
             image_guidance_scale=settings.image_guidance_scale,
             diffusion_steps=self.diffusion_steps,
@@ -163,6 +168,10 @@ class WysPipelineConfig(VanillaPipelineConfig):
             relevance_outlier_factor=self.relevance_outlier_factor,
         )
 
+    def edit_settings(self, settings: RunSettings, profile: EditorProfile) -> EditSettings:
+        """Return guidance, steps and resolution of an edit with an editor."""
+        return self.edit_options(settings).resolve(profile.of_scenes)
+
     def relevance_request(self, editor: Editor, instruction: str, reference: str) -> RelevanceRequest:
         """Return what the relevance maps of an instruction depend on.
 
@@ -171,11 +180,12 @@ class WysPipelineConfig(VanillaPipelineConfig):
             instruction: What to change.
             reference: Result of `WysDataManager.reference_hash`.
         """
+        level = self.relevance_noise_level
         return RelevanceRequest(
             editor=self.editor,
-            dtype=resolve_dtype(self.editor_dtype, editor.device),
+            dtype=resolve_dtype(self.editor_dtype, editor.device, editor.profile),
             instruction=instruction,
-            noise_level=self.relevance_noise_level,
+            noise_level=editor.profile.of_scenes.relevance_noise_level if level is None else level,
             num_samples=self.relevance_num_samples,
             seed=self.seed,
             resolution=self.edit_resolution,
@@ -207,7 +217,7 @@ class WysPipelineConfig(VanillaPipelineConfig):
             raise WysError(
                 'There is no instruction: say what to change, as in --instruction "Turn the bear into a panda".'
             )
-        self.edit_settings(settings).check(lambda name: flag("edit_resolution" if name == "resolution" else name))
+        self.edit_options(settings).check(lambda name: flag("edit_resolution" if name == "resolution" else name))
         for name in ("min_strength", "max_strength"):
             validate_share(flag(name), getattr(self, name), exclusive=True)
         if self.min_strength > self.max_strength:
@@ -264,8 +274,10 @@ class WysPipeline(VanillaPipeline):
         if world_size > 1:
             # nerfstudio's own wrapping works on CUDA devices only.
             self._model: Any = wrap_ddp(self.model)
+        with exit_on_error():
+            self._profile = load_profile(config.editor) if test_mode == "val" else None
         self.settings = Settings(
-            RunSettings.from_options(config), available_localizations(config.masks_dir is not None)
+            self._typed_settings(), available_localizations(config.masks_dir is not None), self._check_guidance
         )
         """Options that can change during the run; the config keeps what was typed."""
         self.session = EditSession(
@@ -293,6 +305,13 @@ class WysPipeline(VanillaPipeline):
         """The model without the wrapper of distributed training."""
         return self.model  # type: ignore
 
+    def _typed_settings(self) -> RunSettings:
+        return RunSettings.from_options(self.config, self._profile and self._profile.of_scenes)
+
+    def _check_guidance(self, values: RunSettings) -> None:
+        if self._profile is not None:
+            self._profile.check_guidance(self.config.editor, values.guidance_scale, values.image_guidance_scale)
+
     # ------------------------------------------------------------------------------------------------------- start
 
     def resume(self, state: RunState, checkpoint: Path) -> None:
@@ -302,7 +321,7 @@ class WysPipeline(VanillaPipeline):
             state: State in the checkpoint.
             checkpoint: File of the checkpoint.
         """
-        typed = RunSettings.from_options(self.config)
+        typed = self._typed_settings()
         self.settings.load(state.resumed_settings(typed))
         self.session.cli_settings = state.resumed_cli_settings(typed)
         self.session.schedule = self.config.schedule(state)
@@ -331,8 +350,10 @@ class WysPipeline(VanillaPipeline):
     def _check_requirements(self) -> None:
         """Load editor and LPIPS once, so that nothing turns out to be missing half an hour later."""
         config, data = self.config, self.datamanager
-        self.editor().encode_text(self.settings.current.instruction)
-        self.editor().noise_levels(1.0, config.diffusion_steps)
+        settings = self.settings.current
+        self._check_guidance(settings)
+        editor = self.editor()
+        check_supported(editor, [settings.instruction], config.edit_settings(settings, editor.profile))
         if config.model.lpips_loss_mult > 0:
             self.scene_model.perceptual_distance()
             data.check_patches()

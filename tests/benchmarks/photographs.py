@@ -36,6 +36,7 @@ from wys_nerfstudio.config import wys
 from wys_nerfstudio.datamanager import WysDataManager
 from wys_nerfstudio.demo.score import load_captured_scene
 from wys_nerfstudio.editing.editor import Branch, ImageEncoding, NoiseLevel, Predictor
+from wys_nerfstudio.editing.stable_diffusion import PROFILE
 from wys_nerfstudio.evaluation.metrics import average_precision, intersection_over_union, psnr
 from wys_nerfstudio.trainer import WysTrainer, WysTrainerConfig
 from wys_nerfstudio.training.checkpoint import CAPTURED_SCENE
@@ -100,14 +101,14 @@ class ScriptedEditor:
 
     name = "scripted"
     device = torch.device("cpu")
-    native_resolution = 512
+    profile = PROFILE
 
     def __init__(self, jitter: float) -> None:
         self._jitter = jitter
 
-    def editing_size(self, height: int, width: int, resolution: int) -> tuple[int, int]:
+    def editing_size(self, height: int, width: int, resolution: Optional[int]) -> tuple[int, int]:
         """As for Stable Diffusion, without its limit of the change of proportions."""
-        scale = resolution / max(height, width) / LATENT_FACTOR
+        scale = (resolution or 512) / max(height, width) / LATENT_FACTOR
         return max(1, round(height * scale)) * LATENT_FACTOR, max(1, round(width * scale)) * LATENT_FACTOR
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
@@ -131,15 +132,16 @@ class ScriptedEditor:
         """Arrange blocks as pixels."""
         return (F.pixel_shuffle(latents, LATENT_FACTOR).permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1)
 
-    def noise_level(self, strength: float) -> NoiseLevel:
+    def noise_level(self, strength: float, size: tuple[int, int]) -> NoiseLevel:
         """A level of variance 1."""
         angle = torch.tensor(strength * torch.pi / 2)
         return NoiseLevel(float(angle.cos()), float(angle.sin()), strength)
 
-    def noise_levels(self, strength: float, num_steps: int) -> list[NoiseLevel]:
+    def noise_levels(self, strength: float, num_steps: int, size: tuple[int, int]) -> list[NoiseLevel]:
         """Evenly spaced levels."""
         steps = max(1, round(strength * num_steps))
-        return [*(self.noise_level(strength * i / steps) for i in range(steps, 0, -1)), NoiseLevel(1.0, 0.0, 0.0)]
+        levels = [self.noise_level(strength * i / steps, size) for i in range(steps, 0, -1)]
+        return [*levels, NoiseLevel(1.0, 0.0, 0.0)]
 
     def branches(self, guidance_scale: float, image_guidance_scale: float) -> list[Branch]:
         """One branch with all conditions."""
@@ -249,7 +251,7 @@ def train(options: Options, seed: int, base: Optional[Path]) -> tuple[WysTrainer
         trainer: WysTrainer = config.setup(local_rank=0, world_size=1)
         trainer.setup()
         data = trainer.pipeline.datamanager
-        size = editor.latent_size(*editor.editing_size(*data.view_size, editor.native_resolution))
+        size = editor.latent_size(*editor.editing_size(*data.view_size, None))
         for number, split in enumerate((data.train_dataset, data.eval_dataset)):
             marks = _read_marks(options.marks, split.image_filenames, data.view_size)
             given.append(Marked(marks, noisy_maps(marks, size, options, 2 * seed + number)))

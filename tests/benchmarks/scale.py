@@ -192,7 +192,7 @@ def plot(by_count: Sequence[Row], by_side: Sequence[Row], by_editing_side: Seque
 def main(options: Options) -> None:
     """Measure, print the table, and write the JSON file and the plot."""
     options.output.mkdir(parents=True, exist_ok=True)
-    native = load_editor(options.editor).native_resolution
+    native = max(load_editor(options.editor).editing_size(1000, 1000, None))
     with tempfile.TemporaryDirectory() as temporary:
         scene = Path(temporary) / "scene"
         by_count = []

@@ -40,7 +40,7 @@ from wys_nerfstudio.editing import EMBEDDED, EditSettings, edit_images, load_edi
 from wys_nerfstudio.editing.editor import NoiseLevel, resize_images
 from wys_nerfstudio.editing.loading import resolve_dtype
 from wys_nerfstudio.editing.sampling import add_noise, apply_guidance, seeded_noise
-from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor
+from wys_nerfstudio.editing.stable_diffusion import PROFILE, StableDiffusionEditor
 from wys_nerfstudio.pipeline import WysPipelineConfig
 from wys_nerfstudio.trainer import WysTrainer, WysTrainerConfig
 from wys_nerfstudio.training import schedule
@@ -130,7 +130,7 @@ def slow_noise(
 
 def level_at(editor: StableDiffusionEditor, timestep: int) -> NoiseLevel:
     """Return the noise level of a timestep."""
-    return editor.noise_levels(timestep / (editor.num_train_timesteps - 1), 1)[0]
+    return editor.noise_levels(timestep / (editor.num_train_timesteps - 1), 1, (8, 8))[0]
 
 
 def slow_states(editor: StableDiffusionEditor, instruction: str) -> Float[Tensor, "3 tokens width"]:
@@ -161,7 +161,7 @@ def slow_edit(
     size = settings.size_for(editor, *render.shape[1:3])
     start, reference = (editor.encode(resize_images(x.to(editor.device), *size)) for x in (render, captured))
     noise = seeded_noise([seed], start.latents.shape[1:], editor.device)
-    final = editor.noise_levels(strength, 1)[-1]
+    final = editor.noise_levels(strength, 1, (8, 8))[-1]
     last, steps = editor.num_train_timesteps - 1, settings.diffusion_steps
     first = max(1, round(strength * last))
     levels = [level_at(editor, max(1, first - i * first // steps)) for i in range(steps)]
@@ -195,7 +195,7 @@ def slow_map(
     size = settings.size_for(editor, *render.shape[1:3])
     clean, reference = (editor.encode(resize_images(x.to(editor.device), *size)) for x in (captured, render))
     noise = seeded_noise([seed], clean.latents.shape[1:], editor.device)
-    level = editor.noise_level(0.8)
+    level = editor.noise_level(0.8, (8, 8))
     branches = slow_noise(editor, add_noise(clean.latents, noise, level), level, reference.condition, states)
     return relevance.noise_difference(branches[0], branches[1])
 
@@ -244,7 +244,7 @@ def editing_rows(
         options: Options of the benchmark.
         config: Options of the method.
     """
-    count, settings = len(images), config.edit_settings(RunSettings.from_options(config))
+    count, settings = len(images), config.edit_settings(RunSettings.from_options(config), editor.profile)
     states = slow_states(slow, options.instruction)
     levels = config.min_strength, config.max_strength
     mask = torch.ones(images.shape[:3], dtype=torch.bool, device=images.device)
@@ -361,7 +361,7 @@ def edit_phase_row(
     for module in other.pipeline.modules():
         if isinstance(module, FastHashEncoding):
             module.__class__ = HashEncoding  # nerfstudio's own
-    settings = other.config.pipeline.edit_settings(other.pipeline.settings.current)
+    settings = other.config.pipeline.edit_settings(other.pipeline.settings.current, PROFILE)
     states = slow_states(slow, options.instruction)
     steps = ours.config.pipeline.edit_every
     first_step = ours.pipeline.session.schedule.edit_start
@@ -406,7 +406,7 @@ def full_size_editor(device: str) -> StableDiffusionEditor:
     small: Any = load_editor(EMBEDDED, device)
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    dtype: torch.dtype = getattr(torch, resolve_dtype("auto", device))
+    dtype: torch.dtype = getattr(torch, resolve_dtype("auto", device, PROFILE))
     unet = UNet2DConditionModel(sample_size=64, in_channels=8, cross_attention_dim=768)
     vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512, **blocks)
     text_encoder = CLIPTextModel(
@@ -422,7 +422,7 @@ def unet_flops(editor: StableDiffusionEditor, images: Float[Tensor, "b h w 3"]) 
     """Return the number of floating-point operations of the UNet for one branch of one view."""
     encoding = editor.encode(images[:1])
     with FlopCounterMode(display=False) as counter:
-        editor.predict(encoding.latents, editor.noise_level(0.5), encoding.condition, editor.encode_text(""))
+        editor.predict(encoding.latents, editor.noise_level(0.5, (8, 8)), encoding.condition, editor.encode_text(""))
     return float(counter.get_total_flops())
 
 
@@ -431,7 +431,9 @@ def compile_unet(editor: StableDiffusionEditor, images: Float[Tensor, "b h w 3"]
     editor.unet = torch.compile(editor.unet)
     started = time.perf_counter()
     latents = editor.encode(images[: options.batch]).latents.repeat(3, 1, 1, 1)
-    editor.predict(latents, editor.noise_level(0.5), latents, editor.encode_text("").expand(len(latents), -1, -1))
+    editor.predict(
+        latents, editor.noise_level(0.5, (8, 8)), latents, editor.encode_text("").expand(len(latents), -1, -1)
+    )
     return time.perf_counter() - started
 
 

@@ -7,11 +7,11 @@ s / (1 - s) = noise / signal, so that a level of the wrapped editor and its flow
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
-from wys_nerfstudio.editing.editor import Branch, ImageEncoding, NoiseLevel, Predictor
+from wys_nerfstudio.editing.editor import Branch, EditorProfile, ImageEncoding, NoiseLevel, Predictor
 from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor
 
 
@@ -27,10 +27,10 @@ class FlowEditor:
         return self.wrapped.device
 
     @property
-    def native_resolution(self) -> int:
-        return self.wrapped.native_resolution
+    def profile(self) -> EditorProfile:
+        return self.wrapped.profile
 
-    def editing_size(self, height: int, width: int, resolution: int) -> tuple[int, int]:
+    def editing_size(self, height: int, width: int, resolution: Optional[int]) -> tuple[int, int]:
         return self.wrapped.editing_size(height, width, resolution)
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
@@ -48,13 +48,13 @@ class FlowEditor:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return self.wrapped.decode(latents)
 
-    def noise_level(self, strength: float) -> NoiseLevel:
-        return as_flow(self.wrapped.noise_level(strength))
+    def noise_level(self, strength: float, size: tuple[int, int]) -> NoiseLevel:
+        return as_flow(self.wrapped.noise_level(strength, size))
 
-    def noise_levels(self, strength: float, num_steps: int) -> list[NoiseLevel]:
+    def noise_levels(self, strength: float, num_steps: int, size: tuple[int, int]) -> list[NoiseLevel]:
         # The final level is only decoded. The embedded editor's final level is that of timestep 0, not quite clean; it is not
         # converted, so that both editors decode the same latents.
-        *levels, final = self.wrapped.noise_levels(strength, num_steps)
+        *levels, final = self.wrapped.noise_levels(strength, num_steps, size)
         return [*(as_flow(level) for level in levels), final]
 
     def branches(self, guidance_scale: float, image_guidance_scale: float) -> list[Branch]:

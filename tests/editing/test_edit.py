@@ -216,7 +216,7 @@ def test_portrait_images_are_edited_in_portrait(editor):
 
 def test_v_predictions_are_split_by_their_definition(velocity_editor):
     clean, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    level = velocity_editor.noise_level(0.6)
+    level = velocity_editor.noise_level(0.6, (8, 8))
     velocity = level.signal * noise - level.noise * clean
     result = velocity_editor.split(velocity, add_noise(clean, noise, level), level)
     torch.testing.assert_close(result, (clean, noise))

@@ -41,11 +41,11 @@ def images_for(editor: StableDiffusionEditor, seed: int = 0) -> torch.Tensor:
 def test_the_wrapper_preserves_the_signal_to_noise_ratio(editor):
     flow = FlowEditor(editor)
     assert isinstance(flow, Editor)
-    for original, level in zip(editor.noise_levels(1.0, 20)[:-1], flow.noise_levels(1.0, 20)[:-1]):
+    for original, level in zip(editor.noise_levels(1.0, 20, (8, 8))[:-1], flow.noise_levels(1.0, 20, (8, 8))[:-1]):
         assert level.signal + level.noise == pytest.approx(1)
         assert level.noise / level.signal == pytest.approx(original.noise / original.signal)
         assert flow.timestep(level.time) == original.time
-    assert as_flow(editor.noise_level(0.8)).noise == pytest.approx(0.8, abs=0.1)
+    assert as_flow(editor.noise_level(0.8, (8, 8))).noise == pytest.approx(0.8, abs=0.1)
 
 
 @pytest.mark.parametrize("num_samples", [1, 3])

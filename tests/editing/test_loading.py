@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wys_nerfstudio.editing import EMBEDDED, Editor, EditSettings, edit_image, load_editor
-from wys_nerfstudio.editing.loading import FAMILIES, editor_source, resolve_dtype
+from wys_nerfstudio.editing.loading import FAMILIES, editor_source, load_profile, resolve_dtype
 from wys_nerfstudio.editing.stable_diffusion import PARTS, SCHEDULERS, StableDiffusionEditor, known_punctuation
 from wys_nerfstudio.utils.errors import WysError
 
@@ -63,7 +63,9 @@ def test_loading_does_not_modify_the_folder(copy):
 @pytest.mark.parametrize("part", PARTS)
 def test_a_missing_part_is_reported(copy, part):
     shutil.rmtree(copy / part)
-    with pytest.raises(WysError, match=f'editor folder "{copy}" has no {part}: --editor needs an InstructPix2Pix'):
+    with pytest.raises(
+        WysError, match=f'editor folder "{copy}" has no {part}: --editor needs a checkpoint in diffusers format'
+    ):
         load_editor(str(copy))
 
 
@@ -142,7 +144,7 @@ def test_supported_schedulers_have_equal_noise_schedules(copy, editor_folder, ki
     scheduler.save_pretrained(copy / "scheduler")
     loaded, expected = (load_editor(str(folder)) for folder in (copy, editor_folder))
     assert torch.equal(loaded.alphas_cumprod, scheduler.alphas_cumprod)
-    assert loaded.noise_levels(1.0, 20)[:-1] == expected.noise_levels(1.0, 20)[:-1]
+    assert loaded.noise_levels(1.0, 20, (8, 8))[:-1] == expected.noise_levels(1.0, 20, (8, 8))[:-1]
 
 
 def test_editors_implement_the_protocol(editor_folder):
@@ -318,8 +320,8 @@ def test_v_prediction_without_signal_gives_edits(copy):
         copy / SCHEDULER, _class_name="DDIMScheduler", prediction_type="v_prediction", rescale_betas_zero_snr=True
     )
     editor = load_editor(str(copy))
-    assert editor.noise_levels(1.0, 10)[0].signal == 0
-    assert editor.noise_level(0.9999).signal > 0
+    assert editor.noise_levels(1.0, 10, (8, 8))[0].signal == 0
+    assert editor.noise_level(0.9999, (8, 8)).signal > 0
     settings = EditSettings(diffusion_steps=10, mask_threshold=0.0)
     edited = edit_image(editor, torch.full((32, 32, 3), 0.5), "make it red", settings).edited
     assert edited.isfinite().all() and edited.std() > 0.01
@@ -358,11 +360,13 @@ def test_loading_restores_the_log_level_of_diffusers(editor_folder, copy):
 
 
 def test_precisions_are_resolved():
-    assert resolve_dtype("auto", "cpu") == "float32"
-    assert resolve_dtype("auto", "cuda:1") == resolve_dtype("auto", torch.device("cuda")) == "float16"
-    assert resolve_dtype("float16", "cpu") == "float16"
-    assert resolve_dtype("bfloat16", "cuda:1") == "bfloat16"
-    assert resolve_dtype("float32", torch.device("cuda")) == "float32"
+    profile = load_profile("embedded")
+    assert resolve_dtype("auto", "cpu", profile) == "float32"
+    assert resolve_dtype("auto", "cuda:1", profile) == "float16"
+    assert resolve_dtype("auto", torch.device("cuda"), replace(profile, half_precision="bfloat16")) == "bfloat16"
+    assert resolve_dtype("float16", "cpu", profile) == "float16"
+    assert resolve_dtype("bfloat16", "cuda:1", profile) == "bfloat16"
+    assert resolve_dtype("float32", torch.device("cuda"), profile) == "float32"
 
 
 def test_networks_use_the_dtype_and_results_are_fp32(editor_folder):
@@ -371,7 +375,7 @@ def test_networks_use_the_dtype_and_results_are_fp32(editor_folder):
     assert editor.alphas_cumprod.dtype == torch.float32
     latents = editor.encode(torch.rand(1, 16, 24, 3)).latents
     assert (latents.dtype, latents.shape) == (torch.float32, (1, 4, 4, 6))
-    noise = editor.predict(latents, editor.noise_level(0.01), latents, editor.encode_text("make it red"))
+    noise = editor.predict(latents, editor.noise_level(0.01, (8, 8)), latents, editor.encode_text("make it red"))
     assert (noise.dtype, noise.shape) == (torch.float32, latents.shape)
     assert (editor.decode(latents).dtype, editor.decode(latents).shape) == (torch.float32, (1, 16, 24, 3))
 
@@ -500,7 +504,7 @@ def test_the_full_size_editor_has_stable_diffusions_geometry(full_size):
     ],
 )
 def test_editing_sizes_of_the_full_size_editor(full_size, height, width, expected):
-    assert full_size.editing_size(height, width, full_size.native_resolution) == expected
+    assert full_size.editing_size(height, width, None) == expected
 
 
 ASPECT_RATIOS = [(16, 9), (3, 2), (4, 3), (9, 16), (1, 1), (21, 9)]
@@ -540,7 +544,7 @@ def test_shapes_of_the_full_size_networks(full_size, width, height):
     with torch.device("meta"):
         latents = full_size.encode(torch.rand(2, height, width, 3)).latents
         assert latents.shape == (2, 4, height // 8, width // 8)
-        noise = full_size.predict(latents, full_size.noise_level(0.5), latents, torch.rand(2, 77, 768))
+        noise = full_size.predict(latents, full_size.noise_level(0.5, (8, 8)), latents, torch.rand(2, 77, 768))
         assert noise.shape == latents.shape
         assert full_size.decode(latents).shape == (2, height, width, 3)
     assert noise.device.type == "meta"

@@ -121,7 +121,7 @@ def test_the_unet_is_conditioned_on_the_image_size(folder: Path, monkeypatch: py
         editor.unet, "forward", lambda *args, **kwargs: (calls.append(kwargs), forward(*args, **kwargs))[1]
     )
     latents = torch.zeros(2, 4, 6, 8)
-    editor.predict(latents, editor.noise_level(0.5), latents, editor.encode_text(INSTRUCTION).expand(2, -1, -1))
+    editor.predict(latents, editor.noise_level(0.5, (8, 8)), latents, editor.encode_text(INSTRUCTION).expand(2, -1, -1))
     (kwargs,) = calls
     assert kwargs["added_cond_kwargs"]["time_ids"].tolist() == [[24, 32, 0, 0, 24, 32]] * 2
     assert kwargs["added_cond_kwargs"]["text_embeds"].shape == (2, 24)

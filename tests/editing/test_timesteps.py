@@ -72,7 +72,7 @@ def test_less_than_one_diffusion_step_is_refused(full_steps):
 def test_noise_levels_match_the_timesteps(editor_folder: Path):
     editor = load_editor(str(editor_folder))
     for strength, start in ((1.0, 999), (0.5, 500), (0.0, 1)):
-        levels, steps = editor.noise_levels(strength, 20), timesteps(start, 20, 1000)
+        levels, steps = editor.noise_levels(strength, 20, (8, 8)), timesteps(start, 20, 1000)
         assert [level.time for level in levels] == [*steps, 0]
         signal = editor.alphas_cumprod[steps].sqrt()
         assert torch.equal(torch.tensor([level.signal for level in levels[:-1]]), signal)
@@ -83,7 +83,7 @@ def test_noise_levels_match_the_timesteps(editor_folder: Path):
 
 @pytest.mark.parametrize("num_steps", [1, 500, 501, 999])
 def test_a_full_run_has_the_requested_number_of_steps(editor_folder: Path, num_steps):
-    assert len(load_editor(str(editor_folder)).noise_levels(1.0, num_steps)) == num_steps + 1
+    assert len(load_editor(str(editor_folder)).noise_levels(1.0, num_steps, (8, 8))) == num_steps + 1
 
 
 def test_more_steps_than_noise_levels_are_refused(editor_folder: Path):
@@ -92,9 +92,9 @@ def test_more_steps_than_noise_levels_are_refused(editor_folder: Path):
         with pytest.raises(
             WysError, match=f"has 999 noise levels: --diffusion-steps .* at most 999, not {num_steps}[.]"
         ):
-            editor.noise_levels(0.02, num_steps)
+            editor.noise_levels(0.02, num_steps, (8, 8))
 
 
 def test_noise_levels_of_maps_are_valid_timesteps(editor_folder: Path):
     editor = load_editor(str(editor_folder))
-    assert [editor.noise_level(share).time for share in (0.0001, 0.8, 0.9999)] == [0, 800, 999]
+    assert [editor.noise_level(share, (8, 8)).time for share in (0.0001, 0.8, 0.9999)] == [0, 800, 999]

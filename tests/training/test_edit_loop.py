@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from wys_nerfstudio.editing import EMBEDDED, Editor, EditSettings, edit_images, load_editor
-from wys_nerfstudio.editing.editor import resize_images
+from wys_nerfstudio.editing.editor import EditorProfile, resize_images
 from wys_nerfstudio.editing.sampling import edit_seed
 from wys_nerfstudio.relevance import resize
 from wys_nerfstudio.relevance.localizer import available_localizations
 from wys_nerfstudio.training import edit_log, edit_loop, schedule
 from wys_nerfstudio.training.edit_loop import EditLoop
-from wys_nerfstudio.training.scene import EditInput, EditOptions, Scene, TrainingViews
+from wys_nerfstudio.training.scene import EditInput, LoopOptions, Scene, TrainingViews
 from wys_nerfstudio.training.settings import RunSettings, Settings
 from wys_nerfstudio.utils.errors import WysError
 
@@ -118,7 +118,7 @@ class StubOptions:
     min_strength: float = 0.6
     max_strength: float = 0.9
 
-    def edit_settings(self, settings: RunSettings) -> EditSettings:
+    def edit_settings(self, settings: RunSettings, profile: EditorProfile) -> EditSettings:
         return EditSettings(
             guidance_scale=settings.guidance_scale,
             image_guidance_scale=settings.image_guidance_scale,
@@ -189,7 +189,7 @@ def make_stub(editor: Editor):
 def test_stubs_implement_the_protocols(make_stub):
     stub = make_stub()
     assert isinstance(stub.scene, Scene) and isinstance(stub.views, TrainingViews)
-    assert isinstance(stub.options, EditOptions)
+    assert isinstance(stub.options, LoopOptions)
 
 
 def test_the_edit_loop_imports_no_nerfacto():
@@ -212,7 +212,7 @@ def test_an_edit_is_the_seeded_masked_edit_of_the_render(make_stub, editor, tmp_
         stub.views.captured[[view]],
         FIELD[None] >= 0.5,
         INSTRUCTION,
-        stub.options.edit_settings(stub.settings.current),
+        stub.options.edit_settings(stub.settings.current, stub.editor.profile),
         strength=strength,
         seeds=[edit_seed(5, number)],
     )

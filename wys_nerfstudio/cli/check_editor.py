@@ -17,9 +17,9 @@ from wys_nerfstudio.demo.render import render_edits
 from wys_nerfstudio.demo.scene import demo_cameras
 from wys_nerfstudio.demo.world import DEMO_SEEDS, sample_scenes
 from wys_nerfstudio.editing import Editor, EditSettings, edit_images, load_editor, relevance_maps
-from wys_nerfstudio.editing.edit import WITH_AND_WITHOUT_TEXT
+from wys_nerfstudio.editing.edit import WITH_AND_WITHOUT_TEXT, latent_size
 from wys_nerfstudio.editing.editor import resize_images
-from wys_nerfstudio.editing.loading import Precision, resolve_dtype
+from wys_nerfstudio.editing.loading import Precision, load_profile, resolve_dtype
 from wys_nerfstudio.editing.sampling import ProgressCallback, add_noise, no_progress, seeded_noise
 from wys_nerfstudio.evaluation.metrics import intersection_over_union, psnr
 from wys_nerfstudio.pipeline import WysPipelineConfig
@@ -81,11 +81,12 @@ def measure_editor(
     Returns:
         A table, and the speed; None if the editor is not downloaded, does not load, or needs more memory.
     """
-    dtype = resolve_dtype(precision, device)
-    table: Table = {"precision": dtype}
     if editor_place(name) is None:
-        return {**table, "speed": f"not measured: {NOT_DOWNLOADED}"}, None
+        return {"speed": f"not measured: {NOT_DOWNLOADED}"}, None
+    table: Table = {}
     try:
+        dtype = resolve_dtype(precision, device, load_profile(name))
+        table["precision"] = dtype
         with _memory_errors(device):
             reset_peak_memory(device)
             editor = load_editor(name, device, precision)
@@ -138,8 +139,8 @@ def _picture() -> Float[Tensor, "h w 3"]:
 
 
 def _measure(editor: Editor, options: WysPipelineConfig) -> tuple[EditorSpeed, Sample]:
-    picture, settings = _picture(), options.edit_settings(RunSettings.from_options(options))
-    height, width = picture.shape[:2]
+    picture, settings = _picture(), options.edit_settings(RunSettings.from_options(options), editor.profile)
+    size = settings.size_for(editor, *picture.shape[:2])
 
     def make_map() -> None:
         list(
@@ -159,8 +160,8 @@ def _measure(editor: Editor, options: WysPipelineConfig) -> tuple[EditorSpeed, S
     step_seconds, coding_seconds = _time_edit(editor, picture, settings)
     low, high = options.min_strength, options.max_strength
     strengths = torch.linspace(low, high, STRENGTHS).tolist()
-    counts = [len(editor.noise_levels(strength, settings.diffusion_steps)) - 1 for strength in strengths]
-    size = settings.size_for(editor, height, width)
+    latent_size = editor.latent_size(*size)
+    counts = [len(editor.noise_levels(strength, settings.diffusion_steps, latent_size)) - 1 for strength in strengths]
     speed = EditorSpeed(size, map_seconds, step_seconds, coding_seconds, sum(counts) / len(counts))
     return speed, _sample(editor, options)
 
@@ -198,10 +199,10 @@ def _edit(editor: Editor, picture: Tensor, settings: EditSettings, step_done: Pr
 
 
 def _sample(editor: Editor, options: WysPipelineConfig) -> Sample:
-    picture, settings = _picture(), options.edit_settings(RunSettings.from_options(options))
+    picture, settings = _picture(), options.edit_settings(RunSettings.from_options(options), editor.profile)
     size = settings.size_for(editor, *picture.shape[:2])
     encoding = editor.encode(resize_images(picture[None].to(editor.device), *size))
-    level = editor.noise_level(settings.relevance_noise_level)
+    level = editor.noise_level(settings.relevance_noise_level, latent_size(encoding.latents))
     noise = seeded_noise([0], encoding.latents.shape[1:], editor.device)
     predict = editor.predictor(encoding.condition, INSTRUCTION, WITH_AND_WITHOUT_TEXT)
     noisy = add_noise(encoding.latents, noise, level)

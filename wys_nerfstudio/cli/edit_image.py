@@ -13,9 +13,10 @@ import tyro
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from wys_nerfstudio.editing import EditSettings, ImageEditOutput, edit_image, load_editor
+from wys_nerfstudio.editing import EditOptions, ImageEditOutput, edit_image, load_editor
+from wys_nerfstudio.editing.edit import check_supported
 from wys_nerfstudio.editing.editor import resize_images
-from wys_nerfstudio.editing.loading import Precision, editor_files, resolve_dtype
+from wys_nerfstudio.editing.loading import Precision, editor_files, load_profile, resolve_dtype
 from wys_nerfstudio.utils.devices import check_device_type
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.image_io import (
@@ -50,11 +51,11 @@ class EditImage:
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="PATH")]
     """A .png file for a single image, a folder for several; FOLDER/ for a single image in a folder."""
     editor: str = "timbrooks/instruct-pix2pix"
-    """InstructPix2Pix-type checkpoint: a hub id, a local folder in diffusers format, or "embedded" for the small editor of
+    """InstructPix2Pix or FLUX.2 klein: a hub id, a local folder in diffusers format, or "embedded" for the small editor of
     toy images that is part of the package."""
     editor_dtype: Precision = "auto"
-    """Precision of the editor's weights and edits; auto is float16 on a GPU and float32 on the CPU. Relevance maps are
-    computed in float32."""
+    """Precision of the editor's weights and edits; auto is float16 (FLUX.2: bfloat16) on a GPU and float32 on the CPU.
+    Relevance maps are computed in float32."""
     editor_allow_pickle: bool = False
     """Load .bin files of an editor without safetensors files, with torch's weights-only loader."""
     mask: Path | None = None
@@ -63,8 +64,8 @@ class EditImage:
     """Seed of the noise; equal seeds give equal edits."""
     device: str | None = None
     """Device of the editor, for example cuda:1; by default the GPU if there is one, else the CPU."""
-    settings: Annotated[EditSettings, tyro.conf.arg(name="")] = field(default_factory=EditSettings)
-    """Settings of the edits."""
+    settings: Annotated[EditOptions, tyro.conf.arg(name="")] = field(default_factory=EditOptions)
+    """Options of the edits."""
 
     def main(self) -> None:
         """Edit the images."""
@@ -120,7 +121,7 @@ def edit_files(
     paths: Sequence[Path],
     instruction: str,
     output: "str | Path",
-    settings: EditSettings,
+    options: EditOptions,
     *,
     editor_name: str,
     editor_dtype: Precision = "auto",
@@ -135,7 +136,7 @@ def edit_files(
         paths: Image files and folders of image files.
         instruction: What to change.
         output: As in `plan_outputs`.
-        settings: How to edit.
+        options: How to edit.
         editor_name: As in `load_editor`.
         editor_dtype: As `dtype` in `load_editor`.
         allow_pickle: As in `load_editor`.
@@ -149,7 +150,7 @@ def edit_files(
     Raises:
         WysError: If an argument is invalid, or a single image cannot be edited.
     """
-    settings.check()
+    options.check()
     if not instruction.strip():
         raise WysError('There is no instruction: describe what to change, for example "turn the bear into a panda".')
     # Path.exists raises for a text that is too long for a file name.
@@ -179,8 +180,11 @@ def edit_files(
     else:
         return result
 
+    profile = load_profile(editor_name)
+    settings = options.resolve(profile.of_images)
+    profile.check_guidance(editor_name, settings.guidance_scale, settings.image_guidance_scale)
     used_settings = {
-        "editor_dtype": resolve_dtype(editor_dtype, device),
+        "editor_dtype": resolve_dtype(editor_dtype, device, profile),
         **asdict(settings),
         "seed": seed,
         "mask": None if mask_file is None else mask_file.name,
@@ -189,8 +193,7 @@ def edit_files(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with convert_editor_memory_errors(device), Progress(*columns, TimeRemainingColumn()) as bar:
         editor = load_editor(editor_name, device, editor_dtype, allow_pickle)
-        editor.encode_text(instruction)
-        editor.noise_levels(1.0, settings.diffusion_steps)
+        check_supported(editor, [instruction], settings)
         steps = settings.relevance_num_samples + 2 * settings.diffusion_steps
         task = bar.add_task("", total=len(images) * steps)
         for i, (path, target) in enumerate(zip(images, outputs)):

@@ -27,8 +27,9 @@ from wys_nerfstudio.cli.sweep_table import (
     sweep_request,
     write_table,
 )
-from wys_nerfstudio.editing import Editor, EditSettings, edit_image, load_editor
-from wys_nerfstudio.editing.loading import Precision, editor_files, resolve_dtype
+from wys_nerfstudio.editing import EditOptions, Editor, EditSettings, edit_image, load_editor
+from wys_nerfstudio.editing.edit import check_supported
+from wys_nerfstudio.editing.loading import Precision, editor_files, load_profile, resolve_dtype
 from wys_nerfstudio.evaluation import metrics
 from wys_nerfstudio.evaluation.clip import ClipEncoder, load_clip
 from wys_nerfstudio.utils.atomic_io import write_text
@@ -43,17 +44,17 @@ Hidden = Annotated[T, tyro.conf.Fixed, tyro.conf.Suppress]
 """A setting without a flag."""
 
 
-@dataclass
-class SweepSettings(EditSettings):
-    """Settings of the edits, and the grid of the two that are varied. The grid's defaults are those of the paper's Fig. 12."""
+@dataclass(frozen=True)
+class SweepOptions(EditOptions):
+    """Options of the edits, and the grid of the two that are varied. The grid's defaults are those of the paper's Fig. 12."""
 
     mask_thresholds: tuple[float, ...] = (0.0, 0.3, 0.4, 0.5, 0.6)
     """Values of tau, one curve each; 0 is plain InstructPix2Pix."""
     image_guidance_scales: tuple[float, ...] = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2)
     """Values of S_I, the points of each curve."""
-    mask_threshold: Hidden[float] = EditSettings.mask_threshold
+    mask_threshold: Hidden[float] = EditOptions.mask_threshold
     """Varied by the grid."""
-    image_guidance_scale: Hidden[float] = EditSettings.image_guidance_scale
+    image_guidance_scale: Hidden[Optional[float]] = None
     """Varied by the grid."""
     method: Hidden[Literal["local", "sds"]] = "local"
     """Image guidance does not apply to SDS."""
@@ -74,11 +75,11 @@ class SweepSettings(EditSettings):
         for threshold in self.mask_thresholds:
             self.edit(threshold, self.image_guidance_scales[0]).check()
 
-    def edit(self, mask_threshold: float, image_guidance_scale: float) -> EditSettings:
-        """Return the settings of one edit of the grid."""
-        values = {option.name: getattr(self, option.name) for option in fields(EditSettings)}
+    def edit(self, mask_threshold: float, image_guidance_scale: float) -> EditOptions:
+        """Return the options of one edit of the grid."""
+        values = {option.name: getattr(self, option.name) for option in fields(EditOptions)}
         varied = {"mask_threshold": mask_threshold, "image_guidance_scale": image_guidance_scale}
-        return EditSettings(**{**values, **varied})
+        return EditOptions(**{**values, **varied})
 
 
 @dataclass
@@ -91,17 +92,17 @@ class Sweep:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder of sweep.csv, curves.png, grids/ and edits/."""
     editor: str = "timbrooks/instruct-pix2pix"
-    """InstructPix2Pix-type checkpoint: a hub id, a local folder in diffusers format, or "embedded"."""
+    """InstructPix2Pix or FLUX.2 klein: a hub id, a local folder in diffusers format, or "embedded"."""
     editor_dtype: Precision = "auto"
-    """Precision of the editor's weights and edits; auto is float16 on a GPU and float32 on the CPU. Relevance maps are
-    computed in float32."""
+    """Precision of the editor's weights and edits; auto is float16 (FLUX.2: bfloat16) on a GPU and float32 on the CPU.
+    Relevance maps are computed in float32."""
     clip: str = "openai/clip-vit-large-patch14"
     """CLIP model: a hub id, a local folder, or "embedded" for the model of the toy world."""
     seed: int = 0
     """Seed of the noise."""
     device: str | None = None
     """Device of editor and CLIP, for example cuda:1; by default the GPU if there is one, else the CPU."""
-    settings: Annotated[SweepSettings, tyro.conf.arg(name="")] = field(default_factory=SweepSettings)
+    settings: Annotated[SweepOptions, tyro.conf.arg(name="")] = field(default_factory=SweepOptions)
     """The grid, and the settings of the edits."""
 
     def main(self) -> None:
@@ -122,7 +123,7 @@ class Sweep:
 def run_sweep(
     list_file: Path,
     output: Path,
-    settings: SweepSettings,
+    settings: SweepOptions,
     *,
     editor_name: str,
     editor_dtype: Precision = "auto",
@@ -156,8 +157,16 @@ def run_sweep(
     check_device(device)
     cases = read_cases(list_file)
     grid = list(product(range(len(cases)), settings.mask_thresholds, settings.image_guidance_scales))
-    dtype = resolve_dtype(editor_dtype, device)
-    request = {**asdict(settings), "editor": editor_name, "editor_dtype": dtype, "clip": clip_name, "seed": seed}
+    profile = load_profile(editor_name)
+    for scale in settings.image_guidance_scales:
+        profile.check_guidance(editor_name, settings.guidance_scale, scale)
+    edits = {key: settings.edit(*key[1:]).resolve(profile.of_images) for key in grid}
+    dtype = resolve_dtype(editor_dtype, device, profile)
+    request = {
+        **asdict(settings),
+        **{name: getattr(edits[grid[0]], name) for name in asdict(profile.of_images) if name != "image_guidance_scale"},
+        **{"editor": editor_name, "editor_dtype": dtype, "clip": clip_name, "seed": seed},
+    }
     outputs = [TABLE, REQUEST, CURVES, *(edit_file(*key) for key in grid), *map(grid_file, range(len(cases)))]
     read = [list_file, *(case.image for case in cases), *editor_files(editor_name)]
     check_outputs([output / file for file in outputs], read)
@@ -172,18 +181,16 @@ def run_sweep(
                 for case in cases:
                     clip.embed_texts([case.caption_before, case.caption_after])
                 editor = load_editor(editor_name, device, editor_dtype)
-                for case in cases:
-                    editor.encode_text(case.instruction)
-                editor.noise_levels(1.0, settings.diffusion_steps)
+                check_supported(editor, [case.instruction for case in cases], edits[grid[0]])
                 write_text(output / REQUEST, content)
                 columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
                 with Progress(*columns, TimeRemainingColumn()) as bar:
                     task = bar.add_task("", total=len(todo))
-                    for number, threshold, scale in todo:
+                    for key in todo:
+                        number, threshold, scale = key
                         case = cases[number]
                         bar.update(task, description=f"{case.image.name}, tau {threshold:g}, S_I {scale:g}")
-                        edit_settings = settings.edit(threshold, scale)
-                        row = _edit(number, case, edit_settings, editor, dtype, clip, output, seed)
+                        row = _edit(number, case, edits[key], editor, dtype, clip, output, seed)
                         rows[row.key] = row
                         write_table(output, [rows[key] for key in grid if key in rows])
                         bar.advance(task)

@@ -5,7 +5,7 @@ The images of a batch do not influence each other: a batch gives the same result
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Literal, Optional
 
 import torch
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from wys_nerfstudio import relevance
-from wys_nerfstudio.editing.editor import Branch, Editor, ImageEncoding, NoiseLevel, resize_images
+from wys_nerfstudio.editing.editor import Branch, EditDefaults, Editor, ImageEncoding, NoiseLevel, resize_images
 from wys_nerfstudio.editing.sampling import (
     Denoiser,
     ProgressCallback,
@@ -37,22 +37,23 @@ def _as_flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-@dataclass
-class EditSettings:
-    """Settings of an edit. The defaults are those of the paper's images (supplement D)."""
+@dataclass(frozen=True)
+class EditOptions:
+    """Options of an edit, as they are typed. The defaults are those of the paper's images (supplement D)."""
 
-    guidance_scale: float = 7.5
-    """How strongly the edit follows the instruction (S_T)."""
-    image_guidance_scale: float = 0.8
-    """How strongly the edit keeps to the input (S_I)."""
-    diffusion_steps: int = 100
-    """Denoising steps."""
+    guidance_scale: Optional[float] = None
+    """How strongly the edit follows the instruction (S_T). Default: the editor's own, 7.5 for InstructPix2Pix."""
+    image_guidance_scale: Optional[float] = None
+    """How strongly the edit keeps to the input (S_I). Default: the editor's own, 0.8 for InstructPix2Pix."""
+    diffusion_steps: Optional[int] = None
+    """Denoising steps. Default: the editor's own, 100 for InstructPix2Pix."""
     resolution: Optional[int] = None
-    """Longer side in pixels at which the image is edited; by default the editor's own (512 for InstructPix2Pix)."""
+    """Longer side in pixels at which the image is edited. Default: the editor's own, 512 for InstructPix2Pix."""
     mask_threshold: float = 0.4
-    """Pixels of at least this relevance are edited (tau); 0 edits everything, which is plain InstructPix2Pix."""
-    relevance_noise_level: float = 0.8
-    """Noise level of the relevance map (t_rel), as a share of the diffusion."""
+    """Pixels of at least this relevance are edited (tau); 0 edits everything, which is the plain editor."""
+    relevance_noise_level: Optional[float] = None
+    """Noise level of the relevance map (t_rel), as a share of the diffusion. Default: the editor's own, 0.8 for
+    InstructPix2Pix."""
     relevance_num_samples: int = 1
     """Noise draws averaged in the relevance map; more is less noisy."""
     relevance_outlier_factor: float = relevance.OUTLIER_FACTOR
@@ -60,22 +61,24 @@ class EditSettings:
     method: Literal["local", "sds"] = "local"
     """Denoise under the mask, or descend along the signed relevance (supplement E; lower quality)."""
 
-    def size_for(self, editor: Editor, height: int, width: int) -> tuple[int, int]:
-        """Height and width at which an image of the given size is edited."""
-        return editor.editing_size(height, width, self.resolution or editor.native_resolution)
+    def resolve(self, defaults: EditDefaults) -> "EditSettings":
+        """Return the settings of an edit: an editor's defaults where nothing is typed."""
+        typed = {option.name: getattr(self, option.name) for option in fields(EditOptions)}
+        known = {name: value for name, value in typed.items() if value is not None}
+        return EditSettings(**{**asdict(defaults), **known})
 
     def check(self, flag: Callable[[str], str] = _as_flag) -> None:
-        """Validate the settings.
+        """Validate the options.
 
         Args:
             flag: From a setting's name to the command-line flag that errors name.
 
         Raises:
-            WysError: For the first invalid setting.
+            WysError: For the first invalid option.
         """
         if not 0 <= self.mask_threshold <= 1:
             raise WysError(f"{flag('mask_threshold')} must be between 0 and 1, not {self.mask_threshold}.")
-        if not 0 < self.relevance_noise_level < 1:
+        if self.relevance_noise_level is not None and not 0 < self.relevance_noise_level < 1:
             raise WysError(
                 f"{flag('relevance_noise_level')} must be above 0 and below 1, not {self.relevance_noise_level}."
             )
@@ -85,12 +88,30 @@ class EditSettings:
             )
         for name in ("guidance_scale", "image_guidance_scale"):
             value = getattr(self, name)
-            if not 0 <= value < math.inf:
+            if value is not None and not 0 <= value < math.inf:
                 raise WysError(f"{flag(name)} must be a finite number of at least 0, not {value}.")
         for name in ("diffusion_steps", "relevance_num_samples", "resolution"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise WysError(f"{flag(name)} must be at least 1, not {value}.")
+
+
+@dataclass(frozen=True)
+class EditSettings(EditOptions):
+    """Settings of an edit: options without gaps. The defaults are InstructPix2Pix's."""
+
+    guidance_scale: float = 7.5
+    """How strongly the edit follows the instruction (S_T)."""
+    image_guidance_scale: float = 0.8
+    """How strongly the edit keeps to the input (S_I)."""
+    diffusion_steps: int = 100
+    """Denoising steps."""
+    relevance_noise_level: float = 0.8
+    """Noise level of the relevance map (t_rel), as a share of the diffusion."""
+
+    def size_for(self, editor: Editor, height: int, width: int) -> tuple[int, int]:
+        """Height and width at which an image of the given size is edited."""
+        return editor.editing_size(height, width, self.resolution)
 
 
 def relevance_maps(
@@ -121,11 +142,11 @@ def relevance_maps(
     Yields:
         Raw maps of the next `n <= batch_size` images, at the latents' size; see `relevance.normalize`.
     """
-    level = editor.noise_level(noise_level)
     for first in range(0, len(images), batch_size):
         with editor.full_precision():  # not across the yield: callers may edit in between
             encoding = _encode(editor, images[first : first + batch_size], images, resolution)
             clean = encoding.latents
+            level = editor.noise_level(noise_level, latent_size(clean))
             noise = seeded_noise(seeds[first : first + batch_size], (num_samples, *clean.shape[1:]), editor.device)
             predict = editor.predictor(encoding.condition, instruction, WITH_AND_WITHOUT_TEXT)
             total = torch.zeros_like(clean[:, 0])
@@ -192,7 +213,7 @@ def _local_edit(
         reference=kept.latents,
         mask=_latent_mask(mask, kept.latents),
         noise=seeded_noise(seeds, start.latents.shape[1:], editor.device),
-        levels=editor.noise_levels(strength, settings.diffusion_steps),
+        levels=editor.noise_levels(strength, settings.diffusion_steps, latent_size(kept.latents)),
         denoise=guided_denoiser(editor, kept, instruction, settings),
         report=on_progress,
     )
@@ -235,7 +256,7 @@ def sds_edit_images(
         with_text, without_text = (editor.split(p, latents, level)[1] for p in predict(latents, level))
         return with_text - without_text
 
-    levels = editor.noise_levels(1.0, settings.diffusion_steps)[:-1]
+    levels = editor.noise_levels(1.0, settings.diffusion_steps, latent_size(encoding.latents))[:-1]
     noise = seeded_noise(seeds, (len(levels), *encoding.latents.shape[1:]), editor.device)
     edited = sds_optimize(
         start=encoding.latents,
@@ -267,7 +288,7 @@ def edit_image(
     editor: Editor,
     image: Shaped[Tensor, "h w 3"],
     instruction: str,
-    settings: Optional[EditSettings] = None,
+    options: Optional[EditOptions] = None,
     *,
     mask: Optional[Bool[Tensor, "mask_h mask_w"]] = None,
     seed: int = 0,
@@ -280,7 +301,7 @@ def edit_image(
         editor: The editor, from `load_editor`.
         image: The image in [0, 1] or with 8-bit values, of any size. With 8 bits, large images take less memory.
         instruction: What to change.
-        settings: By default the paper's.
+        options: Options or settings of the edit; by default the editor's own.
         mask: Replaces the mask of the relevance map and `mask_threshold`.
         seed: Seed of all noise; equal seeds give equal edits.
         with_unmasked: Also edit the whole image, for comparison: twice the denoising steps.
@@ -290,16 +311,17 @@ def edit_image(
         The edited image, its relevance map and its mask, on the image's device.
 
     Raises:
-        WysError: If a setting is invalid, the instruction is empty or not supported by the editor, the mask's size differs
+        WysError: If an option is invalid, the instruction is empty or not supported by the editor, the mask's size differs
             from the image's, or the result is NaN or infinite.
     """
-    settings = settings or EditSettings()
+    settings = (options or EditOptions()).resolve(editor.profile.of_images)
     settings.check()
     if not instruction.strip():
         raise WysError('There is no instruction: describe what to change, for example "turn the bear into a panda".')
     height, width = image.shape[:2]
     if mask is not None and mask.shape != image.shape[:2]:
         raise WysError(f"The mask has {mask.shape[1]}x{mask.shape[0]} pixels, but the image has {width}x{height}.")
+    check_supported(editor, [instruction], settings)
 
     num_samples = settings.relevance_num_samples
     raw = relevance_maps(
@@ -365,6 +387,23 @@ def check_finite(values: Float[Tensor, "b ..."], names: Sequence[str], remedy: s
         raise WysError(f"The editor failed: {names[finite.index(False)]} became NaN or Inf. {remedy}")
 
 
+def check_supported(editor: Editor, instructions: Sequence[str], settings: EditSettings) -> None:
+    """Refuse what an editor does not support, before the first edit.
+
+    Args:
+        editor: The editor.
+        instructions: What to change.
+        settings: Guidance and steps.
+
+    Raises:
+        WysError: If a guidance scale, an instruction or the number of steps is not supported.
+    """
+    editor.profile.check_guidance(editor.name, settings.guidance_scale, settings.image_guidance_scale)
+    for instruction in instructions:
+        editor.encode_text(instruction)
+    editor.noise_levels(1.0, settings.diffusion_steps, (1, 1))
+
+
 def guided_denoiser(editor: Editor, encoding: ImageEncoding, instruction: str, settings: EditSettings) -> Denoiser:
     """Denoiser of a batch of images under the settings' guidance; branches that cancel out are not computed."""
     branches = needed_branches(editor.branches(settings.guidance_scale, settings.image_guidance_scale))
@@ -378,9 +417,14 @@ def guided_denoiser(editor: Editor, encoding: ImageEncoding, instruction: str, s
 
 def _encode(editor: Editor, images: Tensor, reference: Tensor, resolution: Optional[int]) -> ImageEncoding:
     """Encode images at the editing size of the reference. That of a render, which has other proportions by up to 2 %, can differ."""
-    size = editor.editing_size(reference.shape[1], reference.shape[2], resolution or editor.native_resolution)
+    size = editor.editing_size(reference.shape[1], reference.shape[2], resolution)
     images = images.to(editor.device)
     return editor.encode(resize_images(to_float(images), *size))
+
+
+def latent_size(latents: Float[Tensor, "b c h w"]) -> tuple[int, int]:
+    """Height and width of latents."""
+    return latents.shape[2], latents.shape[3]
 
 
 def _latent_mask(mask: Tensor, latents: Tensor) -> Optional[Tensor]:

@@ -7,15 +7,72 @@ Images are (b, h, w, 3) in [0, 1], latents (b, c, h, w). A noise level is a pair
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Optional, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from wys_nerfstudio.utils.errors import WysError
+
 EMBEDDED = "embedded"
 """Name of the small editor of toy images that comes with the package."""
+MAX_SQUEEZE = 0.02
+"""Largest change of an image's proportions by the size at which it is edited."""
+
+
+@dataclass(frozen=True)
+class EditDefaults:
+    """Settings of an edit that differ between editors; each is used where the user gives none."""
+
+    guidance_scale: float
+    """How strongly the edit follows the instruction (S_T)."""
+    image_guidance_scale: float
+    """How strongly the edit keeps to the input (S_I)."""
+    diffusion_steps: int
+    """Denoising steps from pure noise."""
+    relevance_noise_level: float
+    """Noise level of relevance maps (t_rel), as a share of the diffusion."""
+
+
+@dataclass(frozen=True)
+class EditorProfile:
+    """What is known of an editor before its networks are loaded."""
+
+    of_images: EditDefaults
+    """Defaults of edits of single images."""
+    of_scenes: EditDefaults
+    """Defaults of edits of a scene's views."""
+    half_precision: str
+    """Name of the half-precision torch dtype that the networks were trained for."""
+    has_guidance: bool = True
+    """Whether a guidance scale other than 1 has a meaning."""
+    has_image_guidance: bool = True
+    """Whether an image guidance scale other than 1 has a meaning."""
+
+    def check_guidance(self, name: str, guidance_scale: Optional[float], image_guidance_scale: Optional[float]) -> None:
+        """Refuse guidance that the editor does not have.
+
+        Args:
+            name: The editor's name, for the error.
+            guidance_scale: S_T; None is the editor's default.
+            image_guidance_scale: S_I; None is the editor's default.
+
+        Raises:
+            WysError: If a scale other than 1 has no meaning for the editor.
+        """
+        if not self.has_guidance and guidance_scale not in (None, 1):
+            raise WysError(
+                f'The editor "{name}" is distilled to run without guidance: leave out --guidance-scale, or give it 1, not '
+                f"{guidance_scale:g}. --mask-threshold and --diffusion-steps apply."
+            )
+        if not self.has_image_guidance and image_guidance_scale not in (None, 1):
+            applies = "--guidance-scale and --mask-threshold apply" if self.has_guidance else "--mask-threshold applies"
+            raise WysError(
+                f'The editor "{name}" has no image guidance: leave out --image-guidance-scale (wys sweep: give '
+                f"--image-guidance-scales 1), or give it 1, not {image_guidance_scale:g}. {applies}."
+            )
 
 
 @dataclass(frozen=True)
@@ -27,7 +84,7 @@ class NoiseLevel:
     noise: float
     """Factor of the noise."""
     time: "int | float"
-    """The model's own time: an integer timestep for Stable Diffusion."""
+    """The model's own time: an integer timestep for Stable Diffusion, the noise itself for flow matching."""
 
 
 @dataclass(frozen=True)
@@ -62,24 +119,21 @@ class Editor(Protocol):
 
     name: str
     """Hub id, folder or "embedded", as given by the user."""
+    profile: EditorProfile
+    """Its defaults, and which guidance it has."""
 
     @property
     def device(self) -> torch.device:
         """Device of the networks."""
         ...
 
-    @property
-    def native_resolution(self) -> int:
-        """Longer side, in pixels, of the images that the editor was trained on."""
-        ...
-
-    def editing_size(self, height: int, width: int, resolution: int) -> tuple[int, int]:
+    def editing_size(self, height: int, width: int, resolution: Optional[int]) -> tuple[int, int]:
         """Height and width at which an image is edited.
 
         Args:
             height: Of the image, in pixels.
             width: Of the image, in pixels.
-            resolution: Longer side at which it is edited, in pixels.
+            resolution: Longer side at which it is edited, in pixels; None is the editor's choice.
         """
         ...
 
@@ -110,25 +164,30 @@ class Editor(Protocol):
         """Decode clean latents to images, float32 in [0, 1]."""
         ...
 
-    def noise_level(self, strength: float) -> NoiseLevel:
-        """The level at a share of the diffusion, in (0, 1)."""
+    def noise_level(self, strength: float, size: tuple[int, int]) -> NoiseLevel:
+        """The level of a relevance map, which has signal and noise.
+
+        Args:
+            strength: Share of the diffusion, in (0, 1).
+            size: Height and width of the latents, on which the levels of flow matching depend.
+        """
         ...
 
-    def noise_levels(self, strength: float, num_steps: int) -> list[NoiseLevel]:
+    def noise_levels(self, strength: float, num_steps: int, size: tuple[int, int]) -> list[NoiseLevel]:
         """Strictly descending levels of a denoising run; the last is the final, clean level.
 
         Args:
             strength: First level, as a share of the diffusion in [0, 1]; 1 is pure noise.
             num_steps: Steps of a run from pure noise; a run from less noise takes its share of them.
+            size: Height and width of the latents.
+
+        Raises:
+            WysError: If the editor does not have as many levels.
         """
         ...
 
     def branches(self, guidance_scale: float, image_guidance_scale: float) -> list[Branch]:
-        """Guidance branches, most conditioned first.
-
-        Raises:
-            WysError: If the editor does not support these scales.
-        """
+        """Guidance branches, most conditioned first; scales that mean nothing to the editor are 1 (`profile`)."""
         ...
 
     def predictor(self, condition: Any, instruction: str, branches: Sequence[Branch]) -> Predictor:
@@ -146,6 +205,27 @@ class Editor(Protocol):
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
         """Split noisy latents into clean latents and noise, given the prediction at their level."""
         ...
+
+
+def size_in_cells(height: int, width: int, longer_side: int, cell: int) -> tuple[int, int]:
+    """Height and width of an image at about a resolution: its own proportions, in whole cells.
+
+    The longer side is at most `longer_side`, and shorter by up to an eighth where that keeps the proportions within
+    `MAX_SQUEEZE`.
+
+    Args:
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
+        longer_side: Longer side of the result, in pixels.
+        cell: Side of a cell, of which both sides are multiples, in pixels.
+    """
+    aspect = min(height, width) / max(height, width)
+    longest = max(1, round(longer_side / cell))
+    sizes = [(longer, max(1, round(longer * aspect))) for longer in range(longest, max(1, longest * 7 // 8) - 1, -1)]
+    squeezes = [max(shorter / longer / aspect, longer * aspect / shorter) - 1 for longer, shorter in sizes]
+    within = [size for size, squeeze in zip(sizes, squeezes) if squeeze <= MAX_SQUEEZE]
+    longer, shorter = within[0] if within else sizes[squeezes.index(min(squeezes))]
+    return (shorter * cell, longer * cell) if height <= width else (longer * cell, shorter * cell)
 
 
 def resize_images(images: Float[Tensor, "b h w c"], height: int, width: int) -> Float[Tensor, "b height width c"]:

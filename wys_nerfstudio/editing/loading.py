@@ -3,21 +3,22 @@
 import os
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 import torch
 
-from wys_nerfstudio.editing import sdxl, stable_diffusion
-from wys_nerfstudio.editing.editor import EMBEDDED, Editor
-from wys_nerfstudio.editing.stable_diffusion import INDEX, loading_errors, read_json
+from wys_nerfstudio.editing import flux2, sdxl, stable_diffusion
+from wys_nerfstudio.editing.editor import EMBEDDED, Editor, EditorProfile
+from wys_nerfstudio.editing.parts import INDEX, loading_errors, read_json
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.hub import local_if_offline
 
 FAMILIES: dict[str, ModuleType] = {
     "StableDiffusionInstructPix2PixPipeline": stable_diffusion,
     "StableDiffusionXLInstructPix2PixPipeline": sdxl,
+    "Flux2KleinPipeline": flux2,
 }
-"""Module of each family by the pipeline class of its model_index.json, with PARTS, NETWORKS and `load`."""
+"""Module of each family by the pipeline class of its model_index.json, with PARTS, NETWORKS, `profile` and `load`."""
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 """Names of an editor's precision; see `load_editor`."""
@@ -31,21 +32,31 @@ def load_editor(
     Args:
         name: Hub id or local folder of an InstructPix2Pix-type checkpoint, or "embedded".
         device: Device of the networks.
-        dtype: Precision of their weights; "auto" is float16 on a GPU and float32 on the CPU. Relevance maps are computed
-            in float32 with any of them.
+        dtype: Precision of their weights; "auto" is the half precision that they were trained for on a GPU and float32 on
+            the CPU. Relevance maps are computed in float32 with any of them.
         allow_pickle: Take .bin files where there is no safetensors file; torch's weights-only loader reads them.
 
     Raises:
         WysError: If the editor cannot be loaded or is not supported.
     """
     source = local_if_offline(editor_source(name), "editor")
-    family = family_of(name, source)
+    family, index = _family_of(name, source)
     if Path(source).is_dir():
         _check_parts(name, Path(source), family.PARTS)
         if not allow_pickle:
             _refuse_pickles(name, Path(source), family.NETWORKS)
-    resolved: torch.dtype = getattr(torch, resolve_dtype(dtype, device))
+    resolved: torch.dtype = getattr(torch, resolve_dtype(dtype, device, family.profile(index)))
     return family.load(name, source, device, resolved, None if allow_pickle else True)
+
+
+def load_profile(name: str) -> EditorProfile:
+    """Defaults and guidance of an editor; reads its model_index.json only.
+
+    Raises:
+        WysError: If the editor is not found or not supported.
+    """
+    family, index = _family_of(name, local_if_offline(editor_source(name), "editor"))
+    return family.profile(index)
 
 
 def editor_source(name: str) -> str:
@@ -75,35 +86,27 @@ def editor_files(name: str) -> list[Path]:
     return [file for file in (*folder.glob("*"), *folder.glob("*/*")) if file.is_file()]
 
 
-def family_of(name: str, source: str) -> ModuleType:
-    """The module that loads an editor; Stable Diffusion if there is no model_index.json.
-
-    Args:
-        name: The editor's name, for errors.
-        source: Its folder or hub id.
-
-    Raises:
-        WysError: If the pipeline class is not supported.
-    """
+def _family_of(name: str, source: str) -> "tuple[ModuleType, dict[str, Any]]":
+    """The module that loads an editor, and its model_index.json; Stable Diffusion if there is none."""
     with loading_errors(name, source):
         index = read_json(source, INDEX)
     if index is None:
-        return stable_diffusion
+        return stable_diffusion, {}
     pipeline: Optional[str] = index.get("_class_name")
     if pipeline not in FAMILIES:
         raise WysError(
             f'The editor "{name}" is a {pipeline or "pipeline without a class name"}, which is not supported. Supported: '
             f"{', '.join(FAMILIES)}."
         )
-    return FAMILIES[pipeline]
+    return FAMILIES[pipeline], index
 
 
 def _check_parts(name: str, folder: Path, parts: "tuple[str, ...]") -> None:
     missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:
         raise WysError(
-            f'The editor folder "{name}" has no {" and no ".join(missing)}: --editor needs an InstructPix2Pix checkpoint '
-            f"in diffusers format, with the folders {', '.join(parts)}."
+            f'The editor folder "{name}" has no {" and no ".join(missing)}: --editor needs a checkpoint in diffusers format, '
+            f"with the folders {', '.join(parts)}."
         )
 
 
@@ -118,9 +121,8 @@ def _refuse_pickles(name: str, folder: Path, networks: "tuple[str, ...]") -> Non
             )
 
 
-def resolve_dtype(dtype: Precision, device: "str | torch.device") -> str:
+def resolve_dtype(dtype: Precision, device: "str | torch.device", profile: EditorProfile) -> str:
     """Name of the torch dtype of an editor on a device: what "auto" stands for, anything else unchanged."""
     if dtype != "auto":
         return dtype
-    # Not bfloat16: its rounding noise is eight times that of float16, and guidance amplifies it.
-    return "float16" if torch.device(device).type == "cuda" else "float32"
+    return profile.half_precision if torch.device(device).type == "cuda" else "float32"

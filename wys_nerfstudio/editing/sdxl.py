@@ -11,15 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wys_nerfstudio.editing import stable_diffusion
-from wys_nerfstudio.editing.stable_diffusion import (
-    INDEX,
-    StableDiffusionEditor,
-    check_computes,
-    load_common_parts,
-    load_text_encoder,
-    loading_errors,
-    read_json,
-)
+from wys_nerfstudio.editing.parts import INDEX, check_computes, load_text_encoder, loading_errors, read_json
+from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor, load_common_parts
 from wys_nerfstudio.utils.errors import WysError
 
 NETWORKS = (*stable_diffusion.NETWORKS, "text_encoder_2")
@@ -27,6 +20,8 @@ NETWORKS = (*stable_diffusion.NETWORKS, "text_encoder_2")
 
 PARTS = (*stable_diffusion.PARTS, "text_encoder_2", "tokenizer_2")
 """Folders of a repository that are loaded."""
+
+profile = stable_diffusion.profile
 
 
 @dataclass
@@ -89,5 +84,5 @@ def load(
         tokenizer_2=tokenizer,
         empty_text_is_zero=bool(index.get("force_zeros_for_empty_prompt", True)),
     )
-    check_computes(editor, source)
+    check_computes(editor, source, "unet")
     return editor

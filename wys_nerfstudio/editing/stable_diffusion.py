@@ -5,27 +5,30 @@ purpose: a pipeline that holds one neither saves nor moves its networks.
 """
 
 import json
-import logging
 import math
 import unicodedata
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wys_nerfstudio.editing.editor import EMBEDDED, Branch, ImageEncoding, NoiseLevel, Predictor
+from wys_nerfstudio.editing.editor import (
+    Branch,
+    EditDefaults,
+    EditorProfile,
+    ImageEncoding,
+    NoiseLevel,
+    Predictor,
+    size_in_cells,
+)
+from wys_nerfstudio.editing.parts import check_computes, load_network, load_text_encoder, loading_errors, read_json
+from wys_nerfstudio.editing.precision import apply_vae, in_float32, without_tf32
 from wys_nerfstudio.utils.errors import WysError
-from wys_nerfstudio.utils.log_filters import no_progress_bar_for_local_files
-from wys_nerfstudio.utils.memory_errors import is_memory_error
-
-INDEX = "model_index.json"
-"""File that names the pipeline class of a repository."""
 
 NETWORKS = ("unet", "vae", "text_encoder")
 """Parts with weights."""
@@ -55,8 +58,14 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 MAX_TIMESTEPS = 100_000
 """Largest number of timesteps of a noise schedule."""
 
-MAX_SQUEEZE = 0.02
-"""Largest change of an image's proportions by the size at which it is edited."""
+PROFILE = EditorProfile(
+    of_images=EditDefaults(  # supplement D
+        guidance_scale=7.5, image_guidance_scale=0.8, diffusion_steps=100, relevance_noise_level=0.8
+    ),
+    of_scenes=EditDefaults(guidance_scale=7.5, image_guidance_scale=1.5, diffusion_steps=20, relevance_noise_level=0.8),
+    half_precision="float16",  # the rounding noise of bfloat16 is eight times as large, and guidance amplifies it
+)
+"""Defaults of InstructPix2Pix: the paper's."""
 
 
 @dataclass
@@ -79,11 +88,13 @@ class StableDiffusionEditor:
     """Cumulative product after the last step: 1, or that of timestep 0 (diffusers' `set_alpha_to_one`)."""
     prediction_type: str
     """One of PREDICTION_TYPES."""
+    profile: EditorProfile = field(default=PROFILE, init=False, repr=False)
+    """Its defaults, and which guidance it has."""
     _texts: "dict[str, Tensor]" = field(default_factory=dict, init=False, repr=False)
     """Text states by instruction; a run needs the same two in every edit."""
     _levels: "list[NoiseLevel]" = field(init=False, repr=False)
     """Noise level of each timestep, and the final one."""
-    _overflow_reported: bool = field(default=False, init=False, repr=False)
+    overflow_reported: bool = field(default=False, init=False, repr=False)
     """Whether the overflow of the VAE in half precision has been logged."""
 
     def __post_init__(self) -> None:
@@ -119,21 +130,15 @@ class StableDiffusionEditor:
         size = self.unet.config.sample_size
         return self.latent_factor * (size if isinstance(size, int) else max(size))
 
-    def editing_size(self, height: int, width: int, resolution: int) -> tuple[int, int]:
-        """Height and width at which an image is edited: its own proportions, in whole latents.
+    def editing_size(self, height: int, width: int, resolution: Optional[int]) -> tuple[int, int]:
+        """Height and width at which an image is edited; diffusers' UNet takes latents of any size.
 
-        The longer side is at most `resolution`, and shorter by up to an eighth where that keeps the proportions within
-        `MAX_SQUEEZE`. diffusers' UNet takes latents of any size.
+        Args:
+            height: Of the image, in pixels.
+            width: Of the image, in pixels.
+            resolution: Longer side at which it is edited, in pixels; None is that of the training images.
         """
-        factor, aspect = self.latent_factor, min(height, width) / max(height, width)
-        longest = max(1, round(resolution / factor))
-        sizes = [
-            (longer, max(1, round(longer * aspect))) for longer in range(longest, max(1, longest * 7 // 8) - 1, -1)
-        ]
-        squeezes = [max(shorter / longer / aspect, longer * aspect / shorter) - 1 for longer, shorter in sizes]
-        within = [size for size, squeeze in zip(sizes, squeezes) if squeeze <= MAX_SQUEEZE]
-        longer, shorter = within[0] if within else sizes[squeezes.index(min(squeezes))]
-        return (shorter * factor, longer * factor) if height <= width else (longer * factor, shorter * factor)
+        return size_in_cells(height, width, resolution or self.native_resolution, self.latent_factor)
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the latents of images of an editing size."""
@@ -150,28 +155,6 @@ class StableDiffusionEditor:
         """
         with without_tf32(), in_float32(self.unet, self.vae):
             yield
-
-    def _apply_vae(self, part: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        """Encode or decode in the VAE's precision; images that overflow there are computed again in float32.
-
-        Only these, so that the images of a batch do not influence each other.
-        """
-        dtype = self.vae.dtype
-        outputs = part(inputs.to(dtype)).float()
-        if dtype == torch.float32:
-            return outputs
-        overflowed = ~outputs.flatten(1).isfinite().all(dim=1)
-        if overflowed.any():
-            if not self._overflow_reported:
-                self._overflow_reported = True
-                precision = str(dtype).removeprefix("torch.")
-                logging.getLogger(__name__).warning(
-                    f'The VAE of the editor "{self.name}" overflows in {precision}: images with NaN or Inf are computed '
-                    "again in float32."
-                )
-            with in_float32(self.vae):
-                outputs[overflowed] = part(inputs[overflowed])
-        return outputs
 
     # ------------------------------------------------------------------------------------------------------------- text
 
@@ -225,29 +208,35 @@ class StableDiffusionEditor:
     def encode(self, images: Float[Tensor, "b h w 3"]) -> ImageEncoding:
         """Mode of the VAE, float32: scaled as clean latents, unscaled as the UNet's image condition."""
         pixels = images.permute(0, 3, 1, 2).to(self.device) * 2 - 1
-        mode = self._apply_vae(lambda x: self.vae.encode(x).latent_dist.mode(), pixels)
+        mode = apply_vae(self, lambda x: self.vae.encode(x).latent_dist.mode(), pixels)
         return ImageEncoding(mode * self.vae.config.scaling_factor, mode)
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b c lh lw"]) -> Float[Tensor, "b h w 3"]:
         """Decode clean latents to images, float32 in [0, 1]."""
         unscaled = latents.to(self.device) / self.vae.config.scaling_factor
-        pixels = self._apply_vae(lambda x: self.vae.decode(x).sample, unscaled)
+        pixels = apply_vae(self, lambda x: self.vae.decode(x).sample, unscaled)
         return (pixels.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1)
 
     # ------------------------------------------------------------------------------------------------------ noise levels
 
-    def noise_level(self, strength: float) -> NoiseLevel:
-        """The level at a share of the diffusion, in (0, 1); never one without signal, where all predictions are equal."""
+    def noise_level(self, strength: float, size: tuple[int, int]) -> NoiseLevel:
+        """The level at a share of the diffusion, in (0, 1); never one without signal, where all predictions are equal.
+
+        Args:
+            strength: Share of the diffusion.
+            size: Unused: the levels are the same for all sizes.
+        """
         last = self.num_train_timesteps - (2 if self._levels[-2].signal == 0 else 1)
         return self._levels[min(round(strength * self.num_train_timesteps), last)]
 
-    def noise_levels(self, strength: float, num_steps: int) -> list[NoiseLevel]:
+    def noise_levels(self, strength: float, num_steps: int, size: tuple[int, int]) -> list[NoiseLevel]:
         """Strictly descending levels of a denoising run; the last is the final, clean level.
 
         Args:
             strength: First level, as a share of the diffusion in [0, 1]; 1 is the last timestep.
             num_steps: Steps of a run from the last timestep; a run from less noise takes its share of them.
+            size: Unused: the levels are the same for all sizes.
 
         Raises:
             WysError: If there are fewer levels than steps.
@@ -330,40 +319,6 @@ class StableDiffusionEditor:
         return (latents - level.noise * prediction) / level.signal, prediction
 
 
-@contextmanager
-def in_float32(*networks: Any) -> Iterator[None]:
-    """Context in which networks are cast to float32 in place; half-precision weights return unchanged."""
-    dtypes = [network.dtype for network in networks]
-    try:
-        for network in networks:
-            _cast(network, torch.float32)
-        yield
-    finally:
-        for network, dtype in zip(networks, dtypes):
-            _cast(network, dtype)
-
-
-def _cast(network: Any, dtype: torch.dtype) -> None:
-    # diffusers' own `to` warns about every cast.
-    torch.nn.Module.to(network, dtype)
-
-
-@contextmanager
-def without_tf32() -> Iterator[None]:
-    """Context without TF32, which has the mantissa of float16; torch takes it for float32 convolutions by default.
-
-    It applies to all threads: not to be entered while the scene is trained.
-    """
-    matmul_precision, convolutions_in_tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    try:
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = convolutions_in_tf32
-        torch.set_float32_matmul_precision(matmul_precision)
-
-
 def known_punctuation(text: str, vocabulary: Container[str]) -> str:
     """Reduce each run of punctuation to its first mark in a vocabulary of whole words, or to a space if there is none.
 
@@ -410,6 +365,11 @@ def timesteps(start: int, full_steps: int, num_train_timesteps: int) -> list[int
 # ------------------------------------------------------------------------------------------------------------------ loading
 
 
+def profile(index: "dict[str, Any]") -> EditorProfile:
+    """What is known of an editor from its model_index.json."""
+    return PROFILE
+
+
 def load(
     name: str, source: str, device: "str | torch.device", dtype: torch.dtype, use_safetensors: Optional[bool]
 ) -> StableDiffusionEditor:
@@ -432,7 +392,7 @@ def load(
             f'The UNet of the editor "{name}" has conditions other than text ({kind}), which is not supported: give '
             "--editor an InstructPix2Pix of Stable Diffusion, or of SDXL with its model_index.json."
         )
-    check_computes(editor, source)
+    check_computes(editor, source, "unet")
     return editor
 
 
@@ -465,51 +425,6 @@ def load_common_parts(
             final_alpha=getattr(scheduler, "final_alpha_cumprod", torch.tensor(1.0)).float().to(device),
             prediction_type=scheduler.config["prediction_type"],
         )
-
-
-def load_network(name: str, source: str, part: str, kind: Any, **options: Any) -> Any:
-    """Load a network with all of its weights.
-
-    Args:
-        name: The editor's name.
-        source: Folder or hub id of its parts.
-        part: Folder of the network.
-        kind: Its class in diffusers or transformers.
-        **options: Further arguments of `from_pretrained`.
-
-    Raises:
-        WysError: If weights are missing, left over or of another size, or the network is quantized.
-    """
-    config = read_json(source, f"{part}/config.json") or {}
-    if config.get("quantization_config") is not None:
-        raise WysError(f'The {part} of the editor "{name}" is quantized (quantization_config), which is not supported.')
-    network, info = kind.from_pretrained(
-        source, subfolder=part, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
-    modules = {child for child, _ in network.named_children()}
-    faults = {
-        "lacks the weights": info["missing_keys"],
-        "has weights of another size than its config.json:": [key for key, *_ in info["mismatched_keys"]],
-        # Weights of other models may be stored beside those of the network.
-        "has weights for more layers than its config.json:": [
-            key for key in info["unexpected_keys"] if key.split(".")[0] in modules
-        ],
-    }
-    for fault, keys in faults.items():
-        if keys:
-            others = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise WysError(f'The {part} of the editor "{name}" {fault} {min(keys)}{others}. Download it again.')
-    return network
-
-
-def load_text_encoder(
-    name: str, source: str, part: str, kind: Any, dtype: torch.dtype, use_safetensors: Optional[bool]
-) -> Any:
-    """Load a text encoder of transformers; arguments as in `load_network`."""
-    with no_progress_bar_for_local_files(source):
-        # The config's own implementation may be one that transformers downloads as code.
-        options = {"dtype": dtype, "use_safetensors": use_safetensors, "attn_implementation": "sdpa"}
-        return load_network(name, source, part, kind, **options)
 
 
 def load_scheduler(name: str, source: str) -> Any:
@@ -618,93 +533,3 @@ def check_networks(name: str, unet: Any, vae: Any, text_encoder: Any, tokenizer:
 
 def _is_positive(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def check_computes(editor: StableDiffusionEditor, source: str) -> None:
-    """Edit a small gray image, so that parts that do not fit together fail before the first training step.
-
-    Args:
-        editor: The editor.
-        source: Folder or hub id of its parts.
-
-    Raises:
-        WysError: If the networks cannot compute, or their result is NaN or infinite.
-    """
-    with loading_errors(editor.name, source):
-        side = 8 * editor.latent_factor
-        encoding = editor.encode(torch.full((1, side, side, 3), 0.5))
-        branches = editor.branches(1.0, 1.0)
-        predictions = editor.predictor(encoding.condition, "", branches)(encoding.latents, editor.noise_level(0.8))
-        results = {"vae": [encoding.latents, editor.decode(encoding.latents)], "unet": predictions}
-        for part, values in results.items():
-            if not all(bool(value.isfinite().all()) for value in values):
-                raise WysError(
-                    f'The {part} of the editor "{editor.name}" computes NaN or Inf: its weights are damaged, or need '
-                    "--editor-dtype float32."
-                )
-
-
-def read_json(source: str, file: str) -> "Optional[dict[str, Any]]":
-    """A JSON file of a folder or hub repository; None without one.
-
-    Args:
-        source: Folder or hub id.
-        file: Path in it.
-
-    Raises:
-        ValueError: If it is not a JSON object.
-    """
-    path = Path(source) / file
-    if not Path(source).is_dir():
-        from huggingface_hub import hf_hub_download
-
-        try:
-            path = Path(hf_hub_download(source, file))
-        except OSError:
-            return None  # if the repository is unreachable, its parts are, too
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text("utf8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is not a JSON object")
-    return content
-
-
-@contextmanager
-def loading_errors(name: str, source: str) -> Iterator[None]:
-    """Turn errors of diffusers and transformers into one sentence, and silence their notes on classes and weights.
-
-    Args:
-        name: The editor's name.
-        source: Folder or hub id of its parts.
-
-    Raises:
-        WysError: If something cannot be loaded.
-    """
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    libraries = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
-    for library, _ in libraries:
-        library.set_verbosity_error()
-    try:
-        yield
-    except WysError:
-        raise
-    except Exception as error:  # broken configs and weights raise errors of many kinds
-        if is_memory_error(error):
-            raise
-        first_line = (str(error).strip().splitlines() or [""])[0].rstrip(".")
-        kind = "" if isinstance(error, (OSError, ValueError, RuntimeError)) and first_line else type(error).__name__
-        reason = ": ".join(filter(None, (kind, first_line)))
-        where = "folder" if Path(source).is_dir() else "hub id"
-        raise WysError(
-            f'The editor "{name}" could not be loaded from its {where}: {reason}. Give --editor a local folder, or '
-            f"--editor {EMBEDDED} for the small one that comes with the package."
-        ) from error
-    finally:
-        for library, verbosity in libraries:
-            library.set_verbosity(verbosity)

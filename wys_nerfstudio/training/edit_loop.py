@@ -22,7 +22,7 @@ from wys_nerfstudio.relevance.localizer import Localizer
 from wys_nerfstudio.training import schedule
 from wys_nerfstudio.training.distributed import gather, rank, shard
 from wys_nerfstudio.training.edit_log import TITLES, EditRecord, image_row, record_edit, show_edit
-from wys_nerfstudio.training.scene import EditInput, EditOptions, Scene, TrainingViews
+from wys_nerfstudio.training.scene import EditInput, LoopOptions, Scene, TrainingViews
 from wys_nerfstudio.training.settings import Settings
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.visualization import SOFTWARE, contact_sheet, evenly_spaced, limited_size, save_png
@@ -133,7 +133,7 @@ class EditLoop:
 
     def __init__(
         self,
-        options: EditOptions,
+        options: LoopOptions,
         settings: Settings,
         scene: Scene,
         views: TrainingViews,
@@ -211,7 +211,8 @@ class EditLoop:
         self.edits += settings.edit_count
         localizer = self._localizer()
         inputs = [self.prepare_edit(view, localizer) for view in views]
-        edit_settings, seconds = options.edit_settings(settings), time.perf_counter() - began
+        edit_settings = options.edit_settings(settings, self._editor().profile)
+        seconds = time.perf_counter() - began
         return EditBatch(numbers, inputs, strength, settings.instruction, edit_settings, seconds)
 
     @torch.no_grad()  # gradient mode is thread-local
@@ -230,7 +231,7 @@ class EditLoop:
             )
             self._check_edits(edited, [batch.inputs[i].view for i in chosen])
             images = dict(zip(chosen, edited.cpu()))
-        levels = self._editor().noise_levels(batch.strength, batch.settings.diffusion_steps)
+        levels = self._editor().noise_levels(batch.strength, batch.settings.diffusion_steps, self._latent_size())
         seconds = (batch.seconds + time.perf_counter() - began) / max(1, len(batch.inputs))
         return [
             EditResult(
@@ -275,7 +276,7 @@ class EditLoop:
             self._editor(),
             [edit_input],
             instruction,
-            options.edit_settings(settings),
+            options.edit_settings(settings, self._editor().profile),
             strength=self._strength(self.edits),
             seeds=[edit_seed(options.seed, self.edits)],
         )
@@ -313,11 +314,16 @@ class EditLoop:
         return EditInput(view, render, rendered, value, localizer.mask_from(value) if mask is None else mask)
 
     def _editing_size(self) -> tuple[int, int]:
-        return self._options.edit_settings(self._settings.current).size_for(self._editor(), *self._views.view_size)
+        editor = self._editor()
+        settings = self._options.edit_settings(self._settings.current, editor.profile)
+        return settings.size_for(editor, *self._views.view_size)
+
+    def _latent_size(self) -> tuple[int, int]:
+        return self._editor().latent_size(*self._editing_size())
 
     def _render_per_latent(self, view: int) -> tuple[Float[Tensor, "lh lw"], Float[Tensor, "lh lw"]]:
         """Relevance and depth of a view, one value per latent."""
-        cells = torch.ones(self._editor().latent_size(*self._editing_size()), dtype=torch.bool)
+        cells = torch.ones(self._latent_size(), dtype=torch.bool)
         _, values, depths = self._scene.render_pixels(self._views.cameras, view, cells)
         return values.view(cells.shape), depths.view(cells.shape)
 

@@ -14,6 +14,7 @@ from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
 from wys_nerfstudio.editing import Editor, EditSettings
+from wys_nerfstudio.editing.editor import EditorProfile
 from wys_nerfstudio.training.settings import RunSettings
 
 
@@ -211,15 +212,15 @@ class EditableViews(TrainingViews, Protocol):
 
 
 @runtime_checkable
-class EditOptions(Protocol):
+class LoopOptions(Protocol):
     """Options of the edit loop that stay the same during a run."""
 
     seed: int
     min_strength: float
     max_strength: float
 
-    def edit_settings(self, settings: RunSettings) -> EditSettings:
-        """Return guidance, steps and resolution of the next edit."""
+    def edit_settings(self, settings: RunSettings, profile: EditorProfile) -> EditSettings:
+        """Return guidance, steps and resolution of the next edit with an editor."""
         ...
 
     def preview_map(self, editor: Editor, views: Any, view: int, instruction: str) -> Float[Tensor, "h w"]:

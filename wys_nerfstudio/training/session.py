@@ -17,7 +17,7 @@ from wys_nerfstudio.training.history import History
 from wys_nerfstudio.training.lr_warmup import apply_lr_warmup
 from wys_nerfstudio.training.run_setup import copy_resumed_files, start_run
 from wys_nerfstudio.training.run_state import STATE_KEY, RunState, random_state
-from wys_nerfstudio.training.scene import EditableViews, EditOptions, Scene
+from wys_nerfstudio.training.scene import EditableViews, LoopOptions, Scene
 from wys_nerfstudio.training.schedule import Phase, PhaseSchedule
 from wys_nerfstudio.training.settings import RunSettings, Settings
 from wys_nerfstudio.utils.atomic_io import write_tensors
@@ -51,7 +51,7 @@ class TrainedScene(Scene, Protocol):
 
 
 @runtime_checkable
-class SessionOptions(EditOptions, Protocol):
+class SessionOptions(LoopOptions, Protocol):
     """Options of a session that stay the same during a run."""
 
     base_run: Optional[Path]

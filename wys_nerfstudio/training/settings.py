@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Optional
 
-from wys_nerfstudio.editing import EditSettings
+from wys_nerfstudio.editing import EditOptions
+from wys_nerfstudio.editing.editor import EditDefaults
 from wys_nerfstudio.relevance.localizer import Localization, Localizer
 from wys_nerfstudio.training.validation import validate_range
 from wys_nerfstudio.utils.errors import WysError
@@ -18,10 +19,10 @@ class RunSettings:
     """What to change."""
     mask_threshold: float
     """Pixels of at least this relevance are edited (tau)."""
-    guidance_scale: float
-    """How strongly edits follow the instruction (S_T)."""
-    image_guidance_scale: float
-    """How strongly edits keep to the captured view (S_I)."""
+    guidance_scale: Optional[float]
+    """How strongly edits follow the instruction (S_T); None, the editor's default, only where nothing is edited."""
+    image_guidance_scale: Optional[float]
+    """How strongly edits keep to the captured view (S_I); None as for `guidance_scale`."""
     localization: Localization
     """What confines the edits."""
     edit_every: int
@@ -30,13 +31,18 @@ class RunSettings:
     """Views that are edited together."""
 
     @staticmethod
-    def from_options(options: Any) -> "RunSettings":
+    def from_options(options: Any, defaults: Optional[EditDefaults] = None) -> "RunSettings":
         """Return the settings that a run starts with.
 
         Args:
             options: An object with this class's fields as attributes, such as the pipeline's config.
+            defaults: The editor's, for options that are None; None where nothing is edited.
         """
-        return RunSettings(**{option.name: getattr(options, option.name) for option in fields(RunSettings)})
+        values: dict[str, Any] = {option.name: getattr(options, option.name) for option in fields(RunSettings)}
+        if defaults is not None:
+            known = asdict(defaults)
+            values = {name: known[name] if value is None else value for name, value in values.items()}
+        return RunSettings(**values)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain data."""
@@ -48,7 +54,7 @@ class RunSettings:
         Raises:
             WysError: For the first such value.
         """
-        EditSettings(
+        EditOptions(
             guidance_scale=self.guidance_scale,
             image_guidance_scale=self.image_guidance_scale,
             mask_threshold=self.mask_threshold,
@@ -68,10 +74,17 @@ class Settings:
     Args:
         values: Initial values.
         localizations: Localizations that the run can switch between.
+        check: Refuses values that the run's editor does not support.
     """
 
-    def __init__(self, values: RunSettings, localizations: Sequence[Localization]) -> None:
+    def __init__(
+        self,
+        values: RunSettings,
+        localizations: Sequence[Localization],
+        check: Callable[[RunSettings], None] = lambda values: None,
+    ) -> None:
         self.localizations = tuple(localizations)
+        self._check = check
         self._current = values
         self._observers: list[Callable[[RunSettings], None]] = []
 
@@ -96,6 +109,7 @@ class Settings:
         """
         values = replace(self._current, **changes)
         values.validate()
+        self._check(values)
         if values.localization not in self.localizations:
             raise WysError(
                 f"Localization {values.localization} is not available in this run; choose {' or '.join(self.localizations)}."

@@ -20,7 +20,7 @@ from nerfstudio.viewer.viewer_elements import ViewerElement
 from PIL import Image
 from torch import Tensor
 
-from wys_nerfstudio.training.settings import RunSettings, Settings
+from wys_nerfstudio.training.settings import RunSettings, Settings, label
 from wys_nerfstudio.utils.visualization import to_uint8
 from wys_nerfstudio.viewer.server import require_restricted, restrict_viewer
 
@@ -79,11 +79,8 @@ class ViewerPanel(ViewerElement[None]):
             instead = gui.add_button("Apply instead", hint="Start again from the captured scene")
             instead.on_click(lambda event: self._put(event, "apply", INSTEAD, self._value("instruction")))
             self._add_threshold(gui)
-            self._add("guidance_scale", gui.add_number("Guidance scale", settings.guidance_scale, min=0.0, step=0.1))
-            self._add(
-                "image_guidance_scale",
-                gui.add_number("Image guidance scale", settings.image_guidance_scale, min=0.0, step=0.1),
-            )
+            for name in ("guidance_scale", "image_guidance_scale"):
+                self._add(name, gui.add_number(label(name), getattr(settings, name), min=0.0, step=0.1))
             self._add(
                 "localization",
                 gui.add_dropdown("Localization", self._settings.localizations, initial_value=settings.localization),

@@ -59,19 +59,19 @@ class Options:
     """Number of scenes in the comparison of noise levels."""
     edit_scenes: int = 72
     """Number of scenes that are edited."""
-    guidance_scale: float = TINY.guidance_scale
+    guidance_scale: float = TINY.guidance_scale  # type: ignore
     """S_T of the edits."""
-    image_guidance_scale: float = TINY.image_guidance_scale
+    image_guidance_scale: float = TINY.image_guidance_scale  # type: ignore
     """S_I of the edits."""
     mask_threshold: float = TINY.mask_threshold
     """tau of the local edit."""
-    noise_level: float = TINY.relevance_noise_level
+    noise_level: float = 0.8
     """t_rel of the maps."""
     draws: int = TINY.relevance_num_samples
     """Number of noise samples of the local edit's map."""
     outlier_factor: float = TINY.relevance_outlier_factor
     """Width of the outlier fence of the maps, in interquartile ranges."""
-    diffusion_steps: int = TINY.diffusion_steps
+    diffusion_steps: int = TINY.diffusion_steps  # type: ignore
     """DDIM steps of an edit."""
 
 
