@@ -212,7 +212,7 @@ def test_an_edit_is_the_seeded_masked_edit_of_the_render(make_stub, editor, tmp_
         stub.views.captured[[view]],
         FIELD[None] >= 0.5,
         INSTRUCTION,
-        stub.options.edit_settings(stub.settings.current, stub.editor.profile),
+        stub.options.edit_settings(stub.settings.current, editor.profile),
         strength=strength,
         seeds=[edit_seed(5, number)],
     )

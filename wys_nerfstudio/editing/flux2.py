@@ -118,7 +118,7 @@ class Flux2Editor:
         """
         own = max(height, width) * min(1.0, math.sqrt(MAX_PIXELS / (height * width)))
         least = MIN_SIDE * max(height, width) / min(height, width)
-        return size_in_cells(height, width, math.ceil(max(resolution or own, least)), self.latent_factor)
+        return size_in_cells(height, width, int(max(resolution or own, least)), self.latent_factor)
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the latents of images of an editing size."""
@@ -165,10 +165,10 @@ class Flux2Editor:
             )
         tokens = self.tokenizer(text, padding="max_length", max_length=limit, return_tensors="pt")
         self._check_words(instruction, tokens.input_ids[0].tolist())
-        with self._text_encoder_on_device():
+        with self._text_encoder_on_device() as device:
             hidden = self.text_encoder(
-                input_ids=tokens.input_ids.to(self.device),
-                attention_mask=tokens.attention_mask.to(self.device),
+                input_ids=tokens.input_ids.to(device),
+                attention_mask=tokens.attention_mask.to(device),
                 output_hidden_states=True,
                 use_cache=False,
             ).hidden_states
@@ -188,16 +188,16 @@ class Flux2Editor:
         )
 
     @contextmanager
-    def _text_encoder_on_device(self) -> Iterator[None]:
+    def _text_encoder_on_device(self) -> Iterator[torch.device]:
         """Context in which the text encoder takes the transformer's place on the GPU; together they would need 16 GB."""
         device = self.device
         if device.type == "cpu":
-            yield
+            yield device
             return
         self.transformer.to("cpu")
         try:
             self.text_encoder.to(device)
-            yield
+            yield device
         finally:
             self.text_encoder.to("cpu")
             self.transformer.to(device)
