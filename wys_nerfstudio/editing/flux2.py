@@ -1,11 +1,10 @@
 """FLUX.2 klein, a flow-matching editor: the networks and noise levels behind the `Editor` protocol, and their loader.
 
-Follows diffusers' Flux2KleinPipeline, whose repositories it loads: x_s = (1 - s) x_0 + s eps, and the transformer predicts
-v = eps - x_0 from the noisy latents' tokens, the reference's tokens and the text's. Base models are guided against the empty
-instruction; distilled ones run without guidance, in a few steps. Latents are (b, c, h, w) outside `Flux2Editor.predictor`.
+Follows diffusers' Flux2KleinPipeline, whose repositories it loads: the transformer predicts the velocity from the noisy latents'
+tokens, the reference's tokens and the text's. Base models are guided against the empty instruction; distilled ones run without
+guidance, in a few steps.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +24,14 @@ from wys_nerfstudio.editing.editor import (
     ImageEncoding,
     NoiseLevel,
     Predictor,
-    size_in_cells,
+)
+from wys_nerfstudio.editing.flow_matching import (
+    RELEVANCE_NOISE_LEVEL,
+    FlowMatchingEditor,
+    flow_level,
+    load_scheduler,
+    pack,
+    unpack,
 )
 from wys_nerfstudio.editing.parts import (
     INDEX,
@@ -35,7 +41,7 @@ from wys_nerfstudio.editing.parts import (
     loading_errors,
     read_json,
 )
-from wys_nerfstudio.editing.precision import apply_vae, in_float32, in_float32_by_layer, without_tf32
+from wys_nerfstudio.editing.precision import apply_vae
 from wys_nerfstudio.utils.errors import WysError
 
 NETWORKS = ("transformer", "vae", "text_encoder")
@@ -44,50 +50,25 @@ NETWORKS = ("transformer", "vae", "text_encoder")
 PARTS = (*NETWORKS, "tokenizer", "scheduler")
 """Folders of a repository that are loaded."""
 
-MAX_PIXELS = 1024 * 1024
-"""Pixels of the largest images that the models were trained on."""
-
-MIN_SIDE = 64
-"""Smallest side of an edited image, in pixels."""
-
 MAX_TOKENS = 512
 """Tokens of a text, including padding."""
 
 REFERENCE_TIME = 10
 """Position of the reference's tokens on the time axis; the noisy tokens are at 0."""
 
-RELEVANCE_NOISE_LEVEL = 0.84
-"""The noise of the paper's relevance maps: t_rel = 0.8 of Stable Diffusion (alphas_cumprod 0.037) has the signal-to-noise ratio of
-s = 0.84."""
-
 DISTILLED_STEPS = 4
 """Steps of a distilled model, which knows only the levels of these."""
 
 
 @dataclass
-class Flux2Editor:
-    """Networks and noise levels of a FLUX.2 klein. Implements `Editor`."""
+class Flux2Editor(FlowMatchingEditor):
+    """Networks and noise levels of a FLUX.2 klein. Implements `Editor`. The text encoder, as large as the transformer, is on the
+    CPU except while a text is encoded."""
 
-    name: str
-    """Hub id or folder, as given by the user."""
-    profile: EditorProfile
-    """Its defaults, and which guidance it has."""
-    transformer: Any
-    """diffusers' Flux2Transformer2DModel."""
-    vae: Any
-    """diffusers' AutoencoderKLFlux2."""
-    text_encoder: Any
-    """transformers' Qwen3ForCausalLM. On the CPU except while a text is encoded: it is as large as the transformer."""
     tokenizer: Any
     """Its tokenizer, with a chat template."""
-    scheduler: Any
-    """diffusers' FlowMatchEulerDiscreteScheduler, for the noise levels."""
-    _in_full_precision: bool = field(default=False, init=False, repr=False)
-    """Whether predictions are computed in float32."""
     _texts: "dict[str, Tensor]" = field(default_factory=dict, init=False, repr=False)
     """Text states by instruction."""
-    overflow_reported: bool = field(default=False, init=False, repr=False)
-    """Whether the overflow of the VAE in half precision has been logged."""
 
     def __post_init__(self) -> None:
         # Per editor, and forgotten with it.
@@ -95,46 +76,9 @@ class Flux2Editor:
         self._image_ids = lru_cache(maxsize=8)(self._compute_image_ids)
 
     @property
-    def device(self) -> torch.device:
-        """Device of transformer and VAE."""
-        return self._weight.device
-
-    @property
-    def _weight(self) -> Tensor:
-        return next(self.transformer.parameters())
-
-    @property
     def latent_factor(self) -> int:
         """Pixels per latent along one side: those of the VAE's latents, of which 2x2 are one."""
         return 2 ** len(self.vae.config.block_out_channels)
-
-    def editing_size(self, height: int, width: int, resolution: Optional[int]) -> tuple[int, int]:
-        """Height and width at which an image is edited.
-
-        Args:
-            height: Of the image, in pixels.
-            width: Of the image, in pixels.
-            resolution: Longer side at which it is edited, in pixels; None is the image's own, at most `MAX_PIXELS` in all.
-        """
-        own = max(height, width) * min(1.0, math.sqrt(MAX_PIXELS / (height * width)))
-        least = MIN_SIDE * max(height, width) / min(height, width)
-        return size_in_cells(height, width, math.ceil(max(resolution or own, least)), self.latent_factor)
-
-    def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the latents of images of an editing size."""
-        return height // self.latent_factor, width // self.latent_factor
-
-    @contextmanager
-    def full_precision(self) -> Iterator[None]:
-        """Context in which transformer and VAE compute in float32. The transformer's weights are cast layer by layer, because
-        all of them would need twice the memory. Text states keep the text encoder's precision."""
-        before = self._in_full_precision
-        with without_tf32(), in_float32(self.vae), in_float32_by_layer(self.transformer):
-            self._in_full_precision = True
-            try:
-                yield
-            finally:
-                self._in_full_precision = before
 
     # ------------------------------------------------------------------------------------------------------------- text
 
@@ -238,7 +182,7 @@ class Flux2Editor:
             size: Height and width of the latents.
         """
         if self.profile.has_guidance:
-            return _level(strength)
+            return flow_level(strength)
         own = self._levels(1.0, DISTILLED_STEPS, size)
         return min(own[1:-1], key=lambda level: abs(level.noise - strength))
 
@@ -263,7 +207,7 @@ class Flux2Editor:
         first = strength if self.profile.has_guidance else count / num_steps
         shift = compute_empirical_mu(image_seq_len=size[0] * size[1], num_steps=num_steps)
         self.scheduler.set_timesteps(sigmas=np.linspace(first, first / count, count).tolist(), mu=shift)
-        return tuple(map(_level, self.scheduler.sigmas.tolist()))
+        return tuple(map(flow_level, self.scheduler.sigmas.tolist()))
 
     # ------------------------------------------------------------------------------------------------------- predictions
 
@@ -283,25 +227,23 @@ class Flux2Editor:
         count, (height, width) = len(branches), condition.shape[2:]
         states = torch.cat([self.encode_text(instruction if branch.text else "") for branch in branches])
         text = states.to(self.device).repeat_interleave(len(condition), dim=0)
-        reference = _pack(condition).repeat(count, 1, 1)
+        reference = pack(condition).repeat(count, 1, 1)
         text_ids = torch.zeros(text.shape[1], 4, dtype=torch.long, device=self.device)
         text_ids[:, 3] = torch.arange(text.shape[1])
         image_ids = self._image_ids(height, width).to(self.device)
 
         @torch.no_grad()
         def predict(latents: Tensor, level: NoiseLevel) -> Sequence[Tensor]:
-            tokens = torch.cat([_pack(latents).repeat(count, 1, 1), reference], dim=1)
-            dtype = torch.float32 if self._in_full_precision else self._weight.dtype
+            tokens = torch.cat([pack(latents).repeat(count, 1, 1), reference], dim=1)
             velocity = self.transformer(
-                hidden_states=tokens.to(dtype),
-                encoder_hidden_states=text.to(dtype),
+                hidden_states=tokens.to(self._dtype),
+                encoder_hidden_states=text.to(self._dtype),
                 timestep=torch.full((len(tokens),), level.time, device=self.device),
                 img_ids=image_ids,
                 txt_ids=text_ids,
                 return_dict=False,
             )[0]
-            velocity = velocity[:, : height * width].float().transpose(1, 2).unflatten(2, (height, width))
-            return velocity.chunk(count)
+            return unpack(velocity, height, width).chunk(count)
 
         return predict
 
@@ -310,20 +252,6 @@ class Flux2Editor:
         """Positions (time, row, column, 0) of the noisy tokens, then of the reference's."""
         times = torch.tensor([0, REFERENCE_TIME])
         return torch.cartesian_prod(times, torch.arange(height), torch.arange(width), torch.zeros(1, dtype=torch.long))
-
-    def split(
-        self, prediction: Float[Tensor, "b c h w"], latents: Float[Tensor, "b c h w"], level: NoiseLevel
-    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
-        """Split noisy latents into clean latents and noise, given the velocity at their level."""
-        return latents - level.noise * prediction, latents + level.signal * prediction
-
-
-def _level(noise: float) -> NoiseLevel:
-    return NoiseLevel(signal=1.0 - noise, noise=noise, time=noise)
-
-
-def _pack(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b tokens c"]:
-    return latents.flatten(2).transpose(1, 2)
 
 
 # ------------------------------------------------------------------------------------------------------------------ loading
@@ -392,36 +320,6 @@ def load(
         )
     check_computes(editor, source, "transformer")
     return editor
-
-
-def load_scheduler(name: str, source: str) -> Any:
-    """Load the scheduler, of which only the levels of plain flow matching are supported.
-
-    Args:
-        name: The editor's name.
-        source: Folder or hub id of its parts.
-
-    Raises:
-        WysError: If it is not supported.
-    """
-    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-
-    config = read_json(source, "scheduler/scheduler_config.json") or {}
-    kind = config.get("_class_name")
-    if kind != "FlowMatchEulerDiscreteScheduler":
-        raise WysError(
-            f'The editor "{name}" uses {kind or "an unnamed scheduler"}, which is not supported. Supported: '
-            "FlowMatchEulerDiscreteScheduler."
-        )
-    for option in ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
-        if config.get(option):
-            raise WysError(f'The editor "{name}" uses {kind} with {option}, which is not supported.')
-    count = config.get("num_train_timesteps", 1000)
-    if count != 1000:
-        raise WysError(
-            f'The scheduler_config.json of the editor "{name}" has {count} as num_train_timesteps: supported is 1000.'
-        )
-    return FlowMatchEulerDiscreteScheduler.from_config(config)
 
 
 def check_networks(name: str, transformer: Any, vae: Any, text_encoder: Any, tokenizer: Any) -> None:
