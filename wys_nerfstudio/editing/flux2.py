@@ -15,37 +15,28 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from wys_nerfstudio.editing.editor import (
     Branch,
-    EditDefaults,
     EditorProfile,
-    ImageEncoding,
     NoiseLevel,
     Predictor,
 )
 from wys_nerfstudio.editing.flow_matching import (
-    RELEVANCE_NOISE_LEVEL,
+    NETWORKS,
     FlowMatchingEditor,
+    check_diffusers,
+    edit_defaults,
     flow_level,
-    load_scheduler,
-    pack,
-    unpack,
+    load_parts,
 )
 from wys_nerfstudio.editing.parts import (
     INDEX,
     check_computes,
-    load_network,
-    load_text_encoder,
     loading_errors,
     read_json,
 )
-from wys_nerfstudio.editing.precision import apply_vae
 from wys_nerfstudio.utils.errors import WysError
-
-NETWORKS = ("transformer", "vae", "text_encoder")
-"""Parts with weights."""
 
 PARTS = (*NETWORKS, "tokenizer", "scheduler")
 """Folders of a repository that are loaded."""
@@ -102,11 +93,7 @@ class Flux2Editor(FlowMatchingEditor):
             enable_thinking=False,
         )
         count = len(self.tokenizer(text).input_ids)
-        if count > limit:
-            raise WysError(
-                f'The instruction has {count} tokens, but the text encoder of "{self.name}" takes at most {limit}: '
-                "shorten it."
-            )
+        self.check_length(count, limit)
         tokens = self.tokenizer(text, padding="max_length", max_length=limit, return_tensors="pt")
         self._check_words(instruction, tokens.input_ids[0].tolist())
         with self._text_encoder_on_device():
@@ -154,23 +141,6 @@ class Flux2Editor(FlowMatchingEditor):
         mean, variance = normalization.running_mean, normalization.running_var
         std = torch.sqrt(variance.float() + self.vae.config.batch_norm_eps)
         return mean.float().view(1, -1, 1, 1), std.view(1, -1, 1, 1)
-
-    @torch.no_grad()
-    def encode(self, images: Float[Tensor, "b h w 3"]) -> ImageEncoding:
-        """Mode of the VAE in blocks of 2x2, normalized, float32; the reference that edits are conditioned on is the same."""
-        pixels = images.permute(0, 3, 1, 2).to(self.device) * 2 - 1
-        mode = apply_vae(self, lambda x: self.vae.encode(x).latent_dist.mode(), pixels)
-        mean, std = self._statistics()
-        latents = (F.pixel_unshuffle(mode, 2) - mean) / std
-        return ImageEncoding(latents, latents)
-
-    @torch.no_grad()
-    def decode(self, latents: Float[Tensor, "b c lh lw"]) -> Float[Tensor, "b h w 3"]:
-        """Decode clean latents to images, float32 in [0, 1]."""
-        mean, std = self._statistics()
-        unpacked = F.pixel_shuffle(latents.to(self.device) * std + mean, 2)
-        pixels = apply_vae(self, lambda x: self.vae.decode(x).sample, unpacked)
-        return (pixels.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1)
 
     # ------------------------------------------------------------------------------------------------------ noise levels
 
@@ -227,23 +197,14 @@ class Flux2Editor(FlowMatchingEditor):
         count, (height, width) = len(branches), condition.shape[2:]
         states = torch.cat([self.encode_text(instruction if branch.text else "") for branch in branches])
         text = states.to(self.device).repeat_interleave(len(condition), dim=0)
-        reference = pack(condition).repeat(count, 1, 1)
+        reference = condition.repeat(count, 1, 1, 1)
         text_ids = torch.zeros(text.shape[1], 4, dtype=torch.long, device=self.device)
         text_ids[:, 3] = torch.arange(text.shape[1])
         image_ids = self._image_ids(height, width).to(self.device)
 
-        @torch.no_grad()
         def predict(latents: Tensor, level: NoiseLevel) -> Sequence[Tensor]:
-            tokens = torch.cat([pack(latents).repeat(count, 1, 1), reference], dim=1)
-            velocity = self.transformer(
-                hidden_states=tokens.to(self._dtype),
-                encoder_hidden_states=text.to(self._dtype),
-                timestep=torch.full((len(tokens),), level.time, device=self.device),
-                img_ids=image_ids,
-                txt_ids=text_ids,
-                return_dict=False,
-            )[0]
-            return unpack(velocity, height, width).chunk(count)
+            noisy = latents.repeat(count, 1, 1, 1)
+            return self._velocity(noisy, reference, text, level, img_ids=image_ids, txt_ids=text_ids).chunk(count)
 
         return predict
 
@@ -261,18 +222,9 @@ def profile(index: "dict[str, Any]") -> EditorProfile:
     """What is known of an editor from its model_index.json."""
     distilled = bool(index.get("is_distilled"))
     scale, steps_of_image, steps_of_view = (1.0, DISTILLED_STEPS, DISTILLED_STEPS) if distilled else (4.0, 50, 20)
-
-    def defaults(steps: int) -> EditDefaults:
-        return EditDefaults(
-            guidance_scale=scale,
-            image_guidance_scale=1.0,
-            diffusion_steps=steps,
-            relevance_noise_level=RELEVANCE_NOISE_LEVEL,
-        )
-
     return EditorProfile(
-        of_images=defaults(steps_of_image),
-        of_scenes=defaults(steps_of_view),
+        of_images=edit_defaults(scale, steps_of_image),
+        of_scenes=edit_defaults(scale, steps_of_view),
         half_precision="bfloat16",  # float16 overflows in large transformers of this kind
         has_guidance=not distilled,
         has_image_guidance=False,
@@ -287,36 +239,23 @@ def load(
     Raises:
         WysError: If diffusers is too old, or a part cannot be loaded or is not supported.
     """
-    import diffusers
-
-    if not hasattr(diffusers, "Flux2KleinPipeline"):
-        raise WysError(
-            f'The editor "{name}" is a FLUX.2 klein, which diffusers {diffusers.__version__} does not have: '
-            "pip install -U diffusers (0.37 or newer)."
-        )
+    check_diffusers(name, "FLUX.2 klein")
     from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
     from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
     from transformers import AutoTokenizer, Qwen3ForCausalLM
 
     with loading_errors(name, source):
-        scheduler = load_scheduler(name, source)
-        weights: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": use_safetensors}
-        transformer = load_network(name, source, "transformer", Flux2Transformer2DModel, **weights)
-        vae = load_network(name, source, "vae", AutoencoderKLFlux2, **weights)
-        text_encoder = load_text_encoder(name, source, "text_encoder", Qwen3ForCausalLM, dtype, use_safetensors)
+        kinds = (Flux2Transformer2DModel, AutoencoderKLFlux2, Qwen3ForCausalLM)
+        parts = load_parts(name, source, kinds, dtype, use_safetensors)
         tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
-        check_networks(name, transformer, vae, text_encoder, tokenizer)
-        vae.enable_slicing()  # image by image, as of Stable Diffusion
-        for network in (transformer, vae, text_encoder):
-            network.eval().requires_grad_(False)
+        check_networks(name, parts["transformer"], parts["vae"], parts["text_encoder"], tokenizer)
+        for part in ("transformer", "vae"):
+            parts[part].to(device)
         editor = Flux2Editor(
             name=name,
             profile=profile(read_json(source, INDEX) or {}),
-            transformer=transformer.to(device),
-            vae=vae.to(device),
-            text_encoder=text_encoder,
             tokenizer=tokenizer,
-            scheduler=scheduler,
+            **parts,
         )
     check_computes(editor, source, "transformer")
     return editor
