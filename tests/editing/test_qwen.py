@@ -150,7 +150,7 @@ def test_levels_of_less_strength_are_the_last_of_a_whole_run(editors):
 
 def test_a_single_step_is_refused(editors):
     with pytest.raises(WysError, match="--diffusion-steps must be at least 2 for the editor .*, not 1"):
-        edit_image(editors["2509"], images(1)[0], INSTRUCTION, EditOptions(diffusion_steps=1))
+        edit_image(editors["2509"], images(1)[0], INSTRUCTION, EditOptions(diffusion_steps=1, resolution=64))
 
 
 def test_long_instructions_are_refused(editors):
@@ -161,7 +161,7 @@ def test_long_instructions_are_refused(editors):
 
 def test_image_guidance_is_refused(editors):
     with pytest.raises(WysError, match="has no image guidance"):
-        edit_image(editors["2509"], images(1)[0], INSTRUCTION, EditOptions(image_guidance_scale=1.5))
+        edit_image(editors["2509"], images(1)[0], INSTRUCTION, EditOptions(image_guidance_scale=1.5, resolution=64))
 
 
 def test_transformers_that_take_guidance_are_refused(tmp_path):
