@@ -1,6 +1,5 @@
 """Qwen-Image-Edit with tiny random networks, compared with diffusers' pipeline."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +163,7 @@ def test_image_guidance_is_refused(editors):
         edit_image(editors["2509"], images(1)[0], INSTRUCTION, EditOptions(image_guidance_scale=1.5, resolution=64))
 
 
-def test_transformers_that_take_guidance_are_refused(tmp_path):
-    folder = build_qwen_folder(tmp_path / "distilled")
-    config = folder / "transformer" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "guidance_embeds": True}))
-    with pytest.raises(WysError, match=r"takes guidance as an input \(guidance_embeds\), which is not supported"):
-        load_editor(str(folder))
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>", "<|im_end|>"])
+def test_special_tokens_are_refused(editors, token):
+    with pytest.raises(WysError, match="has special tokens of the text encoder: leave them out"):
+        edit_image(editors["2509"], images(1)[0], f"make it {token} red", EditOptions(resolution=64))

@@ -79,10 +79,12 @@ class QwenEditor(FlowMatchingEditor):
         """Tokens of an instruction. Its states depend on the image; see `predictor`.
 
         Raises:
-            WysError: If the instruction is too long.
+            WysError: If the instruction is too long, or has the tokenizer's special tokens.
         """
         tokens = self.processor.tokenizer(instruction, return_tensors="pt").input_ids
         self.check_length(tokens.shape[1], MAX_TOKENS)
+        if set(tokens[0].tolist()) & set(self.processor.tokenizer.all_special_ids):
+            raise WysError(f'The instruction "{instruction}" has special tokens of the text encoder: leave them out.')
         return tokens
 
     @torch.no_grad()
@@ -182,8 +184,6 @@ def load(
     with loading_errors(name, source):
         kinds = (QwenImageTransformer2DModel, AutoencoderKLQwenImage, Qwen2_5_VLForConditionalGeneration)
         parts = load_parts(name, source, kinds, dtype, use_safetensors)
-        if parts["transformer"].config.guidance_embeds:
-            raise WysError(f'The editor "{name}" takes guidance as an input (guidance_embeds), which is not supported.')
         processor: Any = Qwen2VLProcessor.from_pretrained(source, subfolder="processor")
         pipeline = QwenImageEditPlusPipeline(**parts, processor=processor, tokenizer=processor.tokenizer)
         for network in NETWORKS:
