@@ -21,7 +21,8 @@ from wys_nerfstudio.editing import (
     relevance_maps,
 )
 from wys_nerfstudio.editing.edit import WITH_AND_WITHOUT_TEXT
-from wys_nerfstudio.editing.flux2 import MAX_PIXELS, RELEVANCE_NOISE_LEVEL, Flux2Editor
+from wys_nerfstudio.editing.flow_matching import MAX_PIXELS, RELEVANCE_NOISE_LEVEL
+from wys_nerfstudio.editing.flux2 import Flux2Editor
 from wys_nerfstudio.editing.loading import load_profile
 from wys_nerfstudio.editing.precision import in_float32_by_layer
 from wys_nerfstudio.editing.sampling import add_noise, edit_seed, seeded_noise

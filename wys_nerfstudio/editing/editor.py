@@ -107,6 +107,8 @@ class Branch:
     """Whether it is conditioned on the image."""
     scale: float
     """Guidance scale of this branch against the next one; unused in the last branch."""
+    keeps_norm: bool = False
+    """Whether guidance against the next branch keeps the norm over channels that this branch's prediction has at each latent."""
 
 
 Predictor = Callable[[Tensor, NoiseLevel], Sequence[Tensor]]
