@@ -346,18 +346,22 @@ class WysModel(NerfactoModel):
             self.train(was_training)
 
     @torch.no_grad()
-    def render_view(self, cameras: Cameras, view: int) -> dict[str, Tensor]:
+    def render_view(self, cameras: Cameras, view: int, size: Optional[tuple[int, int]] = None) -> dict[str, Tensor]:
         """Render a training view with its learned pose correction and its own appearance, without jitter.
 
         Args:
             cameras: The training cameras.
             view: Index of the view among them.
+            size: Height and width of the render in pixels, for the camera's field of view; by default the camera's.
 
         Returns:
             Every eval output, each (height, width, channels).
         """
         with self.eval_as_view(view):
-            return self.get_outputs_for_camera(self.pose_corrected_camera(cameras, view))
+            camera = self.pose_corrected_camera(cameras, view)
+            if size is not None:
+                resize_cameras(camera, size[1], size[0])
+            return self.get_outputs_for_camera(camera)
 
     @torch.no_grad()
     def render_pixels(
