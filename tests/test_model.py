@@ -481,6 +481,16 @@ def test_a_view_can_be_rendered_smaller():
     torch.testing.assert_close(outputs["relevance_value"].flatten(), relevance, atol=1e-6, rtol=0)
 
 
+def test_colors_are_rendered_without_relevance(monkeypatch):
+    model, views = build(), cameras()
+    expected = model.render_view(views, 1)["rgb"]
+    for name in ("get_relevance", "free_space_relevance"):
+        monkeypatch.setattr(model.field, name, lambda *_: pytest.fail("relevance was computed"))
+    assert torch.equal(model.render_colors(views, 1), expected.clamp(0, 1))
+    monkeypatch.undo()
+    assert "relevance_value" in model.render_view(views, 1)
+
+
 def test_only_the_requested_pixels_are_rendered(monkeypatch):
     model, computed = build(), []
     render = model.get_outputs
