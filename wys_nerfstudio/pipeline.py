@@ -475,7 +475,7 @@ class WysPipeline(VanillaPipeline):
         with_lpips = lpips_is_cached(config.model.lpips_weights) and min(data.view_size) >= MIN_LPIPS_PATCH
         return evaluate.evaluate_edit(
             (
-                (data.captured_views([view])[0], model.render_view(data.cameras, view)["rgb"].clamp(0, 1))
+                (data.captured_views([view])[0], model.render_colors(data.cameras, view))
                 for view in range(data.num_views)
             ),
             [path.name for path in data.train_dataset.image_filenames],
