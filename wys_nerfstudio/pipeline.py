@@ -79,8 +79,8 @@ class WysPipelineConfig(VanillaPipelineConfig):
     CPU. Relevance maps are computed in float32."""
     editor_allow_pickle: bool = False
     """Load .bin files of an editor without safetensors files, with torch's weights-only loader."""
-    relevance_batch_size: int = 8
-    """Views per pass of the editor for relevance maps."""
+    relevance_batch_size: Optional[int] = None
+    """Views per pass of the editor for relevance maps. Default: the editor's own (8 for InstructPix2Pix, 1 for FLUX.2)."""
     edit_resolution: Optional[int] = None
     """Longer side in pixels at which views are edited. Default: the editor's own (512 for InstructPix2Pix; for FLUX.2 that
     of the views, up to one megapixel; for Qwen-Image-Edit one megapixel)."""
@@ -403,7 +403,7 @@ class WysPipeline(VanillaPipeline):
             config.relevance_normalization,
             config.relevance_outlier_factor,
             folder / RELEVANCE_FOLDER,
-            config.relevance_batch_size,
+            config.relevance_batch_size or editor.profile.relevance_batch_size,
             lambda done, total: self.report(f"relevance map {done} of {total}"),
         )
 

@@ -225,6 +225,7 @@ def profile(index: "dict[str, Any]") -> EditorProfile:
     return EditorProfile(
         of_images=edit_defaults(scale, steps_of_image),
         of_scenes=edit_defaults(scale, steps_of_view),
+        relevance_batch_size=1,  # a map of a megapixel takes 5 GB beside the networks
         half_precision="bfloat16",  # float16 overflows in large transformers of this kind
         has_guidance=not distilled,
         has_image_guidance=False,

@@ -164,7 +164,7 @@ def _picture(image: Float[Tensor, "h w 3"]) -> Image.Image:
 
 def profile(_index: "dict[str, Any]") -> EditorProfile:
     """Defaults of Qwen-Image-Edit; `_index` is its model_index.json."""
-    return EditorProfile(edit_defaults(4.0, 50), edit_defaults(4.0, 20), "bfloat16", has_image_guidance=False)
+    return EditorProfile(edit_defaults(4.0, 50), edit_defaults(4.0, 20), "bfloat16", 1, has_image_guidance=False)
 
 
 def load(
