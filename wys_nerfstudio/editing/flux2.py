@@ -5,6 +5,7 @@ v = eps - x_0 from the noisy latents' tokens, the reference's tokens and the tex
 instruction; distilled ones run without guidance, in a few steps. Latents are (b, c, h, w) outside `Flux2Editor.predictor`.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,11 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from wys_nerfstudio import relevance
 from wys_nerfstudio.editing.editor import (
     Branch,
     EditDefaults,
@@ -27,6 +29,7 @@ from wys_nerfstudio.editing.editor import (
     Predictor,
     size_in_cells,
 )
+from wys_nerfstudio.editing.flux2_cache import KeyValueCache
 from wys_nerfstudio.editing.parts import (
     INDEX,
     check_computes,
@@ -66,7 +69,7 @@ DISTILLED_STEPS = 4
 
 @dataclass
 class Flux2Editor:
-    """Networks and noise levels of a FLUX.2 klein. Implements `Editor`."""
+    """Networks and noise levels of a FLUX.2 klein. Implements `RegionEditor`."""
 
     name: str
     """Hub id or folder, as given by the user."""
@@ -281,29 +284,82 @@ class Flux2Editor:
             branches: Branches that are computed.
         """
         count, (height, width) = len(branches), condition.shape[2:]
-        states = torch.cat([self.encode_text(instruction if branch.text else "") for branch in branches])
-        text = states.to(self.device).repeat_interleave(len(condition), dim=0)
+        text = self._text_rows(instruction, branches, len(condition))
         reference = _pack(condition).repeat(count, 1, 1)
-        text_ids = torch.zeros(text.shape[1], 4, dtype=torch.long, device=self.device)
-        text_ids[:, 3] = torch.arange(text.shape[1])
         image_ids = self._image_ids(height, width).to(self.device)
 
-        @torch.no_grad()
         def predict(latents: Tensor, level: NoiseLevel) -> Sequence[Tensor]:
             tokens = torch.cat([_pack(latents).repeat(count, 1, 1), reference], dim=1)
-            dtype = torch.float32 if self._in_full_precision else self._weight.dtype
-            velocity = self.transformer(
-                hidden_states=tokens.to(dtype),
-                encoder_hidden_states=text.to(dtype),
-                timestep=torch.full((len(tokens),), level.time, device=self.device),
-                img_ids=image_ids,
-                txt_ids=text_ids,
-                return_dict=False,
-            )[0]
-            velocity = velocity[:, : height * width].float().transpose(1, 2).unflatten(2, (height, width))
-            return velocity.chunk(count)
+            velocity = self._velocity(tokens, image_ids, text, level)
+            return _unpack(velocity[:, : height * width], height, width).chunk(count)
 
         return predict
+
+    def region_predictor(
+        self,
+        condition: Float[Tensor, "b c h w"],
+        instruction: str,
+        branches: Sequence[Branch],
+        region: Bool[Tensor, "b h w"],
+        full_pass_every: int,
+    ) -> Predictor:
+        """Bind the conditions of a batch of images, of which most steps predict a region only; see `RegionEditor`.
+
+        A step computes the noisy tokens in and next to the region. The other tokens have the keys and values of the last
+        step that computed all. Image by image, because regions differ in size.
+        """
+        count, (height, width) = len(branches), condition.shape[2:]
+        predict_all = self.predictor(condition, instruction, branches)
+        text = self._text_rows(instruction, branches, 1)
+        image_ids = self._image_ids(height, width).to(self.device)
+        inside = relevance.dilate(region).flatten(1)
+        # Tokens are numbered as in a pass: text, noisy, reference.
+        cached = torch.ones(len(region), text.shape[1] + len(image_ids), dtype=torch.bool, device=region.device)
+        cached[:, text.shape[1] : text.shape[1] + height * width] = ~inside
+        tokens = [(torch.nonzero(x)[:, 0], torch.nonzero(y)[:, 0]) for x, y in zip(inside, cached)]
+        cache, steps = KeyValueCache(), itertools.count()
+
+        def predict(latents: Tensor, level: NoiseLevel) -> Sequence[Tensor]:
+            if next(steps) % full_pass_every == 0:
+                with cache.filled_by(self.transformer):
+                    return predict_all(latents, level)
+            noisy = _pack(latents)
+            result = noisy.new_zeros(count, *noisy.shape)
+            for i, (computed, others) in enumerate(tokens):
+                with cache.completing(self.transformer, slice(i, None, len(noisy)), others):
+                    rows = noisy[i, computed].expand(count, -1, -1)
+                    result[:, i, computed] = self._velocity(rows, image_ids[computed], text[:, :0], level)
+            return [_unpack(velocity, height, width) for velocity in result]
+
+        return predict
+
+    def _text_rows(
+        self, instruction: str, branches: Sequence[Branch], images: int
+    ) -> Float[Tensor, "branches_images tokens width"]:
+        """Text states of each branch for each of a number of images."""
+        states = torch.cat([self.encode_text(instruction if branch.text else "") for branch in branches])
+        return states.to(self.device).repeat_interleave(images, dim=0)
+
+    @torch.no_grad()
+    def _velocity(
+        self,
+        tokens: Float[Tensor, "b image_tokens c"],
+        image_ids: Int[Tensor, "image_tokens 4"],
+        text: Float[Tensor, "b text_tokens width"],
+        level: NoiseLevel,
+    ) -> Float[Tensor, "b image_tokens c"]:
+        """The transformer's prediction for image tokens, float32."""
+        text_ids = torch.zeros(text.shape[1], 4, dtype=torch.long, device=self.device)
+        text_ids[:, 3] = torch.arange(text.shape[1])
+        dtype = torch.float32 if self._in_full_precision else self._weight.dtype
+        return self.transformer(
+            hidden_states=tokens.to(dtype),
+            encoder_hidden_states=text.to(dtype),
+            timestep=torch.full((len(tokens),), level.time, device=self.device),
+            img_ids=image_ids,
+            txt_ids=text_ids,
+            return_dict=False,
+        )[0].float()
 
     @staticmethod
     def _compute_image_ids(height: int, width: int) -> Int[Tensor, "tokens 4"]:
@@ -324,6 +380,10 @@ def _level(noise: float) -> NoiseLevel:
 
 def _pack(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b tokens c"]:
     return latents.flatten(2).transpose(1, 2)
+
+
+def _unpack(tokens: Float[Tensor, "b tokens c"], height: int, width: int) -> Float[Tensor, "b c h w"]:
+    return tokens.transpose(1, 2).unflatten(2, (height, width))
 
 
 # ------------------------------------------------------------------------------------------------------------------ loading
