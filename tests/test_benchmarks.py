@@ -27,6 +27,7 @@ import localization
 import memory
 import meta_device
 import photographs
+import region
 import scale
 import speed
 import startup
@@ -206,7 +207,6 @@ def test_counts_equal_those_of_real_runs(small_editors: list[Any]) -> None:
             next(relevance_maps(editor, image, instruction, seeds=[0, 1], resolution=side))
         on_meta(editor)
         with meta_device.on_meta_device():
-            editor.encode_text(""), editor.encode_text(flops.INSTRUCTION)
             edit = flops.edit_cost(editor, side, settings)
             maps = flops.map_cost(editor, side, settings, batch=2)
         assert edit.flop == real_edit.get_total_flops() > 0
@@ -233,6 +233,28 @@ def test_flops_adds_up_maps_and_edits_of_a_scene(
         assert weights["resident_gb"] < row["edit_gb"] and row["map_gb"] < row["maps_gb"]
         assert weights["gb"] == pytest.approx(4e-9 * sum(weights["parameters"].values())) and weights["text_tflop"] > 0
     assert [w["gb"] == w["resident_gb"] for w in result["weights"]] == [True, False]  # klein's text encoder
+
+
+def test_region_counts_operations_and_compares_edits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = build_flux2_folder(tmp_path / "klein")
+    editor = on_meta(load_editor(str(folder)))
+    monkeypatch.setattr(region, "build_editors", lambda: [editor])
+    options = region.Options(folder, tmp_path, every=(2, 4), side=64, pictures=2, guidance_scales=(2.0,), steps=4)
+    region.main(options)
+    assert "| 4 | 25% | " in capsys.readouterr().out
+    result = json.loads((tmp_path / "region.json").read_text())
+    gains = {(row["every"], row["share"]): row["gain"] for row in result["gains"]}
+    assert 1 < gains[2, 0.5] < gains[2, 0.1] < gains[4, 0.1] < 4
+    # Text, noisy and reference tokens; in the region, a square and its margin. Other layers are few.
+    (row,) = (row for row in result["gains"] if (row["every"], row["share"]) == (2, 0.25))
+    assert row["region_tflop"] / row["whole_tflop"] == pytest.approx(10**2 / (24 + 2 * 16**2), rel=0.2)
+    edits = {row["way"]: row for row in result["edits"]}
+    assert edits["every step"]["to_whole"] == float("inf")
+    assert (
+        edits["every 2 steps"]["to_whole"] > edits["every 4 steps"]["to_whole"] > edits["another seed"]["to_whole"] + 10
+    )
 
 
 def test_full_size_editors_have_the_public_numbers_of_parameters() -> None:

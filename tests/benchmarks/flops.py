@@ -9,7 +9,7 @@ the same time; the CUDA context, workspaces of cuDNN and fragmentation come on t
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -184,6 +184,13 @@ def weights_of(editor: AnyEditor) -> Weights:
     )
 
 
+def cost_in_run(editor: AnyEditor, work: Callable[[], object]) -> Cost:
+    """Count a piece of work in a run that has encoded its texts before."""
+    for text in (INSTRUCTION, ""):
+        editor.encode_text(text)
+    return count(work, resident(editor))
+
+
 def edit_cost(editor: AnyEditor, side: int, settings: EditSettings) -> Cost:
     """Count one edit of a square image from pure noise.
 
@@ -199,7 +206,7 @@ def edit_cost(editor: AnyEditor, side: int, settings: EditSettings) -> Cost:
     def edit() -> object:
         return edit_images(editor, image, image, mask, INSTRUCTION, settings, strength=1.0, seeds=[0])
 
-    return count(edit, resident(editor))
+    return cost_in_run(editor, edit)
 
 
 def map_cost(editor: AnyEditor, side: int, settings: EditSettings, batch: int) -> Cost:
@@ -209,14 +216,13 @@ def map_cost(editor: AnyEditor, side: int, settings: EditSettings, batch: int) -
     maps = relevance_maps(
         editor, images, INSTRUCTION, noise_level=level, seeds=seeds, resolution=side, batch_size=batch
     )
-    return count(lambda: next(maps), resident(editor))
+    return cost_in_run(editor, lambda: next(maps))
 
 
-def mean_steps(editor: AnyEditor, side: int, num_steps: int, edits: int) -> float:
-    """Mean steps of the first edits of a run of `wys`, which start from different noise levels."""
-    config, size = wys.config.pipeline, editor.latent_size(side, side)
-    strengths = [strength_of_edit(config.seed, i, config.min_strength, config.max_strength) for i in range(edits)]
-    return mean(len(editor.noise_levels(strength, num_steps, size)) - 1 for strength in strengths)
+def strengths_of_edits(edits: int) -> list[float]:
+    """Noise that the first edits of a run of `wys` start from."""
+    config = wys.config.pipeline
+    return [strength_of_edit(config.seed, i, config.min_strength, config.max_strength) for i in range(edits)]
 
 
 def row_of(editor: AnyEditor, side: int, options: Options) -> Row:
@@ -226,7 +232,8 @@ def row_of(editor: AnyEditor, side: int, options: Options) -> Row:
     # Both settings have the same branches. Every further step is the same work.
     one_step, two_steps = (edit_cost(editor, side, replace(of_scene, diffusion_steps=steps)) for steps in (1, 2))
     step = two_steps.flop - one_step.flop
-    scene_steps = mean_steps(editor, side, of_scene.diffusion_steps, options.edits)
+    size, steps = editor.latent_size(side, side), of_scene.diffusion_steps
+    scene_steps = mean(len(editor.noise_levels(s, steps, size)) - 1 for s in strengths_of_edits(options.edits))
     scene_edit = one_step.flop + (scene_steps - 1) * step
     return Row(
         editor=editor.name,
