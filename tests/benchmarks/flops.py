@@ -221,7 +221,7 @@ def map_cost(editor: AnyEditor, side: int, settings: EditSettings, batch: int) -
 
 def strengths_of_edits(edits: int) -> list[float]:
     """Noise that the first edits of a run of `wys` start from."""
-    config = wys.config.pipeline
+    config: Any = wys.config.pipeline
     return [strength_of_edit(config.seed, i, config.min_strength, config.max_strength) for i in range(edits)]
 
 

@@ -97,7 +97,8 @@ def square_mask(side: int, share: float) -> Bool[Tensor, "1 side side"]:
 def step_flops(editor: Flux2Editor, region: Bool[Tensor, "1 h w"], settings: EditSettings) -> tuple[int, int]:
     """Operations of a whole step and of a step in a region."""
     condition = torch.empty(1, editor.transformer.config.in_channels, *region.shape[1:], device="meta")
-    branches, level = editor.branches(settings.guidance_scale, 1.0), editor.noise_level(0.8, region.shape[1:])
+    level = editor.noise_level(0.8, (region.shape[1], region.shape[2]))
+    branches = editor.branches(settings.guidance_scale, 1.0)
     predict = editor.region_predictor(condition, INSTRUCTION, branches, region, 2)
     whole, in_region = (cost_in_run(editor, lambda: predict(condition, level)).flop for _ in range(2))
     return whole, in_region

@@ -137,4 +137,5 @@ def _rotated(embedding: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor
     """Queries and keys after the rotary embedding of their tokens' positions."""
     from diffusers.models.embeddings import apply_rotary_emb
 
-    return apply_rotary_emb(query, embedding, sequence_dim=1), apply_rotary_emb(key, embedding, sequence_dim=1)
+    rotate: Callable[..., Any] = apply_rotary_emb
+    return rotate(query, embedding, sequence_dim=1), rotate(key, embedding, sequence_dim=1)
