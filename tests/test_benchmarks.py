@@ -241,7 +241,7 @@ def test_region_counts_operations_and_compares_edits(
     folder = build_flux2_folder(tmp_path / "klein")
     editor = on_meta(load_editor(str(folder)))
     monkeypatch.setattr(region, "build_editors", lambda: [editor])
-    options = region.Options(folder, tmp_path, every=(2, 4), side=64, pictures=2, guidance_scales=(2.0,), steps=4)
+    options = region.Options(folder, tmp_path, every=(2, 4), sides=(64,), pictures=2, guidance_scales=(2.0,), steps=4)
     region.main(options)
     assert "| 4 | 25% | " in capsys.readouterr().out
     result = json.loads((tmp_path / "region.json").read_text())
@@ -250,6 +250,8 @@ def test_region_counts_operations_and_compares_edits(
     # Text, noisy and reference tokens; in the region, a square and its margin. Other layers are few.
     (row,) = (row for row in result["gains"] if (row["every"], row["share"]) == (2, 0.25))
     assert row["region_tflop"] / row["whole_tflop"] == pytest.approx(10**2 / (24 + 2 * 16**2), rel=0.2)
+    # Keys and values of all tokens in two layers of width 32, for two branches in float32.
+    assert row["cache_gb"] * 1e9 == pytest.approx(2 * 2 * 4 * 2 * 32 * (24 + 2 * 16**2), rel=0.5)
     edits = {row["way"]: row for row in result["edits"]}
     assert edits["every step"]["to_whole"] == float("inf")
     assert (

@@ -18,7 +18,7 @@ import torch
 import tyro
 from flops import INSTRUCTION, build_editors, cost_in_run, edit_cost, strengths_of_edits
 from jaxtyping import Bool
-from meta_device import on_meta_device
+from meta_device import Cost, on_meta_device
 from torch import Tensor
 
 from wys_nerfstudio import relevance
@@ -41,8 +41,8 @@ class Options:
     """Steps from one whole pass to the next (`full_pass_every`)."""
     shares: tuple[float, ...] = (0.1, 0.25, 0.5)
     """Shares of the image that masks cover, for the operations."""
-    side: int = 512
-    """Side of the image in pixels, for the operations."""
+    sides: tuple[int, ...] = (512, 1024)
+    """Sides of the image in pixels, for the operations."""
     pictures: int = 24
     """Pictures of the toy world that are edited."""
     share: float = 0.25
@@ -59,10 +59,14 @@ class Gain:
 
     editor: str
     """Name of the editor."""
+    side: int
+    """Side of the image in pixels."""
     every: int
     """Steps from one whole pass to the next."""
     share: float
     """Share of the image that the mask covers."""
+    cache_gb: float
+    """Memory of the cache in GB."""
     whole_tflop: float
     """TFLOP of a whole step."""
     region_tflop: float
@@ -94,31 +98,42 @@ def square_mask(side: int, share: float) -> Bool[Tensor, "1 side side"]:
     return mask
 
 
-def step_flops(editor: Flux2Editor, region: Bool[Tensor, "1 h w"], settings: EditSettings) -> tuple[int, int]:
-    """Operations of a whole step and of a step in a region."""
+def step_costs(editor: Flux2Editor, region: Bool[Tensor, "1 h w"], settings: EditSettings) -> tuple[Cost, Cost, Cost]:
+    """Costs of a step without cache, of a step that fills it, and of a step in a region."""
     condition = torch.empty(1, editor.transformer.config.in_channels, *region.shape[1:], device="meta")
     level = editor.noise_level(0.8, (region.shape[1], region.shape[2]))
     branches = editor.branches(settings.guidance_scale, 1.0)
+    predict_all = editor.predictor(condition, INSTRUCTION, branches)
     predict = editor.region_predictor(condition, INSTRUCTION, branches, region, 2)
-    whole, in_region = (cost_in_run(editor, lambda: predict(condition, level)).flop for _ in range(2))
-    return whole, in_region
+    plain = cost_in_run(editor, lambda: predict_all(condition, level))
+    filling, in_region = (cost_in_run(editor, lambda: predict(condition, level)) for _ in range(2))
+    return plain, filling, in_region
 
 
-def gains(editor: Flux2Editor, options: Options) -> Iterator[Gain]:
-    """Count the operations of an editor on the meta device."""
+def gains(editor: Flux2Editor, side: int, options: Options) -> Iterator[Gain]:
+    """Count the operations of an editor at an image size on the meta device."""
     settings = EditOptions(diffusion_steps=1).resolve(editor.profile.of_scenes)
-    size, steps = editor.latent_size(options.side, options.side), editor.profile.of_scenes.diffusion_steps
+    size, steps = editor.latent_size(side, side), editor.profile.of_scenes.diffusion_steps
     counts = [len(editor.noise_levels(strength, steps, size)) - 1 for strength in strengths_of_edits(400)]
-    one_step = edit_cost(editor, options.side, settings).flop
+    one_step = edit_cost(editor, side, settings).flop
     for share in options.shares:
-        whole, in_region = step_flops(editor, square_mask(size[0], share), settings)
+        plain, filling, in_region = step_costs(editor, square_mask(size[0], share), settings)
+        whole = plain.flop
         for every in options.every:
             passes = [-(-number // every) for number in counts]
             cached = mean(
-                one_step + (full - 1) * whole + (number - full) * in_region for number, full in zip(counts, passes)
+                one_step + (full - 1) * whole + (number - full) * in_region.flop for number, full in zip(counts, passes)
             )
-            all_whole = one_step + (mean(counts) - 1) * whole
-            yield Gain(editor.name, every, share, whole / 1e12, in_region / 1e12, all_whole / cached)
+            yield Gain(
+                editor=editor.name,
+                side=side,
+                every=every,
+                share=share,
+                cache_gb=(filling.peak_bytes - plain.peak_bytes) / 1e9,
+                whole_tflop=whole / 1e12,
+                region_tflop=in_region.flop / 1e12,
+                gain=(one_step + (mean(counts) - 1) * whole) / cached,
+            )
 
 
 def pictures(options: Options) -> Iterator[tuple[Tensor, Tensor, Tensor, str]]:
@@ -168,14 +183,15 @@ def main(options: Options) -> None:
     """Measure, print the tables and write the JSON file."""
     options.output.mkdir(parents=True, exist_ok=True)
     with on_meta_device():
-        counted = [
-            gain for editor in build_editors() if isinstance(editor, Flux2Editor) for gain in gains(editor, options)
-        ]
+        editors_of_full_size = [editor for editor in build_editors() if isinstance(editor, Flux2Editor)]
+        counted = [g for editor in editors_of_full_size for side in options.sides for g in gains(editor, side, options)]
     print(
-        "| editor | whole pass every | mask | whole step, TFLOP | step in the mask, TFLOP | gain |\n|---|---|---|---|---|---|"
+        "| editor | side | whole pass every | mask | whole step, TFLOP | step in the mask, TFLOP | gain | cache, GB |"
     )
+    print("|---" * 8 + "|")
     for g in counted:
-        print(f"| {g.editor} | {g.every} | {g.share:.0%} | {g.whole_tflop:.2f} | {g.region_tflop:.2f} | {g.gain:.2f} |")
+        steps = f"{g.whole_tflop:.2f} | {g.region_tflop:.2f} | {g.gain:.2f} | {g.cache_gb:.2f}"
+        print(f"| {g.editor} | {g.side} | {g.every} | {g.share:.0%} | {steps} |", flush=True)
     editors: dict[str, Editor] = {
         name: load_editor(str(options.editor), dtype=name) for name in ("float32", "bfloat16")
     }
