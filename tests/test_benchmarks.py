@@ -4,22 +4,30 @@ import copy
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from flux2_folder import build_flux2_folder
 from nerfstudio.configs import base_config  # noqa: F401  # imported before the writer, which it imports in a circle
 from nerfstudio.utils import writer
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+import architectures
 import compat
 import edit_phase
 import field
+import flops
 import full_size
 import localization
 import memory
+import meta_device
 import photographs
+import region
 import scale
 import speed
 import startup
@@ -27,8 +35,9 @@ import views
 
 from wys_nerfstudio.config import wys_tiny
 from wys_nerfstudio.demo.scene import write_demo_scene
-from wys_nerfstudio.editing import Editor, EditSettings, edit_images, load_editor, relevance_maps
+from wys_nerfstudio.editing import EditOptions, Editor, EditSettings, edit_images, load_editor, relevance_maps
 from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor
+from wys_nerfstudio.training.schedule import strength_of_edit
 from wys_nerfstudio.utils.atomic_io import write_tensors
 from wys_nerfstudio.utils.visualization import write_png
 
@@ -139,6 +148,127 @@ def test_field_compares_time_and_memory_with_nerfacto(tmp_path: Path, capsys: py
     localize, reconstruct, edit = (rows[f"wys, {phase}"]["mib"] for phase in ("localize", "reconstruct", "edit"))
     assert localize < reconstruct < edit
     assert len(result["encodings"]) == 2 and result["encodings"][0]["times_as_fast"] == 1
+
+
+def test_count_of_a_linear_layer_and_of_attention() -> None:
+    layer = torch.nn.Linear(16, 32, device="meta")
+    tokens, few = torch.empty(1, 5, 10, 16, device="meta"), torch.empty(1, 5, 3, 16, device="meta")
+    cost = meta_device.count(lambda: layer(tokens), [layer])
+    assert cost.flop == 2 * 5 * 10 * 16 * 32
+    assert cost.peak_bytes == 4 * (16 * 32 + 32) + 4 * 5 * 10 * (16 + 32)
+    with meta_device.on_meta_device():
+        attention = meta_device.count(lambda: F.scaled_dot_product_attention(few, tokens, tokens), [])
+    assert attention.flop == 2 * 2 * 5 * 3 * 10 * 16
+    assert attention.peak_bytes == 4 * 5 * (
+        10 * 16 + 2 * 3 * 16 + 3
+    )  # inputs, result and its logarithms, but no matrix
+
+
+def test_memory_is_counted_while_tensors_exist() -> None:
+    def work() -> None:
+        first = torch.empty(100, device="meta")
+        del first
+        kept = torch.empty(60, device="meta")
+        view = kept[:30]
+        del kept
+        torch.empty(50, device="meta")
+        assert view is not None
+
+    assert meta_device.count(work, []).peak_bytes == 4 * (60 + 50)
+
+
+@pytest.fixture
+def small_editors(editor_folder: Path, tmp_path: Path) -> list[Any]:
+    """Editors of two families, on the CPU."""
+    return [load_editor(str(editor_folder)), load_editor(str(build_flux2_folder(tmp_path / "klein")))]
+
+
+def on_meta(editor: Any) -> Any:
+    """Move an editor to the meta device and replace its tokenizer."""
+    for network in flops.networks_of(editor).values():
+        network.to("meta")
+    editor.tokenizer = flops.FullLengthTokenizer(editor.tokenizer.model_max_length)
+    editor._texts.clear()
+    return editor
+
+
+def test_counts_equal_those_of_real_runs(small_editors: list[Any]) -> None:
+    side, instruction = 64, "make the ball blue"
+    image, mask = torch.rand(2, side, side, 3), torch.zeros(1, side, side, dtype=torch.bool)
+    mask[:, :20] = True
+    for editor in small_editors:
+        settings = EditSettings(guidance_scale=3.0, image_guidance_scale=1.0, diffusion_steps=3, resolution=side)
+        if isinstance(editor, StableDiffusionEditor):
+            settings = replace(settings, image_guidance_scale=1.5)
+        editor.encode_text(""), editor.encode_text(instruction)
+        with FlopCounterMode(display=False) as real_edit:
+            edit_images(editor, image[:1], image[:1], mask, instruction, settings, strength=1.0, seeds=[0])
+        with FlopCounterMode(display=False) as real_maps:
+            next(relevance_maps(editor, image, instruction, seeds=[0, 1], resolution=side))
+        on_meta(editor)
+        with meta_device.on_meta_device():
+            edit = flops.edit_cost(editor, side, settings)
+            maps = flops.map_cost(editor, side, settings, batch=2)
+        assert edit.flop == real_edit.get_total_flops() > 0
+        assert maps.flop == real_maps.get_total_flops() > 0
+
+
+def test_flops_adds_up_maps_and_edits_of_a_scene(
+    small_editors: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flops, "build_editors", lambda: [on_meta(editor) for editor in small_editors])
+    flops.main(flops.Options(tmp_path, sides=(64,), views=3, edits=5))
+    assert "| 8 maps, GB |" in capsys.readouterr().out
+    result = json.loads((tmp_path / "flops.json").read_text())
+    for editor, row, weights in zip(small_editors, result["rows"], result["weights"]):
+        steps = [len(editor.noise_levels(strength_of_edit(0, i, 0.02, 0.98), 20, (8, 8))) - 1 for i in range(5)]
+        assert row["scene_edit_steps"] == sum(steps) / 5
+        with meta_device.on_meta_device():
+            settings = EditOptions(diffusion_steps=4).resolve(editor.profile.of_scenes)
+            four_steps = flops.edit_cost(editor, 64, settings).flop / 1e12
+        fixed = four_steps - 4 * row["step_tflop"]
+        assert row["edit_tflop"] == pytest.approx(fixed + row["edit_steps"] * row["step_tflop"])
+        edits = 5 * fixed + sum(steps) * row["step_tflop"]
+        assert row["scene_pflop"] == pytest.approx((3 * row["map_tflop"] + edits) / 1000)
+        assert weights["resident_gb"] < row["edit_gb"] and row["map_gb"] < row["maps_gb"]
+        assert weights["gb"] == pytest.approx(4e-9 * sum(weights["parameters"].values())) and weights["text_tflop"] > 0
+    assert [w["gb"] == w["resident_gb"] for w in result["weights"]] == [True, False]  # klein's text encoder
+
+
+def test_region_counts_operations_and_compares_edits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = build_flux2_folder(tmp_path / "klein")
+    editor = on_meta(load_editor(str(folder)))
+    monkeypatch.setattr(region, "build_editors", lambda: [editor])
+    options = region.Options(folder, tmp_path, every=(2, 4), sides=(64,), pictures=2, guidance_scales=(2.0,), steps=4)
+    region.main(options)
+    assert "| 4 | 25% | " in capsys.readouterr().out
+    result = json.loads((tmp_path / "region.json").read_text())
+    gains = {(row["every"], row["share"]): row["gain"] for row in result["gains"]}
+    assert 1 < gains[2, 0.5] < gains[2, 0.1] < gains[4, 0.1] < 4
+    # Text, noisy and reference tokens; in the region, a square and its margin. Other layers are few.
+    (row,) = (row for row in result["gains"] if (row["every"], row["share"]) == (2, 0.25))
+    assert row["region_tflop"] / row["whole_tflop"] == pytest.approx(10**2 / (24 + 2 * 16**2), rel=0.2)
+    # Keys and values of all tokens in two layers of width 32, for two branches in float32.
+    assert row["cache_gb"] * 1e9 == pytest.approx(2 * 2 * 4 * 2 * 32 * (24 + 2 * 16**2), rel=0.5)
+    edits = {row["way"]: row for row in result["edits"]}
+    assert edits["every step"]["to_whole"] == float("inf")
+    assert (
+        edits["every 2 steps"]["to_whole"] > edits["every 4 steps"]["to_whole"] > edits["another seed"]["to_whole"] + 10
+    )
+
+
+def test_full_size_editors_have_the_public_numbers_of_parameters() -> None:
+    with torch.device("meta"):
+        networks = {
+            **architectures.stable_diffusion(),
+            "sdxl": architectures.sdxl()["unet"],
+            **architectures.flux2_klein(),
+        }
+    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+    assert counts["unet"] == 859_532_484 and counts["sdxl"] == 2_567_475_204
+    assert counts["transformer"] == 3_875_544_576 and counts["text_encoder"] == 4_022_468_096
 
 
 @pytest.mark.slow

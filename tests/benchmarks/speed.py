@@ -26,6 +26,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Optional
 
+import architectures
 import torch
 import tyro
 from jaxtyping import Float
@@ -400,21 +401,20 @@ def edit_phase_row(
 
 def full_size_editor(device: str) -> StableDiffusionEditor:
     """Return an editor with InstructPix2Pix's architecture, random weights and the embedded editor's tokenizer."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
     small: Any = load_editor(EMBEDDED, device)
     torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     dtype: torch.dtype = getattr(torch, resolve_dtype("auto", device, PROFILE))
-    unet = UNet2DConditionModel(sample_size=64, in_channels=8, cross_attention_dim=768)
-    vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512, **blocks)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    )
-    networks = (net.to(device, dtype).eval().requires_grad_(False) for net in (unet, vae, text_encoder))
+    networks = {
+        name: network.to(device, dtype).eval().requires_grad_(False)
+        for name, network in architectures.stable_diffusion().items()
+    }
     return StableDiffusionEditor(
-        FULL_SIZE, *networks, small.tokenizer, small.alphas_cumprod, small.final_alpha, "epsilon"
+        FULL_SIZE,
+        **networks,
+        tokenizer=small.tokenizer,
+        alphas_cumprod=small.alphas_cumprod,
+        final_alpha=small.final_alpha,
+        prediction_type="epsilon",
     )
 
 

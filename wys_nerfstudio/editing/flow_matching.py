@@ -152,7 +152,6 @@ class FlowMatchingEditor:
         """
         return flow_level(strength)
 
-    @torch.no_grad()
     def _velocity(
         self,
         latents: Float[Tensor, "b c h w"],
@@ -170,15 +169,25 @@ class FlowMatchingEditor:
             level: Level of the latents.
             **positions: The transformer's own arguments for the positions of the tokens.
         """
-        tokens = torch.cat([_pack(latents), _pack(reference)], dim=1)
-        velocity = self.transformer(
+        velocity = self._token_velocity(torch.cat([pack(latents), pack(reference)], dim=1), text, level, **positions)
+        return velocity[:, : latents[0, 0].numel()].transpose(1, 2).reshape(latents.shape)
+
+    @torch.no_grad()
+    def _token_velocity(
+        self,
+        tokens: Float[Tensor, "b image_tokens c"],
+        text: Float[Tensor, "b text_tokens width"],
+        level: NoiseLevel,
+        **positions: Any,
+    ) -> Float[Tensor, "b image_tokens c"]:
+        """The transformer's prediction for tokens of images, float32; arguments as in `_velocity`."""
+        return self.transformer(
             hidden_states=tokens.to(self._dtype),
             encoder_hidden_states=text.to(self._dtype),
             timestep=torch.full((len(tokens),), level.time, device=self.device),
             return_dict=False,
             **positions,
-        )[0]
-        return velocity[:, : latents[0, 0].numel()].float().transpose(1, 2).reshape(latents.shape)
+        )[0].float()
 
     def split(
         self, prediction: Float[Tensor, "b c h w"], latents: Float[Tensor, "b c h w"], level: NoiseLevel
@@ -192,7 +201,7 @@ def flow_level(noise: float) -> NoiseLevel:
     return NoiseLevel(signal=1.0 - noise, noise=noise, time=noise)
 
 
-def _pack(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b tokens c"]:
+def pack(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b tokens c"]:
     """Latents as tokens, row by row."""
     return latents.flatten(2).transpose(1, 2)
 

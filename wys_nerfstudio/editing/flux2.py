@@ -5,6 +5,7 @@ tokens, the reference's tokens and the text's. Base models are guided against th
 guidance, in a few steps.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,9 +14,10 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from wys_nerfstudio import relevance
 from wys_nerfstudio.editing.editor import (
     Branch,
     EditorProfile,
@@ -29,7 +31,9 @@ from wys_nerfstudio.editing.flow_matching import (
     edit_defaults,
     flow_level,
     load_parts,
+    pack,
 )
+from wys_nerfstudio.editing.flux2_cache import KeyValueCache
 from wys_nerfstudio.editing.parts import (
     INDEX,
     check_computes,
@@ -53,8 +57,8 @@ DISTILLED_STEPS = 4
 
 @dataclass
 class Flux2Editor(FlowMatchingEditor):
-    """Networks and noise levels of a FLUX.2 klein. Implements `Editor`. The text encoder, as large as the transformer, is on the
-    CPU except while a text is encoded."""
+    """Networks and noise levels of a FLUX.2 klein. Implements `RegionEditor`. The text encoder, as large as the transformer, is on
+    the CPU except while a text is encoded."""
 
     tokenizer: Any
     """Its tokenizer, with a chat template."""
@@ -195,18 +199,67 @@ class Flux2Editor(FlowMatchingEditor):
             branches: Branches that are computed.
         """
         count, (height, width) = len(branches), condition.shape[2:]
-        states = torch.cat([self.encode_text(instruction if branch.text else "") for branch in branches])
-        text = states.to(self.device).repeat_interleave(len(condition), dim=0)
+        text = self._text_rows(instruction, branches, len(condition))
         reference = condition.repeat(count, 1, 1, 1)
-        text_ids = torch.zeros(text.shape[1], 4, dtype=torch.long, device=self.device)
-        text_ids[:, 3] = torch.arange(text.shape[1])
-        image_ids = self._image_ids(height, width).to(self.device)
+        positions = {"img_ids": self._image_ids(height, width).to(self.device), "txt_ids": self._text_ids(text)}
 
         def predict(latents: Tensor, level: NoiseLevel) -> Sequence[Tensor]:
-            noisy = latents.repeat(count, 1, 1, 1)
-            return self._velocity(noisy, reference, text, level, img_ids=image_ids, txt_ids=text_ids).chunk(count)
+            return self._velocity(latents.repeat(count, 1, 1, 1), reference, text, level, **positions).chunk(count)
 
         return predict
+
+    def region_predictor(
+        self,
+        condition: Float[Tensor, "b c h w"],
+        instruction: str,
+        branches: Sequence[Branch],
+        region: Bool[Tensor, "b h w"],
+        full_pass_every: int,
+    ) -> Predictor:
+        """Bind the conditions of a batch of images, of which most steps predict a region only; see `RegionEditor`.
+
+        A step computes the noisy tokens in and next to the region. The other tokens have the keys and values of the last
+        step that computed all. Image by image, because regions differ in size.
+        """
+        count, (height, width) = len(branches), condition.shape[2:]
+        predict_all = self.predictor(condition, instruction, branches)
+        text = self._text_rows(instruction, branches, 1)
+        image_ids = self._image_ids(height, width).to(self.device)
+        inside = relevance.dilate(region).flatten(1)
+        # Tokens are numbered as in a pass: text, noisy, reference.
+        cached = torch.ones(len(region), text.shape[1] + len(image_ids), dtype=torch.bool, device=region.device)
+        cached[:, text.shape[1] : text.shape[1] + height * width] = ~inside
+        tokens = [(torch.nonzero(x)[:, 0], torch.nonzero(y)[:, 0]) for x, y in zip(inside, cached)]
+        cache, steps = KeyValueCache(), itertools.count()
+        no_text = text[:, :0]
+
+        def predict(latents: Tensor, level: NoiseLevel) -> Sequence[Tensor]:
+            if next(steps) % full_pass_every == 0:
+                with cache.filled_by(self.transformer):
+                    return predict_all(latents, level)
+            noisy = pack(latents)
+            result = noisy.new_zeros(count, *noisy.shape)
+            for i, (computed, others) in enumerate(tokens):
+                with cache.completing(self.transformer, slice(i, None, len(noisy)), others):
+                    rows = noisy[i, computed].expand(count, -1, -1)
+                    positions = {"img_ids": image_ids[computed], "txt_ids": self._text_ids(no_text)}
+                    result[:, i, computed] = self._token_velocity(rows, no_text, level, **positions)
+            return [velocity.transpose(1, 2).reshape(latents.shape) for velocity in result]
+
+        return predict
+
+    def _text_rows(
+        self, instruction: str, branches: Sequence[Branch], images: int
+    ) -> Float[Tensor, "branches_images tokens width"]:
+        """Text states of each branch for each of a number of images."""
+        states = torch.cat([self.encode_text(instruction if branch.text else "") for branch in branches])
+        return states.to(self.device).repeat_interleave(images, dim=0)
+
+    def _text_ids(self, text: Float[Tensor, "b tokens width"]) -> Int[Tensor, "tokens 4"]:
+        """Positions (0, 0, 0, index) of the text's tokens."""
+        ids = torch.zeros(text.shape[1], 4, dtype=torch.long, device=self.device)
+        ids[:, 3] = torch.arange(text.shape[1])
+        return ids
 
     @staticmethod
     def _compute_image_ids(height: int, width: int) -> Int[Tensor, "tokens 4"]:

@@ -1,0 +1,287 @@
+"""Operations and memory of relevance maps, edits and whole scene edits with the public editors in their full sizes.
+
+The package's own `relevance_maps` and `edit_images` run on torch's meta device, so that no weights and no GPU are needed. What is
+counted is what runs: every branch, encoding and decoding. Operations are those of matrix products, convolutions and attention, two
+per multiplication with addition. Memory is that of the weights, in each editor's half precision, and of all tensors that exist at
+the same time; the CUDA context, workspaces of cuDNN and fragmentation come on top. Writes `flops.json`.
+
+    python tests/benchmarks/flops.py --output DIR
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from pathlib import Path
+from statistics import mean
+from types import SimpleNamespace
+from typing import Any
+
+import architectures
+import torch
+import tyro
+from meta_device import Cost, count, on_meta_device
+
+from wys_nerfstudio.config import wys
+from wys_nerfstudio.editing import EditOptions, EditSettings, edit_images, flux2, relevance_maps, sdxl, stable_diffusion
+from wys_nerfstudio.editing.flux2 import Flux2Editor
+from wys_nerfstudio.editing.sdxl import SdxlEditor
+from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor
+from wys_nerfstudio.training.schedule import strength_of_edit
+
+INSTRUCTION = "turn the bear into a panda"
+
+AnyEditor = StableDiffusionEditor | Flux2Editor
+
+
+@dataclass
+class Options:
+    """Options of the benchmark."""
+
+    output: Path
+    """Folder for flops.json."""
+    sides: tuple[int, ...] = (512, 1024)
+    """Sides of the square images, in pixels."""
+    views: int = 100
+    """Views of the scene, of which each has a relevance map."""
+    edits: int = 400
+    """Edits of the scene."""
+    batch: int = 8
+    """Views per batch of relevance maps, as `wys` has them; affects memory only."""
+
+
+@dataclass
+class Row:
+    """Costs of one editor at one image size. Memory includes weights."""
+
+    editor: str
+    """Name of the editor."""
+    side: int
+    """Side of the image in pixels."""
+    map_tflop: float
+    """TFLOP of a relevance map."""
+    step_tflop: float
+    """TFLOP of a denoising step."""
+    edit_tflop: float
+    """TFLOP of an edit of an image, from pure noise."""
+    edit_steps: int
+    """Its steps, the editor's default."""
+    scene_edit_tflop: float
+    """Mean TFLOP of an edit of a scene."""
+    scene_edit_steps: float
+    """Its mean steps."""
+    scene_pflop: float
+    """PFLOP of all maps and edits of a scene."""
+    map_gb: float
+    """Peak memory of a relevance map, in GB."""
+    maps_gb: float
+    """Peak memory of a batch of relevance maps, in GB."""
+    edit_gb: float
+    """Peak memory of an edit, in GB."""
+
+
+@dataclass
+class Weights:
+    """Networks of one editor."""
+
+    editor: str
+    """Name of the editor."""
+    parameters: dict[str, int]
+    """Number of parameters by network."""
+    gb: float
+    """GB of all weights in half precision."""
+    resident_gb: float
+    """GB of the weights that are on the device during maps and edits."""
+    text_tflop: float
+    """TFLOP of the states of an instruction and of the empty instruction, computed once in a run."""
+
+
+# ----------------------------------------------------------------------------------------------------------------- editors
+
+
+class FullLengthTokenizer:
+    """Stands in for a tokenizer: every text has the largest number of tokens, as after padding."""
+
+    unk_token_id = pad_token_id = None
+
+    def __init__(self, length: int) -> None:
+        self.model_max_length = length
+
+    def apply_chat_template(self, messages: Any, **_: Any) -> str:
+        """The text of the only message."""
+        return messages[0]["content"]
+
+    def __call__(self, text: str, **_: Any) -> SimpleNamespace:
+        """Tokens of one text and their causal mask, which transformers takes without looking at its values."""
+        length = self.model_max_length
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+        return SimpleNamespace(input_ids=torch.ones(1, length, dtype=torch.long), attention_mask=mask)
+
+
+def build_editors() -> "list[AnyEditor]":
+    """All editors on the meta device, in their half precision; each with `architectures`' networks."""
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+    schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    diffusion: dict[str, Any] = {
+        "tokenizer": FullLengthTokenizer(77),
+        "alphas_cumprod": schedule.alphas_cumprod,
+        "final_alpha": torch.tensor(1.0),
+        "prediction_type": "epsilon",
+    }
+    with torch.device("meta"):
+        networks = [architectures.stable_diffusion(), architectures.sdxl(), architectures.flux2_klein()]
+    profiles = [stable_diffusion.profile({}), sdxl.profile({}), flux2.profile({})]
+    for parts, profile in zip(networks, profiles):
+        for network in parts.values():
+            torch.nn.Module.to(network, getattr(torch, profile.half_precision))  # diffusers' own `to` warns
+            network.eval().requires_grad_(False)
+        parts["vae"].enable_slicing()
+    networks[1]["vae"].float()  # as the loader: SDXL's own VAE overflows in half precision
+    second = {"tokenizer_2": FullLengthTokenizer(77), "empty_text_is_zero": True}
+    flow = {
+        "tokenizer": FullLengthTokenizer(flux2.MAX_TOKENS),
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+    }
+    return [
+        StableDiffusionEditor("InstructPix2Pix", **networks[0], **diffusion),
+        SdxlEditor("SDXL InstructPix2Pix", **networks[1], **diffusion, **second),
+        Flux2Editor("FLUX.2-klein-base-4B", profiles[2], **networks[2], **flow),
+        Flux2Editor("FLUX.2-klein-4B", flux2.profile({"is_distilled": True}), **networks[2], **flow),
+    ]
+
+
+def networks_of(editor: AnyEditor) -> dict[str, torch.nn.Module]:
+    """All networks of an editor by name."""
+    return {name: part for name, part in vars(editor).items() if isinstance(part, torch.nn.Module)}
+
+
+def resident(editor: AnyEditor) -> list[torch.nn.Module]:
+    """The networks that are on the device during maps and edits: klein's text encoder is not."""
+    parts = networks_of(editor)
+    if isinstance(editor, Flux2Editor):
+        del parts["text_encoder"]
+    return list(parts.values())
+
+
+# ------------------------------------------------------------------------------------------------------------------- costs
+
+
+def weights_of(editor: AnyEditor) -> Weights:
+    """Count the weights of an editor, and what its text states take, which the editor keeps."""
+
+    def gb(networks: Sequence[torch.nn.Module]) -> float:
+        return sum(p.numel() * p.element_size() for network in networks for p in network.parameters()) / 1e9
+
+    parts = networks_of(editor)
+    text = count(lambda: [editor.encode_text(text) for text in (INSTRUCTION, "")], list(parts.values()))
+    return Weights(
+        editor=editor.name,
+        parameters={name: sum(p.numel() for p in network.parameters()) for name, network in parts.items()},
+        gb=gb(list(parts.values())),
+        resident_gb=gb(resident(editor)),
+        text_tflop=text.flop / 1e12,
+    )
+
+
+def cost_in_run(editor: AnyEditor, work: Callable[[], object]) -> Cost:
+    """Count a piece of work in a run that has encoded its texts before."""
+    for text in (INSTRUCTION, ""):
+        editor.encode_text(text)
+    return count(work, resident(editor))
+
+
+def edit_cost(editor: AnyEditor, side: int, settings: EditSettings) -> Cost:
+    """Count one edit of a square image from pure noise.
+
+    Args:
+        editor: The editor.
+        side: Of the image, in pixels.
+        settings: Guidance and steps.
+    """
+    image = torch.empty(1, side, side, 3, device="meta")
+    mask = torch.empty(1, side, side, dtype=torch.bool, device="meta")
+    settings = replace(settings, resolution=side)
+
+    def edit() -> object:
+        return edit_images(editor, image, image, mask, INSTRUCTION, settings, strength=1.0, seeds=[0])
+
+    return cost_in_run(editor, edit)
+
+
+def map_cost(editor: AnyEditor, side: int, settings: EditSettings, batch: int) -> Cost:
+    """Count relevance maps of a batch of square images; arguments as in `edit_cost`."""
+    images = torch.empty(batch, side, side, 3, device="meta")
+    level, seeds = settings.relevance_noise_level, list(range(batch))
+    maps = relevance_maps(
+        editor, images, INSTRUCTION, noise_level=level, seeds=seeds, resolution=side, batch_size=batch
+    )
+    return cost_in_run(editor, lambda: next(maps))
+
+
+def strengths_of_edits(edits: int) -> list[float]:
+    """Noise that the first edits of a run of `wys` start from."""
+    config: Any = wys.config.pipeline
+    return [strength_of_edit(config.seed, i, config.min_strength, config.max_strength) for i in range(edits)]
+
+
+def row_of(editor: AnyEditor, side: int, options: Options) -> Row:
+    """Count the maps and edits of an editor at an image size."""
+    of_image, of_scene = (EditOptions().resolve(of) for of in (editor.profile.of_images, editor.profile.of_scenes))
+    one_map, maps = (map_cost(editor, side, of_scene, batch) for batch in (1, options.batch))
+    # Both settings have the same branches. Every further step is the same work.
+    one_step, two_steps = (edit_cost(editor, side, replace(of_scene, diffusion_steps=steps)) for steps in (1, 2))
+    step = two_steps.flop - one_step.flop
+    size, steps = editor.latent_size(side, side), of_scene.diffusion_steps
+    scene_steps = mean(len(editor.noise_levels(s, steps, size)) - 1 for s in strengths_of_edits(options.edits))
+    scene_edit = one_step.flop + (scene_steps - 1) * step
+    return Row(
+        editor=editor.name,
+        side=side,
+        map_tflop=one_map.flop / 1e12,
+        step_tflop=step / 1e12,
+        edit_tflop=(one_step.flop + (of_image.diffusion_steps - 1) * step) / 1e12,
+        edit_steps=of_image.diffusion_steps,
+        scene_edit_tflop=scene_edit / 1e12,
+        scene_edit_steps=scene_steps,
+        scene_pflop=(options.views * one_map.flop + options.edits * scene_edit) / 1e15,
+        map_gb=one_map.peak_bytes / 1e9,
+        maps_gb=maps.peak_bytes / 1e9,
+        edit_gb=two_steps.peak_bytes / 1e9,
+    )
+
+
+def main(options: Options) -> None:
+    """Count, print the tables and write the JSON file."""
+    options.output.mkdir(parents=True, exist_ok=True)
+    editors = build_editors()
+    with on_meta_device():
+        weights = [weights_of(editor) for editor in editors]
+        rows = [row_of(editor, side, options) for side in options.sides for editor in editors]
+    print(
+        "| editor | billion parameters | weights, GB | of these on the device, GB | texts, TFLOP |\n|---|---|---|---|---|"
+    )
+    for w in weights:
+        total = sum(w.parameters.values()) / 1e9
+        print(f"| {w.editor} | {total:.2f} | {w.gb:.2f} | {w.resident_gb:.2f} | {w.text_tflop:.2f} |")
+    print(
+        "| editor | side | map | step | edit (steps) | edit of a scene (steps) | scene, PFLOP |\n|---|---|---|---|---|---|---|"
+    )
+    for r in rows:
+        edits = f"{r.edit_tflop:.1f} ({r.edit_steps}) | {r.scene_edit_tflop:.1f} ({r.scene_edit_steps:.1f})"
+        print(f"| {r.editor} | {r.side} | {r.map_tflop:.2f} | {r.step_tflop:.2f} | {edits} | {r.scene_pflop:.1f} |")
+    print(f"| editor | side | a map, GB | {options.batch} maps, GB | an edit, GB |\n|---|---|---|---|---|")
+    for r in rows:
+        print(f"| {r.editor} | {r.side} | {r.map_gb:.1f} | {r.maps_gb:.1f} | {r.edit_gb:.1f} |")
+    result = {
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "options": {name: str(value) for name, value in asdict(options).items()},
+        "weights": [asdict(w) for w in weights],
+        "rows": [asdict(row) for row in rows],
+    }
+    (options.output / "flops.json").write_text(json.dumps(result, indent=1), "utf8")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

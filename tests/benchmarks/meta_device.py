@@ -1,0 +1,118 @@
+"""Counts operations and memory of work on torch's meta device, where tensors have shapes but no values."""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from wys_nerfstudio import relevance
+
+EDITING = "wys_nerfstudio.editing"
+
+
+@dataclass
+class Cost:
+    """What a piece of work takes."""
+
+    flop: int
+    """Floating-point operations."""
+    peak_bytes: int
+    """Memory of all tensors that exist at the same time, weights included."""
+
+
+class MemoryCounter(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations take or return in its context, and of those given, while they exist."""
+
+    def __init__(self, existing: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.bytes = 0
+        self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+        for tensor in existing:
+            self._add(tensor)
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return  # a view
+        self._known.add(storage)
+        size = storage.nbytes()
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self._remove, size)
+
+    def _remove(self, size: int) -> None:
+        self.bytes -= size
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, result)):
+            if isinstance(leaf, Tensor) and leaf.device.type == "meta":
+                self._add(leaf)
+        return result
+
+
+def count(work: Callable[[], object], networks: Sequence[torch.nn.Module]) -> Cost:
+    """Run a piece of work on the meta device and count its operations and memory.
+
+    Args:
+        work: The work.
+        networks: Networks whose weights are in memory with it.
+    """
+    weights = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
+    with FlopCounterMode(display=False) as flops, MemoryCounter(weights) as memory:
+        work()
+    return Cost(flops.get_total_flops(), memory.peak)
+
+
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Scaled dot product attention that never has its whole matrix in memory; arguments as of torch's."""
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+@contextmanager
+def on_meta_device() -> Iterator[None]:
+    """Context in which maps and edits run on the meta device: what needs values of tensors there is replaced.
+
+    That is a mask's reduction to the latents, which first asks whether the mask is full, the check of the VAE's results for
+    overflow, and the exchange of klein's text encoder and transformer. Attention is a fused kernel, as on a GPU; the meta device
+    would have its whole matrix in memory.
+    """
+
+    def latent_mask(mask: Tensor, latents: Tensor) -> Tensor:
+        return relevance.latent_mask(mask, latents.shape[2], latents.shape[3])
+
+    def apply_vae(editor: Any, part: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        return part(inputs.to(editor.vae.dtype)).float()
+
+    with ExitStack() as stack:
+        for target, replacement in {
+            f"{EDITING}.edit._latent_mask": latent_mask,
+            f"{EDITING}.stable_diffusion.apply_vae": apply_vae,
+            f"{EDITING}.flux2.apply_vae": apply_vae,
+            f"{EDITING}.flux2.Flux2Editor._text_encoder_on_device": lambda _: nullcontext(),
+            "torch.nn.functional.scaled_dot_product_attention": fused_attention,
+        }.items():
+            stack.enter_context(mock.patch(target, replacement))
+        yield

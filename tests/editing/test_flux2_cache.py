@@ -1,0 +1,140 @@
+"""Steps of FLUX.2 klein that compute the mask's tokens only: exact where nothing else has changed, and cheaper."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from flux2_folder import build_flux2_folder
+from torch.utils.flop_counter import FlopCounterMode
+
+from wys_nerfstudio import relevance
+from wys_nerfstudio.editing import EditOptions, EditSettings, edit_images, load_editor
+from wys_nerfstudio.editing.edit import check_supported
+from wys_nerfstudio.editing.editor import Predictor, RegionEditor
+from wys_nerfstudio.editing.flux2 import Flux2Editor
+from wys_nerfstudio.utils.errors import WysError
+
+INSTRUCTION = "turn the bear into a panda"
+SETTINGS = EditSettings(guidance_scale=4.0, image_guidance_scale=1.0, diffusion_steps=6, full_pass_every=3)
+
+
+@pytest.fixture(scope="module")
+def editor(tmp_path_factory: pytest.TempPathFactory) -> Flux2Editor:
+    editor = load_editor(str(build_flux2_folder(tmp_path_factory.mktemp("flux2"))))
+    assert isinstance(editor, Flux2Editor) and isinstance(editor, RegionEditor)
+    for name, weight in editor.transformer.named_parameters():
+        if "to_out" in name or "to_add_out" in name or "to_qkv_mlp_proj" in name:
+            weight.mul_(4)  # or the tokens of an untrained transformer hardly depend on each other
+    return editor
+
+
+@pytest.fixture
+def condition() -> torch.Tensor:
+    return torch.randn(2, 16, 8, 10, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def region() -> torch.Tensor:
+    region = torch.zeros(2, 8, 10, dtype=torch.bool)
+    region[0, 2:4, 3:6] = region[1, 5:, :4] = True
+    return region
+
+
+def predictors(editor: Flux2Editor, condition, region, full_pass_every: int) -> tuple[Predictor, Predictor]:
+    """Predictors of the whole images and of the region."""
+    branches = editor.branches(4.0, 1.0)
+    return editor.predictor(condition, INSTRUCTION, branches), editor.region_predictor(
+        condition, INSTRUCTION, branches, region, full_pass_every
+    )
+
+
+def test_region_is_exact_where_nothing_has_changed_outside(editor, condition, region):
+    whole, regional = predictors(editor, condition, region, 5)
+    noise, level = (
+        torch.randn(condition.shape, generator=torch.Generator().manual_seed(1)),
+        editor.noise_level(0.7, (8, 10)),
+    )
+    first, again = regional(noise, level), regional(noise, level)
+    computed = relevance.dilate(region)[:, None].expand_as(noise)
+    for expected, all_tokens, inside in zip(whole(noise, level), first, again):
+        assert torch.equal(all_tokens, expected)
+        torch.testing.assert_close(inside[computed], expected[computed], atol=1e-5, rtol=1e-5)
+        assert not inside[~computed].any() and expected[~computed].all()
+
+
+def test_region_depends_on_its_own_latents_and_on_the_first_steps(editor, condition, region):
+    whole, regional = predictors(editor, condition, region, 3)
+    levels = editor.noise_levels(1.0, 6, (8, 10))
+    latents = torch.randn(len(levels), *condition.shape, generator=torch.Generator().manual_seed(2))
+    errors = []
+    for step, level in enumerate(levels[:-1]):
+        exact, approximate = whole(latents[step], level)[0], regional(latents[step], level)[0]
+        inside = region[:, None].expand_as(exact)
+        errors.append(float((approximate - exact)[inside].norm() / exact[inside].norm()))
+    assert errors[0] == errors[3] == 0, "whole passes are exact"
+    assert all(1e-4 < error < 0.5 for error in [*errors[1:3], *errors[4:]]), errors
+
+
+def test_edits_with_a_full_mask_and_with_every_pass_whole_are_exact(editor):
+    image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(3))
+    mask = torch.zeros(1, 64, 64, dtype=torch.bool)
+    mask[:, 8:40, 16:48] = True
+
+    def edit(mask: torch.Tensor, full_pass_every: int) -> torch.Tensor:
+        settings = replace(SETTINGS, full_pass_every=full_pass_every)
+        return edit_images(editor, image, image, mask, INSTRUCTION, settings, strength=1.0, seeds=[0])
+
+    assert torch.equal(edit(torch.ones_like(mask), 3), edit(torch.ones_like(mask), 1))
+    exact, approximate = edit(mask, 1), edit(mask, 3)
+    assert torch.equal(exact[~mask], approximate[~mask])
+    change = (exact - image)[mask].square().mean().sqrt()
+    assert 1e-4 < (exact - approximate)[mask].square().mean().sqrt() < 0.2 * change
+
+
+def test_views_with_different_masks_are_edited_as_one_by_one(editor):
+    images = torch.rand(2, 64, 80, 3, generator=torch.Generator().manual_seed(4))
+    masks = torch.zeros(2, 64, 80, dtype=torch.bool)
+    masks[0, 8:24, 8:24] = masks[1, 30:, 20:70] = True
+    together = edit_images(editor, images, images, masks, INSTRUCTION, SETTINGS, strength=0.8, seeds=[5, 6])
+    for i, seed in enumerate((5, 6)):
+        one = slice(i, i + 1)
+        alone = edit_images(
+            editor, images[one], images[one], masks[one], INSTRUCTION, SETTINGS, strength=0.8, seeds=[seed]
+        )
+        torch.testing.assert_close(together[one], alone, atol=1e-5, rtol=0)
+
+
+def test_a_region_step_computes_its_tokens_only(editor, condition, region):
+    whole, regional = predictors(editor, condition[:1], region[:1], 9)
+    noise, level = torch.randn(1, 16, 8, 10), editor.noise_level(0.7, (8, 10))
+    regional(noise, level)
+    flops = []
+    for predict in (whole, regional):
+        with FlopCounterMode(display=False) as counter:
+            predict(noise, level)
+        flops.append(counter.get_total_flops())
+    text, tokens = editor.encode_text("").shape[1], int(relevance.dilate(region[:1]).sum())
+    assert flops[1] / flops[0] == pytest.approx(tokens / (text + 2 * 80), rel=0.25)
+
+
+def test_attention_of_the_transformer_is_restored(editor, condition, region):
+    def processors() -> list[type]:
+        blocks = [*editor.transformer.transformer_blocks, *editor.transformer.single_transformer_blocks]
+        return [type(block.attn.processor) for block in blocks]
+
+    before, level = processors(), editor.noise_level(0.7, (8, 10))
+    _, regional = predictors(editor, condition, region, 2)
+    regional(condition, level)
+    assert processors() == before
+    with pytest.raises(RuntimeError):
+        regional(condition[:, :5], level)
+    assert processors() == before
+
+
+def test_editors_without_regions_refuse_the_option(editor, editor_folder: Path):
+    check_supported(editor, [INSTRUCTION], SETTINGS)
+    with pytest.raises(WysError, match="leave out --full-pass-every .* not 3"):
+        check_supported(load_editor(str(editor_folder)), ["make the ball blue"], SETTINGS)
+    with pytest.raises(WysError, match="--full-pass-every must be at least 1"):
+        EditOptions(full_pass_every=0).check()
