@@ -49,6 +49,8 @@ class Options:
     """Share of the picture that their masks cover at least."""
     guidance_scales: tuple[float, ...] = (1.0, 4.0)
     """S_T of the edits."""
+    seeds: int = 3
+    """Further seeds of every edit with whole steps."""
     steps: int = 20
     """Steps of the edits, which start from pure noise."""
 
@@ -80,7 +82,7 @@ class Edits:
     """Edits of all pictures in one way."""
 
     way: str
-    """Whole passes every so many steps, another seed, another precision, or no edit."""
+    """Whole passes every so many steps, or with each another seed or precision, or no edit."""
     guidance_scale: float
     """S_T."""
     to_whole: float
@@ -165,7 +167,8 @@ def measure_edits(editors: dict[str, Editor], options: Options, guidance_scale: 
 
         whole = edit(1, number)
         results = {f"every {every} steps": edit(every, number) for every in options.every}
-        results |= {"another seed": edit(1, 1000 + number), "bfloat16": edit(1, number, "bfloat16")}
+        results |= {f"seed {i}": edit(1, i * 1000 + number) for i in range(1, options.seeds + 1)}
+        results["bfloat16"] = edit(1, number, "bfloat16")
         for way, result in {"every step": whole, **results, "not edited": picture}.items():
             squared = float((result - whole)[mask].square().mean())
             errors.setdefault(way, []).append((squared, psnr(result, truth, mask)))
