@@ -71,6 +71,16 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def write_tokenizer(folder: Path) -> None:
+    """Write the tokenizer's files, for transformers 4 and 5."""
+    build_tokenizer().save_pretrained(folder)
+    config = folder / "tokenizer_config.json"
+    # transformers 5 writes a class name that transformers 4 does not know; both load this one.
+    entries = {**json.loads(config.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}
+    entries.pop("backend", None)
+    config.write_text(json.dumps(entries, indent=2) + "\n")
+
+
 def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"]]:
     """Return padded tokens and attention masks, as the pipeline computes them."""
     chats = [
@@ -146,8 +156,8 @@ def initialize(transformer: Flux2Transformer2DModel) -> None:
 
     In the double block, every head attends to one of four neighbors. In the single blocks, the first head attends to the token
     of the other image at the same position, and the second one to a token at a distance of 2 in the same image; the others
-    are random. Without biases and learned positions, a random transformer has no access to a token's counterpart, and does
-    not distinguish shapes of a few tokens within the time of this training.
+    are random. Noisy and reference tokens are aligned, and objects are a few tokens wide, so these positions are those that a
+    token needs first.
 
     A channel of the time embedding that is constant over time provides the biases.
     """
@@ -292,7 +302,7 @@ def write_flow_editor(folder: Path, networks: FlowNetworks) -> None:
     partial = start_folder(folder)
     for name in ("transformer", "vae", "text_encoder"):
         save_half(getattr(networks, name), partial / name)
-    build_tokenizer().save_pretrained(partial / "tokenizer")
+    write_tokenizer(partial / "tokenizer")
     build_scheduler().save_pretrained(partial / "scheduler")
     index = {
         "_class_name": "Flux2KleinPipeline",
