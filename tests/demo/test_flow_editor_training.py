@@ -138,10 +138,11 @@ def test_both_samples_of_a_scene_share_noise_and_time(trainer, data):
 def test_training_resumes_from_a_checkpoint(trainer, data, tmp_path):
     trainer.train_step(data, 1.0, 4)
     trainer.save(tmp_path / "state.pt")
-    expected = trainer.train_step(data, 1.0, 4)
+    # The state of the optimizer shows in the loss of the second step.
+    expected = [trainer.train_step(data, 1.0, 4) for _ in range(2)]
     other = FlowTrainer(trainer.options, trainer.vae)
     other.load(tmp_path / "state.pt")
-    assert other.train_step(data, 1.0, 4) == pytest.approx(expected, rel=1e-3)
+    assert [other.train_step(data, 1.0, 4) for _ in range(2)] == pytest.approx(expected, rel=1e-3)
 
 
 def test_latents_are_normalized_as_the_pipeline_does(trainer, tmp_path):
