@@ -59,6 +59,10 @@ ELSEWHERE = {
         "tests/demo/test_editor_folder.py",
         "train_editor.Trainer(",
     ),
+    "python -m wys_nerfstudio.demo.training.train_flow_editor": (
+        "tests/demo/test_flow_editor_training.py",
+        "FlowTrainer(",
+    ),
     "python -m wys_nerfstudio.demo.training.evaluate_editor": ("tests/test_pages.py", "write_card("),
 }
 """Commands that are run elsewhere: how they begin or what they contain, a test file, and a word in it."""

@@ -1,5 +1,6 @@
 """Training samples of the demo editor: latents, pairs of edits and tokens of all wordings."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from wys_nerfstudio.demo.world import NAMED_COLORS
 
 INDEX = {edit.slug: number for number, edit in enumerate(EDITS)}
 NO_CHANGE = INDEX["no-change"]
+OBJECT_EDITS = [[INDEX[edit.slug] for edit in EDITS if edit.target == target] for target in ("ball", "block", "bear")]
+"""Edits of each object."""
 ENDINGS = ("", "", ".", "!")
 
 
@@ -22,8 +25,8 @@ ENDINGS = ("", "", ".", "!")
 class Latents:
     """Encoded data set of one image size."""
 
-    codes: Float[Tensor, "scenes edits 4 h w"]
-    """Unscaled latents, fp16; the last edit is the unedited image."""
+    codes: Float[Tensor, "scenes edits c h w"]
+    """Latents, fp16, as the editor encodes the reference image; the last edit is the unedited image."""
     changed: Bool[Tensor, "scenes edits h w"]
     """Whether any pixel under a latent changes."""
 
@@ -35,10 +38,18 @@ def load_latents(images: Path, codes: Path) -> Latents:
         images: Array file of the images.
         codes: Array file of the latents.
     """
-    raw = np.load(images, mmap_mode="c")
-    masks = [torch.from_numpy((views != views[NO_CHANGE]).any(-1)).float() for views in raw]
-    changed = torch.stack([F.max_pool2d(mask, 4).bool() for mask in masks])
+    changed = pooled_changes(np.load(images, mmap_mode="c"))
     return Latents(torch.from_numpy(np.load(codes)), torch.cat([changed, changed.flip(-1)]))
+
+
+def pooled_changes(images: Iterable[np.ndarray]) -> Bool[Tensor, "scenes edits h w"]:
+    """Return whether any pixel in a square of 4 x 4 pixels changes.
+
+    Args:
+        images: 8-bit images of every scene, each "edits 4*h 4*w 3".
+    """
+    masks = [torch.from_numpy((views != views[NO_CHANGE]).any(-1)).float() for views in images]
+    return torch.stack([F.max_pool2d(mask, 4).bool() for mask in masks])
 
 
 def draw_pairs(count: int, generator: torch.Generator) -> Int[Tensor, "count 2"]:

@@ -8,14 +8,16 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from wys_nerfstudio.demo.instructions import EDITS
 
@@ -166,19 +168,9 @@ def write_editor(folder: Path, networks: Networks) -> None:
         folder: The editor folder.
         networks: The networks; not modified.
     """
-    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = start_folder(folder)
     for name in ("unet", "vae", "text_encoder"):
-        module = getattr(networks, name)
-        clone = type(module)(module.config) if name == "text_encoder" else type(module).from_config(module.config)
-        clone.load_state_dict(module.state_dict())
-        clone.half().save_pretrained(partial / name)
-        config = partial / name / "config.json"
-        # The path of the training machine must not be published.
-        entries = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
-        config.write_text(json.dumps(entries, indent=2) + "\n")
+        save_half(getattr(networks, name), partial / name)
     write_tokenizer(partial / "tokenizer", words())
     build_scheduler().save_pretrained(partial / "scheduler")
     index = {
@@ -195,6 +187,21 @@ def write_editor(folder: Path, networks: Networks) -> None:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    replace_folder(folder, partial)
+
+
+def start_folder(folder: Path) -> Path:
+    """Return a new empty folder beside `folder`, for `replace_folder`, and delete leftovers of an interrupted write."""
+    partial = folder.with_name(folder.name + ".partial")
+    for leftover in (partial, folder.with_name(folder.name + ".old")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def replace_folder(folder: Path, partial: Path) -> None:
+    """Replace `folder` by `partial`. Files that only `folder` has, such as the model card, are kept."""
+    old = folder.with_name(folder.name + ".old")
     if folder.exists():
         for path in folder.iterdir():
             if not (partial / path.name).exists():
@@ -202,3 +209,11 @@ def write_editor(folder: Path, networks: Networks) -> None:
         os.rename(folder, old)
     os.rename(partial, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def save_half(module: ModelMixin | PreTrainedModel, folder: Path) -> None:
+    """Save a copy of a network in fp16, without the path of the training machine in its configuration."""
+    deepcopy(module).half().save_pretrained(folder)
+    config = folder / "config.json"
+    entries = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
+    config.write_text(json.dumps(entries, indent=2) + "\n")

@@ -29,10 +29,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel
 
-from wys_nerfstudio import relevance
-from wys_nerfstudio.demo.instructions import BY_SLUG, EDITS, LOCAL_KINDS
+from wys_nerfstudio.demo.instructions import EDITS, LOCAL_KINDS
 from wys_nerfstudio.demo.training.data_set import render_data_set
-from wys_nerfstudio.demo.training.editor_data import INDEX, NO_CHANGE, Latents, draw_pairs, load_latents, tokenize
+from wys_nerfstudio.demo.training.editor_data import (
+    NO_CHANGE,
+    OBJECT_EDITS,
+    Latents,
+    draw_pairs,
+    load_latents,
+    tokenize,
+)
 from wys_nerfstudio.demo.training.networks import (
     Networks,
     build_scheduler,
@@ -43,10 +49,9 @@ from wys_nerfstudio.demo.training.networks import (
 )
 from wys_nerfstudio.demo.training.optimizers import MuonAndAdamW, autocast
 from wys_nerfstudio.demo.training.train_vae import encode_data_set, train_vae
+from wys_nerfstudio.demo.training.validation import draw_curve, measure_maps
 from wys_nerfstudio.demo.world import TRAIN_SEEDS, VALIDATION_SEEDS
-from wys_nerfstudio.evaluation import metrics
 
-OBJECT_EDITS = [[INDEX[edit.slug] for edit in EDITS if edit.target == target] for target in ("ball", "block", "bear")]
 MAX_TIMESTEP = 1000
 FROM_BEFORE_TIMESTEP = 400
 SEGMENTATION_WEIGHT = 2.0
@@ -247,10 +252,6 @@ class Trainer:
         self.seconds, self.log = state["seconds"], state["log"]
 
 
-def _mean_precision(maps: Tensor, masks: Tensor) -> float:
-    return float(np.mean([metrics.average_precision(m, t) for m, t in zip(maps, masks) if t.any()]))
-
-
 @torch.inference_mode()
 def validate(trainer: Trainer, data: Latents, images: Path) -> dict[str, float]:
     """Compute the average precision of raw relevance maps on validation scenes.
@@ -280,57 +281,7 @@ def validate(trainer: Trainer, data: Latents, images: Path) -> dict[str, float]:
                 [unet(torch.cat([n, condition], 1), steps, encoder_hidden_states=text).sample.float() for n in noised]
             )
 
-    empty, result, ratios = predict(len(EDITS)), {}, []
-    objects = {name: changed[:, INDEX[slug]] for name, slug in (("ball", "ball-red"), ("block", "block-red"))}
-    objects["bear"] = changed[:, INDEX["panda"]] | changed[:, INDEX["polar-bear"]]
-    single = []
-    for edit in EDITS:
-        if edit.kind not in LOCAL_KINDS:
-            continue
-        draws = (predict(INDEX[edit.slug]) - empty).abs().mean(2)
-        masks = changed[:, INDEX[edit.slug]]
-        maps = relevance.resize(draws.mean(0), *changed.shape[2:])
-        result[f"AP {edit.slug} N=4"] = _mean_precision(maps, masks)
-        single.append(_mean_precision(relevance.resize(draws[0], *changed.shape[2:]), masks))
-        named = edit.target if edit.target in objects else "bear"
-        for m, t, *others in zip(maps, masks, *(v for k, v in objects.items() if k != named)):
-            elsewhere = torch.stack(others).any(0) & ~t
-            if t.any() and elsewhere.any():
-                ratios.append((m[t].mean() / m[elsewhere].mean()).item())
-    result["AP N=4"] = float(np.mean([result[key] for key in result]))
-    result["AP N=1"] = float(np.mean(single))
-    result["wrong-object ratio (median)"] = float(np.median(ratios))
-    return result
-
-
-def draw_curve(log: list[dict], file: Path) -> None:
-    """Plot average precision over the number of training samples.
-
-    Args:
-        log: Entries of the training log.
-        file: Output file.
-    """
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 3.5))
-    samples = [line["samples"] for line in log]
-    for kind, slugs in {
-        "recolor ball": [s for s in BY_SLUG if s.startswith("ball")],
-        "recolor block": [s for s in BY_SLUG if s.startswith("block")],
-        "turn into": ["panda", "polar-bear"],
-        "hat": ["hat"],
-        "sunglasses": ["sunglasses"],
-    }.items():
-        axes.plot(samples, [np.mean([line[f"AP {slug} N=4"] for slug in slugs]) for line in log], label=kind)
-    axes.set(xlabel="samples", ylabel="average precision, validation", ylim=(0, 1))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+    return measure_maps(predict, changed)
 
 
 def train(options: Options, trainer: Trainer, data: Sequence[Latents], check: tuple[Latents, Path]) -> None:
@@ -357,7 +308,7 @@ def train(options: Options, trainer: Trainer, data: Sequence[Latents], check: tu
             trainer.save(work / "editor.pt")
             write_editor(editor, trainer.networks())
             (editor / "training.json").write_text(json.dumps(trainer.log, indent=1) + "\n")
-            draw_curve(trainer.log, editor / "curve.png")
+            draw_curve(trainer.log, editor / "curve.png", draws=4)
             line = trainer.log[-1]
             print(
                 f"editor: {line['samples']} samples, {line['seconds']:.0f} s, loss {line['loss']:.4f}, "

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
@@ -43,16 +44,47 @@ def train_vae(
         The autoencoder; latents multiplied by its scaling factor have unit standard deviation.
     """
     torch.manual_seed(seed)
+    vae = vae or build_vae()
+    fit_vae(vae, files, seed=seed, seconds=seconds, log=log)
+    with torch.inference_mode():
+        images = np.load(files[0], mmap_mode="c")
+        sample = to_network(torch.from_numpy(images[:40].reshape(-1, *images.shape[2:])[::3]))
+        vae.register_to_config(scaling_factor=1 / float(vae.encode(sample).latent_dist.mode().std()))  # type: ignore
+    return vae
+
+
+def fit_vae(
+    vae: AutoencoderKL | AutoencoderKLFlux2,
+    files: Sequence[Path],
+    *,
+    seed: int,
+    seconds: float,
+    log: list[dict],
+    crop: tuple[int, int] | None = None,
+) -> None:
+    """Train an autoencoder of either class in place.
+
+    Args:
+        vae: The autoencoder.
+        files: As in `train_vae`.
+        seed: Seed of the batches.
+        seconds: As in `train_vae`.
+        log: As in `train_vae`.
+        crop: Height and width in pixels of random crops; None for whole images.
+    """
     draw = np.random.default_rng(seed)
     arrays = [np.load(file, mmap_mode="c") for file in files]
     share = np.array([a.shape[0] for a in arrays], float)
-    vae = vae or build_vae()
     optimizer = MuonAndAdamW([vae], muon_rate=MUON_RATE, adamw_rate=ADAMW_RATE)
     start, step, errors = time.monotonic(), 0, []
     while (progress := (time.monotonic() - start) / seconds) < 1:
         array = arrays[draw.choice(len(arrays), p=share / share.sum())]
         which = draw.integers(array.shape[0], size=BATCH), draw.integers(array.shape[1], size=BATCH)
-        target = to_network(torch.from_numpy(array[which]))
+        images = array[which]
+        if crop:
+            top, left = (draw.integers(side - part + 1) for side, part in zip(images.shape[1:3], crop))
+            images = images[:, top : top + crop[0], left : left + crop[1]]
+        target = to_network(torch.from_numpy(images))
         with autocast():
             posterior = vae.encode(target).latent_dist  # type: ignore
             output = vae.decode(posterior.sample()).sample.float()  # type: ignore
@@ -68,10 +100,6 @@ def train_vae(
             log.append({"step": step, "samples": step * BATCH, "seconds": time.monotonic() - start, "psnr": psnr})
             print(f"vae: step {step}, {psnr:.2f} dB, {100 * progress:.0f} %", flush=True)
     vae.eval()
-    with torch.inference_mode():
-        sample = to_network(torch.from_numpy(arrays[0][:40].reshape(-1, *arrays[0].shape[2:])[::3]))
-        vae.register_to_config(scaling_factor=1 / float(vae.encode(sample).latent_dist.mode().std()))  # type: ignore
-    return vae
 
 
 @torch.inference_mode()
