@@ -69,8 +69,8 @@ class WysPipelineConfig(VanillaPipelineConfig):
     """Folder or config.yml of a nerfacto or wys run whose scene is edited; without it the scene is reconstructed first."""
 
     editor: Annotated[str, tyro.conf.arg(aliases=["--editor"])] = "timbrooks/instruct-pix2pix"
-    """InstructPix2Pix, FLUX.2 klein or Qwen-Image-Edit: a hub id, a local folder in diffusers format, or "embedded" for the
-    small editor of toy images that comes with the package."""
+    """InstructPix2Pix, FLUX.2 klein or Qwen-Image-Edit: a hub id, a local folder in diffusers format, or "embedded" or
+    "embedded-flow", the small editors of toy images that come with the package."""
     editor_device: Optional[str] = None
     """Device of the editor, such as cuda:1, on which no process trains; it edits while training continues. Default: the
     training device."""

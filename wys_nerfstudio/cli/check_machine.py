@@ -14,7 +14,7 @@ from nerfstudio.utils.external import TCNN_EXISTS
 
 from wys_nerfstudio.cli.check_table import Table
 from wys_nerfstudio.editing.editor import EMBEDDED
-from wys_nerfstudio.editing.loading import editor_source
+from wys_nerfstudio.editing.loading import EMBEDDED_FOLDERS, editor_source
 from wys_nerfstudio.evaluation.lpips import alexnet_file, lpips_is_cached
 from wys_nerfstudio.trainer import WysTrainerConfig
 
@@ -95,10 +95,10 @@ def files(editor: str, clip: str) -> Table:
 
 
 def editor_place(name: str) -> Optional[str]:
-    """Return "embedded", the folder of an editor, or its folder in the hub's cache; None if it is not downloaded."""
+    """Return the name of an embedded editor, or an editor's folder, also in the hub's cache; None if it is not downloaded."""
     source = editor_source(name)
-    if name == EMBEDDED or Path(source).is_dir():
-        return EMBEDDED if name == EMBEDDED else source
+    if Path(source).is_dir():
+        return name if name in EMBEDDED_FOLDERS else source
     places = (_in_hub_cache(name, f"{part}/config.json", f"{part}/*.safetensors") for part in ("unet", "transformer"))
     return next(filter(None, places), None)
 

@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from wys_nerfstudio.utils.errors import WysError
 
 EMBEDDED = "embedded"
-"""Name of the small editor of toy images that comes with the package."""
+"""Name of the small InstructPix2Pix of toy images that comes with the package."""
+EMBEDDED_FLOW = "embedded-flow"
+"""Name of the small flow-matching editor of toy images that comes with the package."""
 MAX_SQUEEZE = 0.02
 """Largest change of an image's proportions by the size at which it is edited."""
 
@@ -122,7 +124,7 @@ class Editor(Protocol):
     """An instruction-conditioned image editor that works on latents."""
 
     name: str
-    """Hub id, folder or "embedded", as given by the user."""
+    """Hub id, folder or name of an embedded editor, as given by the user."""
     profile: EditorProfile
     """Its defaults, and which guidance it has."""
 

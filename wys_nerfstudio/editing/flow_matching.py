@@ -39,7 +39,7 @@ class FlowMatchingEditor:
     """Base of the flow-matching editors. Families add text, images, the levels of a run, and predictions."""
 
     name: str
-    """Hub id or folder, as given by the user."""
+    """Hub id, folder or name of an embedded editor, as given by the user."""
     profile: EditorProfile
     """Its defaults, and which guidance it has."""
     transformer: Any

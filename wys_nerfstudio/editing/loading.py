@@ -8,7 +8,7 @@ from typing import Any, Literal, Optional
 import torch
 
 from wys_nerfstudio.editing import flux2, qwen, sdxl, stable_diffusion
-from wys_nerfstudio.editing.editor import EMBEDDED, Editor, EditorProfile
+from wys_nerfstudio.editing.editor import EMBEDDED, EMBEDDED_FLOW, Editor, EditorProfile
 from wys_nerfstudio.editing.parts import INDEX, loading_errors, read_json
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.hub import local_if_offline
@@ -21,6 +21,9 @@ FAMILIES: dict[str, ModuleType] = {
 }
 """Module of each family by the pipeline class of its model_index.json, with PARTS, NETWORKS, `profile` and `load`."""
 
+EMBEDDED_FOLDERS = {EMBEDDED: "editor", EMBEDDED_FLOW: "flow_editor"}
+"""Folders of the embedded editors in `demo`, by name."""
+
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 """Names of an editor's precision; see `load_editor`."""
 
@@ -31,7 +34,7 @@ def load_editor(
     """Load an editor; the first call imports diffusers and transformers.
 
     Args:
-        name: Hub id or local folder of an InstructPix2Pix-type checkpoint, or "embedded".
+        name: Hub id or local folder of a checkpoint of `FAMILIES`, "embedded" or "embedded-flow".
         device: Device of the networks.
         dtype: Precision of their weights; "auto" is the half precision that they were trained for on a GPU and float32 on
             the CPU. Relevance maps are computed in float32 with any of them.
@@ -66,7 +69,9 @@ def editor_source(name: str) -> str:
     Raises:
         WysError: If the name is neither a folder nor a possible hub id.
     """
-    folder = Path(__file__).parent.parent / "demo" / "editor" if name == EMBEDDED else Path(os.path.expanduser(name))
+    if name in EMBEDDED_FOLDERS:
+        return str(Path(__file__).parent.parent / "demo" / EMBEDDED_FOLDERS[name])
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return str(folder)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):

@@ -74,7 +74,7 @@ class StableDiffusionEditor:
     """Networks and noise schedule of an InstructPix2Pix checkpoint. Implements `Editor`."""
 
     name: str
-    """Hub id, folder or "embedded", as given by the user."""
+    """Hub id, folder or name of an embedded editor, as given by the user."""
     unet: Any
     """diffusers' UNet2DConditionModel, with twice the VAE's latent channels as input."""
     vae: Any
