@@ -165,7 +165,10 @@ def test_the_pipeline_loads_a_written_folder(trainer, tmp_path):
     folder = tmp_path / "flow_editor"
     folder.mkdir()
     (folder / "README.md").write_text("card")
-    flow_networks.write_flow_editor(folder, trainer.networks())
+    networks = trainer.networks()
+    networks.vae.save_pretrained(tmp_path / "vae")
+    networks.vae = type(networks.vae).from_pretrained(tmp_path / "vae")  # its configuration now has a path
+    flow_networks.write_flow_editor(folder, networks)
     assert (folder / "README.md").read_text() == "card"
     assert not [f for f in folder.rglob("*.json") if str(tmp_path) in f.read_text()]
     pipeline = Flux2KleinPipeline.from_pretrained(str(folder), torch_dtype=torch.float32)

@@ -69,13 +69,13 @@ class Options:
     """Folder of the editor (out/flow_editor) and of intermediate results (out/work)."""
     seed: int = 0
     """Seed of weights and batches."""
-    scenes: int = 3072
+    scenes: int = 1024
     """Number of training scenes, one view each; a multiple of 16."""
     vae_minutes: float = 12.0
     """Wall-clock budget of the autoencoder."""
-    minutes: float = 75.0
+    minutes: float = 49.0
     """Wall-clock budget of transformer and text encoder; the learning rate decays to zero at its end."""
-    crop_minutes: float = 30.0
+    crop_minutes: float = 36.0
     """Part of the budget spent on crops of 12 x 12 tokens, of which three times as many fit into the time."""
     batch_scenes: int = 8
     """Scenes per batch, with two samples each: two edits with the same noise and time."""
@@ -87,7 +87,7 @@ class Options:
     """Muon's learning rate, for matrices."""
     adamw_rate: float = 2e-3
     """AdamW's learning rate, for the rest."""
-    report_minutes: float = 5.0
+    report_minutes: float = 4.0
     """Time between two validations; each validation also exports the editor."""
 
 
