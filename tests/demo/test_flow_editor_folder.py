@@ -3,12 +3,20 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
+from wys_nerfstudio import relevance
+from wys_nerfstudio.demo.images import LOCAL, held_out_views
 from wys_nerfstudio.demo.instructions import EDITS
 from wys_nerfstudio.demo.training import train_flow_editor
 from wys_nerfstudio.demo.training.evaluate_editor import write_card
 from wys_nerfstudio.demo.training.flow_networks import TOKENS
+from wys_nerfstudio.editing import load_editor, relevance_maps
+from wys_nerfstudio.editing.editor import EMBEDDED_FLOW
+from wys_nerfstudio.editing.flux2 import Flux2Editor
+from wys_nerfstudio.evaluation.metrics import average_precision
+from wys_nerfstudio.utils.errors import WysError
 
 FOLDER = Path(train_flow_editor.__file__).parent.parent / "flow_editor"
 
@@ -72,3 +80,21 @@ def test_tables_of_the_card_are_current(tmp_path):
     (tmp_path / "README.md").write_text(emptied, "utf8")
     write_card(tmp_path, json.loads((FOLDER / "evaluation.json").read_text("utf8")))
     assert (tmp_path / "README.md").read_text("utf8") == card
+
+
+def test_the_editor_is_loaded_by_name_and_its_maps_show_the_edited_object():
+    editor = load_editor(EMBEDDED_FLOW)
+    assert isinstance(editor, Flux2Editor) and editor.name == EMBEDDED_FLOW
+    precisions = []
+    for number, view in zip(range(6), held_out_views(LOCAL)):
+        edit = LOCAL[number % len(LOCAL)]
+        changed = (view[edit] != view[-1]).any(-1)
+        picture = view[-1].float() / 255
+        (raw,) = relevance_maps(editor, picture[None], EDITS[edit].wordings[0], seeds=[number], num_samples=4)
+        precisions.append(average_precision(relevance.resize(raw, *changed.shape)[0], changed))
+    assert sum(precisions) / len(precisions) > 0.7
+
+
+def test_unknown_words_are_refused_with_the_known_ones():
+    with pytest.raises(WysError, match='"turn the zebra red" has words .* its words are: a, add, .*panda, '):
+        load_editor(EMBEDDED_FLOW).encode_text("turn the zebra red")
