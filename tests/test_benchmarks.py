@@ -372,8 +372,9 @@ def test_full_size_measures_every_stage(ring_scene: Path, tmp_path: Path, capsys
     full_size.main(full_size.Options(ring_scene, tmp_path, views=4, side=80, steps=2, edits=1))
     assert "| contact sheet | " in capsys.readouterr().out
     rows = json.loads((tmp_path / "full_size.json").read_text())["rows"]
-    assert [row["stage"] for row in rows][::5] == ["start-up", "begin of the edit phase", "ns-eval: render of one view"]
-    assert all(row["peak_gib"] > 0.3 for row in rows)
+    assert [row["stage"] for row in rows][::5] == ["start-up", "begin of the edit phase", "ns-eval: start-up"]
+    assert [row["stage"] for row in rows][-2:] == ["ns-eval: 1 held-out view", "ns-eval: 2 training views"]
+    assert all(row["seconds"] > 0 and row["peak_gib"] > 0.3 for row in rows)
 
 
 @pytest.mark.slow

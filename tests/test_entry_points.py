@@ -15,10 +15,13 @@ import pytest
 import torch
 import yaml
 from conftest import run_wys
+from nerfstudio.cameras.cameras import Cameras
 from PIL import Image
 from scripts import run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from wys_nerfstudio.cli import compare
+from wys_nerfstudio.model import WysModel
 from wys_nerfstudio.training.checkpoint import find_checkpoint, read_checkpoint, register_safe_globals
 from wys_nerfstudio.training.run_state import SETTINGS_KEY
 from wys_nerfstudio.utils.visualization import SOFTWARE
@@ -235,6 +238,19 @@ def test_compare_shows_the_relevance_field_of_a_single_run(finished_run: Path, t
     cells = np.split(sheet[18 : 18 + 160, 4:], 4, axis=1)
     assert all(cell.std() > 3 for cell in cells), "no cell is blank"
     assert all((cells[i] != cells[k]).any() for i in range(4) for k in range(i))
+
+
+def test_compare_renders_at_the_size_shown(finished_run: Path, tmp_path: Path, monkeypatch) -> None:
+    sizes, render = [], WysModel.get_outputs_for_camera
+
+    def noted(model: WysModel, camera: Cameras, obb_box: None = None) -> dict[str, torch.Tensor]:
+        sizes.append((int(camera.height), int(camera.width)))
+        return render(model, camera, obb_box)
+
+    monkeypatch.setattr(WysModel, "get_outputs_for_camera", noted)
+    monkeypatch.setattr(compare, "SHEET_SIDE", 20)
+    run_wys(monkeypatch, "compare", finished_run, "-o", tmp_path / "out")
+    assert sizes[-6:] == [(16, 20)] * 6 and set(sizes[:-6]) == {(32, 40)}
 
 
 def test_viewer_serves_a_finished_run_without_editor(finished_run: Path) -> None:

@@ -472,6 +472,25 @@ def test_rendered_pixels_equal_those_of_the_whole_view(share):
     torch.testing.assert_close(depth, whole["depth"][where][:, 0], atol=1e-6, rtol=0)
 
 
+def test_a_view_can_be_rendered_smaller():
+    model, size = build(), (HEIGHT // 2, WIDTH // 2)
+    outputs = model.render_view(cameras(), 1, size)
+    rgb, relevance, _ = model.render_pixels(cameras(), 1, torch.ones(size, dtype=torch.bool))
+    assert all(image.shape[:2] == size for image in outputs.values())
+    torch.testing.assert_close(outputs["rgb"].flatten(0, 1), rgb, atol=1e-6, rtol=0)
+    torch.testing.assert_close(outputs["relevance_value"].flatten(), relevance, atol=1e-6, rtol=0)
+
+
+def test_colors_are_rendered_without_relevance(monkeypatch):
+    model, views = build(), cameras()
+    expected = model.render_view(views, 1)["rgb"]
+    for name in ("get_relevance", "free_space_relevance"):
+        monkeypatch.setattr(model.field, name, lambda *_: pytest.fail("relevance was computed"))
+    assert torch.equal(model.render_colors(views, 1), expected.clamp(0, 1))
+    monkeypatch.undo()
+    assert "relevance_value" in model.render_view(views, 1)
+
+
 def test_only_the_requested_pixels_are_rendered(monkeypatch):
     model, computed = build(), []
     render = model.get_outputs
@@ -494,12 +513,14 @@ def test_coarse_pixels_are_rendered_at_their_centers():
     torch.testing.assert_close(coarse_relevance, relevance[middle.flatten()], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["whole", "pixels"])
+@pytest.mark.parametrize("kind", ["whole", "smaller", "pixels"])
 def test_rendering_does_not_change_the_cameras(kind):
     views, model = cameras(), build(camera_optimizer=CameraOptimizerConfig(mode="SO3xR3"))
     before = views.camera_to_worlds.clone()
     if kind == "whole":
         model.render_view(views, 2)
+    elif kind == "smaller":
+        model.render_view(views, 2, (HEIGHT // 2, WIDTH // 2))
     else:
         model.render_pixels(views, 2, torch.ones(HEIGHT // 2, WIDTH // 2, dtype=torch.bool))
     assert torch.equal(views.camera_to_worlds, before)

@@ -159,6 +159,8 @@ class WysModel(NerfactoModel):
         self.step = 0
         self.phase = Phase.EDIT
         """Phase of the run, set by the edit session. A finished run stays in the last one."""
+        self._colors_only = False
+        """Whether eval outputs are colors alone, for `render_colors`."""
         self.proposals_pretrained = False
         """Whether the proposal networks come from a base run, so that their annealing is over from the start."""
         self.set_edit_mask(mask_threshold=0.5, localized=True)
@@ -277,6 +279,8 @@ class WysModel(NerfactoModel):
         samples_list.append(samples)
 
         rgb = self.renderer_rgb(rgb=field_outputs[FieldHeadNames.RGB], weights=weights)
+        if self._colors_only:
+            return {"rgb": rgb}
         outputs: dict[str, Any] = {"rgb": rgb, "accumulation": self.renderer_accumulation(weights=weights)}
         if not (self.training and self.phase is Phase.RECONSTRUCT):
             # Detached: the relevance loss must not change the geometry.
@@ -320,6 +324,8 @@ class WysModel(NerfactoModel):
         - `relevance_overlay` (height, width, 3), the render tinted within the mask, dimmed outside, with a white border.
         """
         outputs = super().get_outputs_for_camera_ray_bundle(camera_ray_bundle)
+        if self._colors_only:
+            return outputs
         relevance, rgb = outputs["relevance"], outputs["rgb"]
         colors = colormaps.apply_float_colormap(relevance.clamp(0, 1), "inferno").to(rgb)
         mask = relevance >= self.mask_threshold
@@ -346,18 +352,35 @@ class WysModel(NerfactoModel):
             self.train(was_training)
 
     @torch.no_grad()
-    def render_view(self, cameras: Cameras, view: int) -> dict[str, Tensor]:
+    def render_view(self, cameras: Cameras, view: int, size: Optional[tuple[int, int]] = None) -> dict[str, Tensor]:
         """Render a training view with its learned pose correction and its own appearance, without jitter.
 
         Args:
             cameras: The training cameras.
             view: Index of the view among them.
+            size: Height and width of the render in pixels, for the camera's field of view; by default the camera's.
 
         Returns:
             Every eval output, each (height, width, channels).
         """
         with self.eval_as_view(view):
-            return self.get_outputs_for_camera(self.pose_corrected_camera(cameras, view))
+            camera = self.pose_corrected_camera(cameras, view)
+            if size is not None:
+                resize_cameras(camera, size[1], size[0])
+            return self.get_outputs_for_camera(camera)
+
+    def render_colors(self, cameras: Cameras, view: int) -> Float[Tensor, "h w 3"]:
+        """Render the colors of a training view in [0, 1], as `render_view` does, without computing the other outputs.
+
+        Args:
+            cameras: The training cameras.
+            view: Index of the view among them.
+        """
+        self._colors_only = True
+        try:
+            return self.render_view(cameras, view)["rgb"].clamp(0, 1)
+        finally:
+            self._colors_only = False
 
     @torch.no_grad()
     def render_pixels(

@@ -69,21 +69,21 @@ class WysPipelineConfig(VanillaPipelineConfig):
     """Folder or config.yml of a nerfacto or wys run whose scene is edited; without it the scene is reconstructed first."""
 
     editor: Annotated[str, tyro.conf.arg(aliases=["--editor"])] = "timbrooks/instruct-pix2pix"
-    """InstructPix2Pix or FLUX.2 klein: a hub id, a local folder in diffusers format, or "embedded" for the small editor of
-    toy images that comes with the package."""
+    """InstructPix2Pix, FLUX.2 klein or Qwen-Image-Edit: a hub id, a local folder in diffusers format, or "embedded" for the
+    small editor of toy images that comes with the package."""
     editor_device: Optional[str] = None
     """Device of the editor, such as cuda:1, on which no process trains; it edits while training continues. Default: the
     training device."""
     editor_dtype: Precision = "auto"
-    """Precision of the editor's weights and edits; auto is float16 (FLUX.2: bfloat16) on a GPU and float32 on the CPU.
-    Relevance maps are computed in float32."""
+    """Precision of the editor's weights and edits; auto is float16 (FLUX.2 and Qwen: bfloat16) on a GPU and float32 on the
+    CPU. Relevance maps are computed in float32."""
     editor_allow_pickle: bool = False
     """Load .bin files of an editor without safetensors files, with torch's weights-only loader."""
-    relevance_batch_size: int = 8
-    """Views per pass of the editor for relevance maps."""
+    relevance_batch_size: Optional[int] = None
+    """Views per pass of the editor for relevance maps. Default: the editor's own (8 for InstructPix2Pix, 1 for FLUX.2)."""
     edit_resolution: Optional[int] = None
     """Longer side in pixels at which views are edited. Default: the editor's own (512 for InstructPix2Pix; for FLUX.2 that
-    of the views, up to one megapixel)."""
+    of the views, up to one megapixel; for Qwen-Image-Edit one megapixel)."""
 
     localization: Annotated[Localization, tyro.conf.arg(aliases=["--localization"])] = "relevance-field"
     """What confines the edits: renders of the relevance field, the views' own relevance maps, a folder of masks, or
@@ -407,7 +407,7 @@ class WysPipeline(VanillaPipeline):
             config.relevance_normalization,
             config.relevance_outlier_factor,
             folder / RELEVANCE_FOLDER,
-            config.relevance_batch_size,
+            config.relevance_batch_size or editor.profile.relevance_batch_size,
             lambda done, total: self.report(f"relevance map {done} of {total}"),
         )
 
@@ -479,7 +479,7 @@ class WysPipeline(VanillaPipeline):
         with_lpips = lpips_is_cached(config.model.lpips_weights) and min(data.view_size) >= MIN_LPIPS_PATCH
         return evaluate.evaluate_edit(
             (
-                (data.captured_views([view])[0], model.render_view(data.cameras, view)["rgb"].clamp(0, 1))
+                (data.captured_views([view])[0], model.render_colors(data.cameras, view))
                 for view in range(data.num_views)
             ),
             [path.name for path in data.train_dataset.image_filenames],

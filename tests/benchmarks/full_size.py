@@ -1,8 +1,8 @@
 """Time and peak memory of each stage of a run on many large photographs, from start-up to evaluation.
 
 The views of a capture are repeated and enlarged. The editor is the scripted one of `photographs.py`, which edits at 512 pixels and takes
-no time of its own, so that what is measured is everything beside the editor's networks. Memory is that of the whole process. Writes
-`full_size.json`.
+no time of its own, so that what is measured is everything beside the editor's networks. Memory is that of the whole process. ns-eval
+is measured on few views: its time is proportional to their number, its memory is that of all views. Writes `full_size.json`.
 
     python tests/benchmarks/full_size.py CAPTURE --output DIR --views 300 --side 1920
 """
@@ -12,22 +12,31 @@ import gc
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from typing import TypeVar
 from unittest import mock
 
 import torch
 import tyro
 from nerfstudio.configs.method_configs import all_methods
+from nerfstudio.pipelines.base_pipeline import VanillaPipeline
+from nerfstudio.utils.eval_utils import eval_setup
 from photographs import ScriptedEditor
 from scale import write_scene
 from speed import train_steps
 from views import resident_gib
 
+from wys_nerfstudio.datamanager import WysDataManager
+from wys_nerfstudio.pipeline import WysPipeline
 from wys_nerfstudio.trainer import WysTrainer, WysTrainerConfig
 from wys_nerfstudio.training.schedule import Phase
+
+EVALUATED_VIEWS = 2
+"""Number of training views that ns-eval is measured on."""
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -57,7 +66,7 @@ class Row:
     stage: str
     """Name of the stage."""
     seconds: float
-    """Duration."""
+    """CPU seconds, which hardly depend on other work on the machine."""
     peak_gib: float
     """Peak resident memory of the process during the stage."""
 
@@ -74,18 +83,25 @@ def build_config(options: Options, scene: Path) -> WysTrainerConfig:
     return config
 
 
-def measure_stages(options: Options, scene: Path) -> list[Row]:
-    """Carry out a run stage by stage."""
-    rows: list[Row] = []
+class Stages:
+    """Measures stages one after the other."""
 
-    def stage(name: str, work: Callable[[], object]) -> None:
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+
+    def __call__(self, name: str, work: Callable[[], Result]) -> Result:
+        """Carry out and measure a stage."""
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        began = time.perf_counter()
-        work()
-        rows.append(Row(name, time.perf_counter() - began, resident_gib("VmHWM")))
-        print(rows[-1], flush=True)
+        began = time.process_time()
+        result = work()
+        self.rows.append(Row(name, time.process_time() - began, resident_gib("VmHWM")))
+        print(self.rows[-1], flush=True)
+        return result
 
+
+def measure_run(options: Options, scene: Path, stage: Stages) -> Path:
+    """Carry out a run stage by stage, and return its config.yml."""
     torch.manual_seed(0)
     trainer: WysTrainer = build_config(options, scene).setup(local_rank=0, world_size=1)
     stage("start-up", trainer.setup)
@@ -102,10 +118,22 @@ def measure_stages(options: Options, scene: Path) -> list[Row]:
     stage("commit of the last edits", lambda: session.finish(last))
     stage("checkpoint", lambda: trainer.save_checkpoint(last))
     stage("contact sheet", lambda: session.edit_loop.write_contact_sheet(session.run.folder, lambda: False))
-    data, model = trainer.pipeline.datamanager, trainer.pipeline.scene_model
-    trainer.pipeline.eval()
-    stage("ns-eval: render of one view", lambda: model.render_view(data.cameras, 0))
-    return rows
+    return trainer.base_dir / "config.yml"
+
+
+def measure_evaluation(config: Path, stage: Stages) -> None:
+    """Evaluate a finished run as ns-eval does, on the held-out view and on some of the training views."""
+    pipeline: WysPipeline = stage("ns-eval: start-up", lambda: eval_setup(config, test_mode="test")[1])  # type: ignore
+    stage("ns-eval: 1 held-out view", lambda: VanillaPipeline.get_average_eval_image_metrics(pipeline))
+    pipeline.eval()
+    with mock.patch.object(WysDataManager, "num_views", EVALUATED_VIEWS):
+        stage(f"ns-eval: {EVALUATED_VIEWS} training views", pipeline.evaluate_edit)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the measurements as Markdown."""
+    lines = [f"| {row.stage} | {row.seconds:.1f} | {row.peak_gib:.2f} |" for row in rows]
+    return "\n".join(["| stage | CPU seconds | peak, GiB |", "|---|---|---|", *lines])
 
 
 def main(options: Options) -> None:
@@ -113,15 +141,14 @@ def main(options: Options) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     scene = options.output / "scene"
     write_scene(options.capture, scene, options.views, options.side, suffix=".jpg")
-    editor = ScriptedEditor(jitter=0.08)
+    editor, stage = ScriptedEditor(jitter=0.08), Stages()
     with mock.patch("wys_nerfstudio.pipeline.load_editor", lambda *_: editor):
-        rows = measure_stages(options, scene)
-    print("| stage | seconds | peak, GiB |\n|---|---|---|")
-    for row in rows:
-        print(f"| {row.stage} | {row.seconds:.1f} | {row.peak_gib:.2f} |")
+        run_config = measure_run(options, scene, stage)
+    measure_evaluation(run_config, stage)
+    print(table(stage.rows))
     about = {"date": date.today().isoformat(), "hardware": platform.machine(), "torch": torch.__version__}
     settings = {name: str(value) for name, value in asdict(options).items()}
-    result = {**about, "options": settings, "rows": [asdict(row) for row in rows]}
+    result = {**about, "options": settings, "rows": [asdict(row) for row in stage.rows]}
     (options.output / "full_size.json").write_text(json.dumps(result, indent=1), "utf8")
 
 

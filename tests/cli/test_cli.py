@@ -19,6 +19,7 @@ from nerfstudio.plugins.types import MethodSpecification
 
 from wys_nerfstudio import trainer
 from wys_nerfstudio.cli import compare
+from wys_nerfstudio.editing.stable_diffusion import PROFILE
 from wys_nerfstudio.model import RAYS_PER_CHUNK
 from wys_nerfstudio.pipeline import WysPipelineConfig
 from wys_nerfstudio.trainer import WysTrainerConfig
@@ -77,7 +78,8 @@ def test_the_small_method_differs_in_batch_sizes_only() -> None:
     for first, second, smaller in parts:
         changed = {name for name in first if first[name] != second[name]} - {"images_on_gpu"}
         assert changed == set(smaller)
-        assert all(second[name] < first[name] for name in smaller)
+        # Views per pass of the editor default to the editor's own, which are several for InstructPix2Pix.
+        assert all(second[name] < (first[name] or PROFILE.relevance_batch_size) for name in smaller)
 
 
 @pytest.mark.parametrize(

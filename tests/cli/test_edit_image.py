@@ -17,7 +17,7 @@ from profiled import peak_bytes
 
 from wys_nerfstudio import __version__
 from wys_nerfstudio.cli import edit_image as command
-from wys_nerfstudio.editing import edit_image, load_editor
+from wys_nerfstudio.editing import EditSettings, edit_image, load_editor
 from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.image_io import ImageFile, read_image
@@ -145,7 +145,7 @@ def test_a_folder_is_edited_like_its_images(tmp_path, monkeypatch, quick, editor
     (folder / "notes.txt").write_text("no image")
     run(monkeypatch, folder, INSTRUCTION, "-o", tmp_path / "out", "--seed", 5, "--mask-threshold", 0, *quick)
     assert len(list((tmp_path / "out").iterdir())) == 8
-    settings = command.EditSettings(diffusion_steps=2, mask_threshold=0.0)
+    settings = command.EditOptions(diffusion_steps=2, mask_threshold=0.0)
     for name in ("a.png", "b.jpg"):
         image = read_image(folder / name)
         edit = edit_image(load_editor(str(editor_folder)), image.rgb, INSTRUCTION, settings, seed=5)
@@ -158,7 +158,7 @@ def test_the_editors_precision_is_used(tmp_path, monkeypatch, quick, editor_fold
     options = ["--mask-threshold", 0, "--editor-dtype", "bfloat16", *quick]
     run(monkeypatch, source, INSTRUCTION, "-o", tmp_path / "out.png", *options)
     editor = load_editor(str(editor_folder), dtype="bfloat16")
-    settings = command.EditSettings(diffusion_steps=2, mask_threshold=0.0)
+    settings = command.EditOptions(diffusion_steps=2, mask_threshold=0.0)
     edit = edit_image(editor, read_image(source).rgb, INSTRUCTION, settings)
     expected = (edit.edited * 255).round().numpy().astype(np.uint8)
     assert np.array_equal(read_pixels(tmp_path / "out.png"), expected)
@@ -193,8 +193,8 @@ def test_the_python_example_in_the_readme_runs(tmp_path, monkeypatch, editor_fol
     (lines,) = blocks(PAGES["README.md"], "python")
     monkeypatch.chdir(tmp_path)
     save(Path("bear.jpg"), noise(32, 40, 3))
-    few_steps = command.EditSettings(diffusion_steps=2)
-    monkeypatch.setattr("wys_nerfstudio.editing.edit.EditSettings", lambda: few_steps)
+    few_steps = EditSettings(diffusion_steps=2)
+    monkeypatch.setattr("wys_nerfstudio.editing.edit.EditOptions.resolve", lambda options, defaults: few_steps)
     exec(lines.replace("timbrooks/instruct-pix2pix", str(editor_folder)).replace('"cuda"', '"cpu"'))
     assert read_pixels(Path("panda.png")).shape == (32, 40, 3)
 
@@ -271,9 +271,8 @@ def test_edited_files_contain_their_provenance(tmp_path, monkeypatch, quick, edi
         (metadata,) = json.loads(texts["wys-nerfstudio"])
         assert metadata["instruction"] == instruction
         assert metadata["editor"] == editor_folder.name, "only the name of a folder may be published"
-        settings = command.EditSettings(diffusion_steps=2)
         assert metadata == {
-            **asdict(settings),
+            **asdict(EditSettings(diffusion_steps=2)),
             "instruction": instruction,
             "editor": editor_folder.name,
             "editor_dtype": "float32",
@@ -356,7 +355,7 @@ def test_results_that_are_not_finite_leave_files_unchanged(tmp_path, monkeypatch
 
 def test_side_by_side_sheets_show_plain_instruct_pix2pix(tmp_path, editor_folder):
     source = read_image(save(tmp_path / "in.png", noise(32, 32, 3)))
-    settings = command.EditSettings(diffusion_steps=2)
+    settings = command.EditOptions(diffusion_steps=2)
     editor = load_editor(str(editor_folder))
     edit = edit_image(editor, source.rgb, INSTRUCTION, settings, with_unmasked=True)
     plain = edit_image(editor, source.rgb, INSTRUCTION, replace(settings, mask_threshold=0.0)).edited
@@ -370,7 +369,7 @@ def test_side_by_side_sheets_show_plain_instruct_pix2pix(tmp_path, editor_folder
 
 def test_8_bit_images_are_edited_like_floats(tmp_path, editor_folder):
     source = read_image(save(tmp_path / "in.png", noise(33, 47, 3)))
-    editor, settings = load_editor(str(editor_folder)), command.EditSettings(diffusion_steps=2)
+    editor, settings = load_editor(str(editor_folder)), command.EditOptions(diffusion_steps=2)
     bytes_, floats = (edit_image(editor, image, INSTRUCTION, settings) for image in (source.pixels, source.rgb))
     assert bytes_.edited.dtype == torch.uint8
     assert torch.equal(bytes_.edited, (floats.edited * 255).round().to(torch.uint8))
@@ -378,7 +377,7 @@ def test_8_bit_images_are_edited_like_floats(tmp_path, editor_folder):
 
 def test_large_images_take_few_bytes_per_pixel(tmp_path, editor_folder):
     pixels = torch.from_numpy(noise(1500, 2000, 3))
-    editor, settings = load_editor(str(editor_folder)), command.EditSettings(diffusion_steps=1)
+    editor, settings = load_editor(str(editor_folder)), command.EditOptions(diffusion_steps=1)
     image = ImageFile(pixels)
 
     def edit() -> None:

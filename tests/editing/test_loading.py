@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "Flux2KleinPipeline", "LatentConsistencyModelPipeline"])
+@pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "Flux2Pipeline", "LatentConsistencyModelPipeline"])
 def test_unsupported_pipeline_classes_are_refused(copy, kind):
     edit_json(copy / "model_index.json", _class_name=kind)
     with pytest.raises(WysError, match=f"is a {kind}, which is not supported. Supported: {', '.join(FAMILIES)}.$"):
@@ -404,8 +405,6 @@ def test_text_encodings_are_distinct_and_reproducible(editor):
 
 def whole_word_editor(editor: StableDiffusionEditor, folder: Path) -> StableDiffusionEditor:
     """Return the editor with a tokenizer whose vocabulary is four whole words and their pieces."""
-    from dataclasses import replace
-
     from transformers import CLIPTokenizer
 
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|unknown|>"}
@@ -559,7 +558,6 @@ def test_the_embedded_editor_edits_common_proportions(width, height):
 
 
 def test_the_native_resolution_is_the_longer_sample_size(full_size):
-    from dataclasses import replace
     from types import SimpleNamespace
 
     config = SimpleNamespace(sample_size=(48, 80), block_out_channels=(1, 1, 1))

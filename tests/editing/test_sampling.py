@@ -226,6 +226,18 @@ def test_guidance_is_bit_exact_in_fp32():
     assert torch.equal(apply_guidance([both, image, unconditional], three_branches(7.3, 1.5)), expected)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
+def test_guidance_can_keep_the_norm_of_the_prediction_with_text(scale):
+    with_text, without_text = torch.randn(2, 3, 16, 4, 5, generator=torch.Generator().manual_seed(0))
+    branches = [Branch(True, True, scale, keeps_norm=True), Branch(False, True, 1.0)]
+    kept = apply_guidance([with_text, without_text], branches)
+    linear = without_text + scale * (with_text - without_text)
+    torch.testing.assert_close(kept.norm(dim=1), with_text.norm(dim=1))
+    torch.testing.assert_close(torch.cosine_similarity(kept, linear, dim=1), torch.ones(3, 4, 5))
+    if scale == 1:
+        torch.testing.assert_close(kept, with_text)  # so that the branch without text can be left out
+
+
 @given(numbers, numbers, numbers, st.sampled_from([0.0, 1.0, 4.0]), st.sampled_from([0.0, 1.0, 1.5]))
 def test_omitted_branches_cancel_out(both, image, unconditional, s_t, s_i):
     needed = needed_branches(three_branches(s_t, s_i))

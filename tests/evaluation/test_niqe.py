@@ -161,7 +161,7 @@ def test_niqe_is_computed_for_every_view(natural, editor_folder, tmp_path, monke
     pipeline = build_trainer(config).pipeline
     pipeline.eval()
     monkeypatch.setattr(
-        pipeline.scene_model, "render_view", lambda _, view: {"rgb": natural_image(view, height=96, width=192)}
+        pipeline.scene_model, "render_colors", lambda _, view: natural_image(view, height=96, width=192)
     )
     computed = pipeline.evaluate_edit()["edit_niqe"]
     expected = [niqe(natural_image(view, 96, 192), natural) for view in range(pipeline.datamanager.num_views)]

@@ -22,6 +22,7 @@ from wys_nerfstudio.training.edit_loop import EditLoop
 from wys_nerfstudio.training.scene import EditInput, LoopOptions, Scene, TrainingViews
 from wys_nerfstudio.training.settings import RunSettings, Settings
 from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.visualization import apply_colormap, read_png
 
 INSTRUCTION = "turn the bear into a panda"
 OTHER_INSTRUCTION = "paint the ball red"
@@ -117,6 +118,7 @@ class StubOptions:
     seed: int = 5
     min_strength: float = 0.6
     max_strength: float = 0.9
+    resolution: int = 48
 
     def edit_settings(self, settings: RunSettings, profile: EditorProfile) -> EditSettings:
         return EditSettings(
@@ -124,7 +126,7 @@ class StubOptions:
             image_guidance_scale=settings.image_guidance_scale,
             mask_threshold=settings.mask_threshold,
             diffusion_steps=4,
-            resolution=48,
+            resolution=self.resolution,
         )
 
     def preview_map(self, editor: Editor, views: StubViews, view: int, instruction: str) -> Tensor:
@@ -165,7 +167,9 @@ def editor() -> Editor:
 
 @pytest.fixture
 def make_stub(editor: Editor):
-    def make(localization: str = "relevance-field", overlap: bool = False, edit_count: int = 1) -> Stub:
+    def make(
+        localization: str = "relevance-field", overlap: bool = False, edit_count: int = 1, resolution: int = 48
+    ) -> Stub:
         generator = torch.Generator().manual_seed(3)
         images = resize_images(torch.rand(NUM_VIEWS, 4, 6, 3, generator=generator), HEIGHT, WIDTH)
         scene = StubScene(images, FIELD.expand(NUM_VIEWS, -1, -1).clone())
@@ -180,8 +184,9 @@ def make_stub(editor: Editor):
             edit_count=edit_count,
         )
         settings = Settings(values, available_localizations(has_masks=localization == "masks"))
-        loop = EditLoop(StubOptions(), settings, scene, views, lambda: editor, overlap)  # type: ignore
-        return Stub(loop, scene, views, settings, StubOptions())
+        options = StubOptions(resolution=resolution)
+        loop = EditLoop(options, settings, scene, views, lambda: editor, overlap)  # type: ignore
+        return Stub(loop, scene, views, settings, options)
 
     return make
 
@@ -212,7 +217,7 @@ def test_an_edit_is_the_seeded_masked_edit_of_the_render(make_stub, editor, tmp_
         stub.views.captured[[view]],
         FIELD[None] >= 0.5,
         INSTRUCTION,
-        stub.options.edit_settings(stub.settings.current, stub.editor.profile),
+        stub.options.edit_settings(stub.settings.current, editor.profile),
         strength=strength,
         seeds=[edit_seed(5, number)],
     )
@@ -390,16 +395,39 @@ def test_no_visual_hull_without_relevance_maps(make_stub):
 
 
 @pytest.mark.parametrize("localization", ["relevance-field", "masks", "none"])
-@pytest.mark.parametrize(("sheet_side", "size"), [(384, (32, 48)), (24, (16, 24))])
-def test_the_contact_sheet_has_a_limited_size(make_stub, tmp_path, monkeypatch, localization, sheet_side, size):
-    stub = make_stub(localization)
+@pytest.mark.parametrize(
+    ("sheet_side", "resolution", "size", "rendered"),
+    [(384, 48, (32, 48), (32, 48)), (24, 48, (16, 24), (16, 24)), (384, 24, (32, 48), (16, 24))],
+)
+def test_the_contact_sheet_has_a_limited_size(
+    make_stub, tmp_path, monkeypatch, localization, sheet_side, resolution, size, rendered
+):
+    stub = make_stub(localization, resolution=resolution)
     monkeypatch.setattr(edit_loop, "SHEET_SIDE", sheet_side)
     assert stub.loop.write_contact_sheet(tmp_path, lambda: False)
     height, width = size
-    assert stub.scene.rendered_pixels == [height * width] * NUM_VIEWS
+    assert stub.scene.rendered_pixels == [rendered[0] * rendered[1]] * NUM_VIEWS
     factor = -(-160 // height)
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
         assert sheet.width == 4 + 6 * (width * factor + 4)
+
+
+@pytest.mark.parametrize("resolution", [48, 24])
+def test_the_contact_sheet_enlarges_only_what_is_rendered(make_stub, tmp_path, resolution):
+    stub = make_stub(resolution=resolution)
+    stub.loop.write_contact_sheet(tmp_path, lambda: False)
+    factor, small = -(-160 // HEIGHT), (HEIGHT * resolution // 48, resolution)
+    sheet = read_png(tmp_path / "contact_sheet.png")
+    cells = [
+        sheet[18:][: HEIGHT * factor : factor, 4 + i * (WIDTH * factor + 4) :][:, : WIDTH * factor : factor]
+        for i in range(6)
+    ]
+    value = resize(resize(stub.scene.relevance[:1], *small), HEIGHT, WIDTH)[0]
+    render = resize_images(resize_images(stub.scene.images[:1], *small), HEIGHT, WIDTH)[0]
+    expected = [stub.views.captured[0], apply_colormap(MAP), apply_colormap(value), (value >= 0.5)[..., None].expand(-1, -1, 3),
+                stub.views.current[0], render]  # fmt: skip
+    for cell, image in zip(cells, expected, strict=True):
+        torch.testing.assert_close(cell, image.float(), atol=0.5 / 255 + 1e-6, rtol=0)
 
 
 def test_the_contact_sheet_stops_between_two_renders(make_stub, tmp_path):

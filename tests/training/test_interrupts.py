@@ -18,6 +18,7 @@ import torch
 import yaml
 from conftest import write_ring_scene
 from filelock import FileLock, Timeout
+from flux2_folder import build_flux2_folder
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager
 from nerfstudio.scripts import eval as ns_eval
 from nerfstudio.scripts import train
@@ -200,6 +201,16 @@ def test_a_run_on_cutouts_resumes_equal(editor_folder, tmp_path, monkeypatch, st
     assert whole(background) is None and stopped(background, step=step, action=interrupt) == 130
     assert stopped(background, "--load-dir", stopped.run) is None
     assert_equal_weights(stopped.weights(), whole.weights())
+
+
+@pytest.mark.parametrize("kind", ["base", "distilled"])
+def test_a_run_with_flux2_resumes_equal(scene, tmp_path, monkeypatch, kind):
+    editor = build_flux2_folder(tmp_path / "editor", distilled=kind == "distilled")
+    whole, stopped = (TrainCommand(scene, editor, tmp_path / name, monkeypatch) for name in ("whole", "stopped"))
+    assert whole() is None and stopped(step=7, action=interrupt) == 130
+    assert stopped("--load-dir", stopped.run) is None
+    assert_equal_weights(stopped.weights(), whole.weights())
+    assert list((whole.run / "wys" / "edits").glob("*.png"))
 
 
 def test_repeated_sigterm_is_handled_as_one_ctrl_c(command, reference, capsys):

@@ -1,9 +1,11 @@
 """The owner of the settings that change during a run."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
+from wys_nerfstudio.editing.editor import EditDefaults
 from wys_nerfstudio.relevance.localizer import available_localizations
 from wys_nerfstudio.training.settings import RunSettings, Settings, label
 from wys_nerfstudio.utils.errors import WysError
@@ -26,6 +28,29 @@ def build(has_masks: bool = False) -> Settings:
 def test_settings_are_read_from_options_of_the_same_names():
     options = SimpleNamespace(**VALUES.as_dict(), edit_steps=4000)
     assert RunSettings.from_options(options) == VALUES
+
+
+def test_options_that_are_not_given_are_the_editors():
+    defaults = EditDefaults(guidance_scale=4.0, image_guidance_scale=1.0, diffusion_steps=20, relevance_noise_level=0.8)
+    options = SimpleNamespace(**{**VALUES.as_dict(), "guidance_scale": None, "image_guidance_scale": None})
+    settings = RunSettings.from_options(options, defaults)
+    assert settings == replace(VALUES, guidance_scale=4.0, image_guidance_scale=1.0)
+    assert RunSettings.from_options(SimpleNamespace(**VALUES.as_dict()), defaults) == VALUES
+    without_editor = RunSettings.from_options(options)
+    assert without_editor.guidance_scale is without_editor.image_guidance_scale is None
+    without_editor.validate()
+
+
+def test_what_the_editor_does_not_support_changes_nothing():
+    def check(values: RunSettings) -> None:
+        if values.image_guidance_scale != 1.5:
+            raise WysError("no image guidance")
+
+    settings = Settings(VALUES, ["none", "relevance-field"], check)
+    settings.update(guidance_scale=3.0)
+    with pytest.raises(WysError, match="no image guidance"):
+        settings.update(image_guidance_scale=2.0)
+    assert settings.current == replace(VALUES, guidance_scale=3.0)
 
 
 def test_observers_receive_the_values_in_force_and_each_change():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from flux2_folder import build_flux2_folder
 from nerfstudio.utils.eval_utils import eval_setup
 from test_pipeline import small_config
 
@@ -398,6 +399,20 @@ def test_a_client_that_disconnects_during_an_update_is_ignored(
 
     with running(small_config(ring_scene, editor_folder, tmp_path, **OPTIONS), then) as trainer:
         assert len(updates) > 3 and trainer.pipeline.settings.current.guidance_scale == 2.0
+
+
+def test_guidance_that_the_editor_lacks_is_refused_in_the_status_line(ring_scene: Path, tmp_path: Path) -> None:
+    def then(trainer: WysTrainer) -> None:
+        settings = trainer.pipeline.settings
+        assert (settings.current.guidance_scale, settings.current.image_guidance_scale) == (4.0, 1.0)
+        assert "has no image guidance" in send(trainer, "set", "image_guidance_scale", 1.5)
+        assert settings.current.image_guidance_scale == 1.0
+        assert "refused" not in send(trainer, "set", "guidance_scale", 2.0) and settings.current.guidance_scale == 2.0
+
+    editor = build_flux2_folder(tmp_path / "editor")
+    options = {**OPTIONS, "guidance_scale": None, "image_guidance_scale": None}
+    with running(small_config(ring_scene, editor, tmp_path / "out", **options), then):
+        pass
 
 
 @pytest.mark.parametrize("seed", [0])

@@ -99,7 +99,8 @@ def editor_place(name: str) -> Optional[str]:
     source = editor_source(name)
     if name == EMBEDDED or Path(source).is_dir():
         return EMBEDDED if name == EMBEDDED else source
-    return _in_hub_cache(name, "unet/config.json", "unet/*.safetensors")
+    places = (_in_hub_cache(name, f"{part}/config.json", f"{part}/*.safetensors") for part in ("unet", "transformer"))
+    return next(filter(None, places), None)
 
 
 def clip_place(name: str) -> Optional[str]:

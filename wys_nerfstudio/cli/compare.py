@@ -16,12 +16,17 @@ from torch import Tensor
 
 from wys_nerfstudio.utils.atomic_io import write_json
 from wys_nerfstudio.utils.errors import WysError
-from wys_nerfstudio.utils.visualization import SOFTWARE, contact_sheet, evenly_spaced, reduce, save_figure, save_png
+from wys_nerfstudio.utils.visualization import (
+    SHEET_SIDE,
+    SHEET_VIEWS,
+    SOFTWARE,
+    contact_sheet,
+    evenly_spaced,
+    reduce,
+    save_figure,
+    save_png,
+)
 
-SHOWN_VIEWS = 6
-"""Number of views in contact sheets."""
-SHOWN_SIDE = 384
-"""Largest longer side in pixels of an image in contact sheets."""
 RENDERS = {"rgb": "render", "relevance": "relevance field", "relevance_overlay": "overlay"}
 """Model outputs in contact sheets, and their titles."""
 
@@ -110,17 +115,17 @@ def compare_runs(runs: Sequence[Path], output: Path) -> None:
         data = pipeline.datamanager
         if not names:
             names = data.view_names
-            shown_views = evenly_spaced(SHOWN_VIEWS, len(names))
-            captured = [reduce(data.captured_views([view])[0], SHOWN_SIDE) for view in shown_views]
+            shown_views = evenly_spaced(SHEET_VIEWS, len(names))
+            captured = [reduce(data.captured_views([view])[0], SHEET_SIDE) for view in shown_views]
         elif data.view_names != names:
             raise WysError(
                 f'"{config.parent}" and "{configs[0].parent}" have different views: compare runs on the same data.'
             )
         metrics.append(pipeline.get_average_eval_image_metrics()["edit"]["mean"])
-        cameras, shown = data.train_dataset.cameras, []
+        cameras, size, shown = data.train_dataset.cameras, tuple(captured[0].shape[:2]), []
         for view in track(shown_views, description="Contact sheet", console=CONSOLE):
-            render = pipeline.scene_model.render_view(cameras, view)
-            shown.append({name: reduce(render[name].clamp(0, 1), SHOWN_SIDE).cpu() for name in RENDERS})
+            render = pipeline.scene_model.render_view(cameras, view, size)
+            shown.append({name: render[name].clamp(0, 1).cpu() for name in RENDERS})
         renders.append(shown)
 
     output.mkdir(parents=True, exist_ok=True)

@@ -51,11 +51,11 @@ class EditImage:
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="PATH")]
     """A .png file for a single image, a folder for several; FOLDER/ for a single image in a folder."""
     editor: str = "timbrooks/instruct-pix2pix"
-    """InstructPix2Pix or FLUX.2 klein: a hub id, a local folder in diffusers format, or "embedded" for the small editor of
-    toy images that is part of the package."""
+    """InstructPix2Pix, FLUX.2 klein or Qwen-Image-Edit: a hub id, a local folder in diffusers format, or "embedded" for the
+    small editor of toy images that is part of the package."""
     editor_dtype: Precision = "auto"
-    """Precision of the editor's weights and edits; auto is float16 (FLUX.2: bfloat16) on a GPU and float32 on the CPU.
-    Relevance maps are computed in float32."""
+    """Precision of the editor's weights and edits; auto is float16 (FLUX.2 and Qwen: bfloat16) on a GPU and float32 on the
+    CPU. Relevance maps are computed in float32."""
     editor_allow_pickle: bool = False
     """Load .bin files of an editor without safetensors files, with torch's weights-only loader."""
     mask: Path | None = None

@@ -92,10 +92,10 @@ class Sweep:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder of sweep.csv, curves.png, grids/ and edits/."""
     editor: str = "timbrooks/instruct-pix2pix"
-    """InstructPix2Pix or FLUX.2 klein: a hub id, a local folder in diffusers format, or "embedded"."""
+    """InstructPix2Pix, FLUX.2 klein or Qwen-Image-Edit: a hub id, a local folder in diffusers format, or "embedded"."""
     editor_dtype: Precision = "auto"
-    """Precision of the editor's weights and edits; auto is float16 (FLUX.2: bfloat16) on a GPU and float32 on the CPU.
-    Relevance maps are computed in float32."""
+    """Precision of the editor's weights and edits; auto is float16 (FLUX.2 and Qwen: bfloat16) on a GPU and float32 on the
+    CPU. Relevance maps are computed in float32."""
     clip: str = "openai/clip-vit-large-patch14"
     """CLIP model: a hub id, a local folder, or "embedded" for the model of the toy world."""
     seed: int = 0

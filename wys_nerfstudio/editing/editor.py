@@ -46,6 +46,8 @@ class EditorProfile:
     """Defaults of edits of a scene's views."""
     half_precision: str
     """Name of the half-precision torch dtype that the networks were trained for."""
+    relevance_batch_size: int
+    """Images per network pass for relevance maps, for which a GPU that holds the networks has memory."""
     has_guidance: bool = True
     """Whether a guidance scale other than 1 has a meaning."""
     has_image_guidance: bool = True
@@ -107,6 +109,8 @@ class Branch:
     """Whether it is conditioned on the image."""
     scale: float
     """Guidance scale of this branch against the next one; unused in the last branch."""
+    keeps_norm: bool = False
+    """Whether guidance against the next branch keeps the norm over channels that this branch's prediction has at each latent."""
 
 
 Predictor = Callable[[Tensor, NoiseLevel], Sequence[Tensor]]

@@ -7,7 +7,7 @@ from typing import Any, Literal, Optional
 
 import torch
 
-from wys_nerfstudio.editing import flux2, sdxl, stable_diffusion
+from wys_nerfstudio.editing import flux2, qwen, sdxl, stable_diffusion
 from wys_nerfstudio.editing.editor import EMBEDDED, Editor, EditorProfile
 from wys_nerfstudio.editing.parts import INDEX, loading_errors, read_json
 from wys_nerfstudio.utils.errors import WysError
@@ -17,6 +17,7 @@ FAMILIES: dict[str, ModuleType] = {
     "StableDiffusionInstructPix2PixPipeline": stable_diffusion,
     "StableDiffusionXLInstructPix2PixPipeline": sdxl,
     "Flux2KleinPipeline": flux2,
+    "QwenImageEditPlusPipeline": qwen,
 }
 """Module of each family by the pipeline class of its model_index.json, with PARTS, NETWORKS, `profile` and `load`."""
 

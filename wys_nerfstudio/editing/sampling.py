@@ -11,6 +11,7 @@ from typing import Optional
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from wys_nerfstudio.editing.editor import Branch, NoiseLevel
 
@@ -60,11 +61,13 @@ def apply_guidance(
 
     Args:
         predictions: One per branch, most conditioned first.
-        branches: Their scales.
+        branches: Their scales, and which keep the norm of their prediction.
     """
     guided = predictions[-1]
     for i in reversed(range(len(predictions) - 1)):
         guided = guided + branches[i].scale * (predictions[i] - predictions[i + 1])
+        if branches[i].keeps_norm:
+            guided = F.normalize(guided, dim=1) * predictions[i].norm(dim=1, keepdim=True)
     return guided
 
 

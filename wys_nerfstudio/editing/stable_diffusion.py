@@ -64,6 +64,7 @@ PROFILE = EditorProfile(
     ),
     of_scenes=EditDefaults(guidance_scale=7.5, image_guidance_scale=1.5, diffusion_steps=20, relevance_noise_level=0.8),
     half_precision="float16",  # the rounding noise of bfloat16 is eight times as large, and guidance amplifies it
+    relevance_batch_size=8,
 )
 """Defaults of InstructPix2Pix: the paper's."""
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from wys_nerfstudio import relevance
 from wys_nerfstudio.editing import Editor, EditSettings
 from wys_nerfstudio.editing.edit import check_finite
+from wys_nerfstudio.editing.editor import resize_images
 from wys_nerfstudio.editing.sampling import edit_seed
 from wys_nerfstudio.relevance.localizer import Localizer
 from wys_nerfstudio.training import schedule
@@ -25,17 +26,20 @@ from wys_nerfstudio.training.edit_log import TITLES, EditRecord, image_row, reco
 from wys_nerfstudio.training.scene import EditInput, LoopOptions, Scene, TrainingViews
 from wys_nerfstudio.training.settings import Settings
 from wys_nerfstudio.utils.errors import WysError
-from wys_nerfstudio.utils.visualization import SOFTWARE, contact_sheet, evenly_spaced, limited_size, save_png
+from wys_nerfstudio.utils.visualization import (
+    SHEET_SIDE,
+    SHEET_VIEWS,
+    SOFTWARE,
+    contact_sheet,
+    evenly_spaced,
+    limited_size,
+    save_png,
+)
 
 NOT_FINITE_REMEDY = (
     "Resume with --pipeline.editor-dtype float32, and with lower guidance scales if that does not suffice."
 )
 """Advice for edits that are NaN or infinite."""
-SHEET_VIEWS = 6
-"""Number of views in the contact sheet."""
-SHEET_SIDE = 384
-"""Largest longer side in pixels of a render for the contact sheet, which has six columns: less than InstructPix2Pix's editing size,
-and readable where views are edited much smaller."""
 
 
 @dataclass
@@ -345,7 +349,8 @@ class EditLoop:
 
     @torch.no_grad()
     def write_contact_sheet(self, folder: Path, stopped: Callable[[], bool]) -> bool:
-        """Write images of some views as they are now, as `edit_log.TITLES` names them.
+        """Write images of some views as they are now, as `edit_log.TITLES` names them. Views that are edited at a smaller size than
+        that of the sheet are rendered at that size and enlarged.
 
         Args:
             folder: The run's `wys` folder. A sheet that is there is of an earlier moment and is removed first.
@@ -356,16 +361,18 @@ class EditLoop:
         """
         views, localizer, rows = self._views, self._localizer(), []
         (folder / "contact_sheet.png").unlink(missing_ok=True)
-        every_pixel = torch.ones(limited_size(*views.view_size, SHEET_SIDE), dtype=torch.bool)
+        size = limited_size(*views.view_size, SHEET_SIDE)
+        every_pixel = torch.ones(limited_size(*size, max(self._editing_size())), dtype=torch.bool)
         shown = evenly_spaced(SHEET_VIEWS, views.num_views)
         for view in track(shown, description="Contact sheet", console=CONSOLE):
             if stopped():
                 return False
             colors, values, _ = self._scene.render_pixels(views.cameras, view, every_pixel)
-            value = values.view(every_pixel.shape)
+            value = relevance.resize(values.view(1, *every_pixel.shape), *size)[0]
+            render = resize_images(colors.view(1, *every_pixel.shape, 3).clamp(0, 1), *size)[0]
             mask = localizer.mask_from(value) if localizer.uses_field else localizer.view_mask(view, *views.view_size)
             row = image_row(views, view, value, mask, SHEET_SIDE)
-            rows.append((views.view_names[view], [*row, colors.view(*value.shape, 3).clamp(0, 1).cpu()]))
+            rows.append((views.view_names[view], [*row, render.cpu()]))
         save_png(folder / "contact_sheet.png", contact_sheet(TITLES, rows), f"views of a scene edited with {SOFTWARE}")
         CONSOLE.print(
             f"{len(views.edited_views)} of {views.num_views} views are edited; see {folder}/contact_sheet.png."

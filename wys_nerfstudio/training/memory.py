@@ -30,7 +30,7 @@ def memory_remedies(
     """
     data, editor = options.datamanager, activity in ("relevance maps", "edits")
     found = ["ns-train wys-small"] if method == "wys" else []
-    if activity == "relevance maps" and options.relevance_batch_size > 1:
+    if activity == "relevance maps" and options.relevance_batch_size != 1:
         found.append("--pipeline.relevance-batch-size 1")
     if activity == "edits" and options.edit_count > 1:
         found.append("--pipeline.edit-count 1")

@@ -28,6 +28,10 @@ SOFTWARE = f"wys-nerfstudio {__version__}"
 FONT = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"
 """Font of contact sheets, which comes with matplotlib: Latin, Greek, Cyrillic, Hebrew, Arabic and more, but no Chinese, Japanese
 or Korean. matplotlib's own search for fonts would delay every command."""
+SHEET_VIEWS = 6
+"""Number of views in the contact sheet of a run."""
+SHEET_SIDE = 384
+"""Largest longer side in pixels of an image in the contact sheet of a run, which has six columns."""
 
 
 @dataclass(frozen=True)
