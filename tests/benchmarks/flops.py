@@ -47,7 +47,7 @@ class Options:
     edits: int = 400
     """Edits of the scene."""
     batch: int = 8
-    """Views per batch of relevance maps, as `wys` has them; affects memory only."""
+    """Views per batch of relevance maps; affects memory only."""
 
 
 @dataclass

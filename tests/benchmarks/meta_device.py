@@ -110,8 +110,8 @@ def on_meta_device() -> Iterator[None]:
         for target, replacement in {
             f"{EDITING}.edit._latent_mask": latent_mask,
             f"{EDITING}.stable_diffusion.apply_vae": apply_vae,
-            f"{EDITING}.flux2.apply_vae": apply_vae,
-            f"{EDITING}.flux2.Flux2Editor._text_encoder_on_device": lambda _: nullcontext(),
+            f"{EDITING}.flow_matching.apply_vae": apply_vae,
+            f"{EDITING}.flux2.Flux2Editor._text_encoder_on_device": lambda _: nullcontext(torch.device("meta")),
             "torch.nn.functional.scaled_dot_product_attention": fused_attention,
         }.items():
             stack.enter_context(mock.patch(target, replacement))

@@ -169,18 +169,19 @@ class FlowMatchingEditor:
             level: Level of the latents.
             **positions: The transformer's own arguments for the positions of the tokens.
         """
-        velocity = self._token_velocity(torch.cat([pack(latents), pack(reference)], dim=1), text, level, **positions)
-        return velocity[:, : latents[0, 0].numel()].transpose(1, 2).reshape(latents.shape)
+        tokens = torch.cat([pack(latents), pack(reference)], dim=1)
+        velocity = self._velocity_of_tokens(tokens, text, level, **positions)
+        return unpack(velocity[:, : latents[0, 0].numel()], *latents.shape[2:])
 
     @torch.no_grad()
-    def _token_velocity(
+    def _velocity_of_tokens(
         self,
-        tokens: Float[Tensor, "b image_tokens c"],
+        tokens: Float[Tensor, "b tokens c"],
         text: Float[Tensor, "b text_tokens width"],
         level: NoiseLevel,
         **positions: Any,
-    ) -> Float[Tensor, "b image_tokens c"]:
-        """The transformer's prediction for tokens of images, float32; arguments as in `_velocity`."""
+    ) -> Float[Tensor, "b tokens c"]:
+        """The transformer's prediction for tokens of images, float32; arguments as of `_velocity`."""
         return self.transformer(
             hidden_states=tokens.to(self._dtype),
             encoder_hidden_states=text.to(self._dtype),
@@ -204,6 +205,11 @@ def flow_level(noise: float) -> NoiseLevel:
 def pack(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b tokens c"]:
     """Latents as tokens, row by row."""
     return latents.flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Float[Tensor, "b tokens c"], height: int, width: int) -> Float[Tensor, "b c h w"]:
+    """Latents from their tokens."""
+    return tokens.transpose(1, 2).unflatten(2, (height, width))
 
 
 def edit_defaults(guidance_scale: float, diffusion_steps: int) -> EditDefaults:

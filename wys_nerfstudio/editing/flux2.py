@@ -32,6 +32,7 @@ from wys_nerfstudio.editing.flow_matching import (
     flow_level,
     load_parts,
     pack,
+    unpack,
 )
 from wys_nerfstudio.editing.flux2_cache import KeyValueCache
 from wys_nerfstudio.editing.parts import (
@@ -57,8 +58,8 @@ DISTILLED_STEPS = 4
 
 @dataclass
 class Flux2Editor(FlowMatchingEditor):
-    """Networks and noise levels of a FLUX.2 klein. Implements `RegionEditor`. The text encoder, as large as the transformer, is on
-    the CPU except while a text is encoded."""
+    """Networks and noise levels of a FLUX.2 klein. Implements `RegionEditor`. The text encoder, as large as the transformer, is
+    on the CPU except while a text is encoded."""
 
     tokenizer: Any
     """Its tokenizer, with a chat template."""
@@ -198,13 +199,13 @@ class Flux2Editor(FlowMatchingEditor):
             instruction: What to change.
             branches: Branches that are computed.
         """
-        count, (height, width) = len(branches), condition.shape[2:]
-        text = self._text_rows(instruction, branches, len(condition))
+        count, text = len(branches), self._text_rows(instruction, branches, len(condition))
         reference = condition.repeat(count, 1, 1, 1)
-        positions = {"img_ids": self._image_ids(height, width).to(self.device), "txt_ids": self._text_ids(text)}
+        image_ids, text_ids = self._positions(condition, text)
 
         def predict(latents: Tensor, level: NoiseLevel) -> Sequence[Tensor]:
-            return self._velocity(latents.repeat(count, 1, 1, 1), reference, text, level, **positions).chunk(count)
+            noisy = latents.repeat(count, 1, 1, 1)
+            return self._velocity(noisy, reference, text, level, img_ids=image_ids, txt_ids=text_ids).chunk(count)
 
         return predict
 
@@ -224,14 +225,13 @@ class Flux2Editor(FlowMatchingEditor):
         count, (height, width) = len(branches), condition.shape[2:]
         predict_all = self.predictor(condition, instruction, branches)
         text = self._text_rows(instruction, branches, 1)
-        image_ids = self._image_ids(height, width).to(self.device)
+        image_ids, text_ids = self._positions(condition, text)
         inside = relevance.dilate(region).flatten(1)
         # Tokens are numbered as in a pass: text, noisy, reference.
-        cached = torch.ones(len(region), text.shape[1] + len(image_ids), dtype=torch.bool, device=region.device)
-        cached[:, text.shape[1] : text.shape[1] + height * width] = ~inside
+        cached = torch.ones(len(region), len(text_ids) + len(image_ids), dtype=torch.bool, device=region.device)
+        cached[:, len(text_ids) : len(text_ids) + height * width] = ~inside
         tokens = [(torch.nonzero(x)[:, 0], torch.nonzero(y)[:, 0]) for x, y in zip(inside, cached)]
         cache, steps = KeyValueCache(), itertools.count()
-        no_text = text[:, :0]
 
         def predict(latents: Tensor, level: NoiseLevel) -> Sequence[Tensor]:
             if next(steps) % full_pass_every == 0:
@@ -240,11 +240,11 @@ class Flux2Editor(FlowMatchingEditor):
             noisy = pack(latents)
             result = noisy.new_zeros(count, *noisy.shape)
             for i, (computed, others) in enumerate(tokens):
+                rows = noisy[i, computed].expand(count, -1, -1)
+                positions = {"img_ids": image_ids[computed], "txt_ids": text_ids[:0]}
                 with cache.completing(self.transformer, slice(i, None, len(noisy)), others):
-                    rows = noisy[i, computed].expand(count, -1, -1)
-                    positions = {"img_ids": image_ids[computed], "txt_ids": self._text_ids(no_text)}
-                    result[:, i, computed] = self._token_velocity(rows, no_text, level, **positions)
-            return [velocity.transpose(1, 2).reshape(latents.shape) for velocity in result]
+                    result[:, i, computed] = self._velocity_of_tokens(rows, text[:, :0], level, **positions)
+            return [unpack(velocity, height, width) for velocity in result]
 
         return predict
 
@@ -255,11 +255,13 @@ class Flux2Editor(FlowMatchingEditor):
         states = torch.cat([self.encode_text(instruction if branch.text else "") for branch in branches])
         return states.to(self.device).repeat_interleave(images, dim=0)
 
-    def _text_ids(self, text: Float[Tensor, "b tokens width"]) -> Int[Tensor, "tokens 4"]:
-        """Positions (0, 0, 0, index) of the text's tokens."""
-        ids = torch.zeros(text.shape[1], 4, dtype=torch.long, device=self.device)
-        ids[:, 3] = torch.arange(text.shape[1])
-        return ids
+    def _positions(
+        self, condition: Float[Tensor, "b c h w"], text: Float[Tensor, "rows tokens width"]
+    ) -> tuple[Int[Tensor, "image_tokens 4"], Int[Tensor, "text_tokens 4"]]:
+        """Positions of the tokens of noisy latents and reference, and of the text."""
+        text_ids = torch.zeros(text.shape[1], 4, dtype=torch.long, device=self.device)
+        text_ids[:, 3] = torch.arange(text.shape[1])
+        return self._image_ids(condition.shape[2], condition.shape[3]).to(self.device), text_ids
 
     @staticmethod
     def _compute_image_ids(height: int, width: int) -> Int[Tensor, "tokens 4"]:
