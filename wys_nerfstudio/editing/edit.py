@@ -38,7 +38,8 @@ from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.visualization import to_float
 
 WITH_AND_WITHOUT_TEXT = (Branch(text=True, image=True, scale=1.0), Branch(text=False, image=True, scale=1.0))
-"""The two branches whose difference is the relevance; their scales are unused."""
+"""The two branches whose difference is the relevance; their scales are unused. Of distilled models, too: the distance of the
+prediction with text from the image itself takes one branch, but also shows what an editor changes without being told to."""
 
 
 def _as_flag(name: str) -> str:
