@@ -3,12 +3,18 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
+from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
+from safetensors.torch import load_file
+from transformers import Qwen3ForCausalLM
 
 from wys_nerfstudio.demo.instructions import EDITS
 from wys_nerfstudio.demo.training import train_flow_editor
-from wys_nerfstudio.demo.training.evaluate_editor import write_card
+from wys_nerfstudio.demo.training.evaluate_editor import render_split, write_card
 from wys_nerfstudio.demo.training.flow_networks import TOKENS
+from wys_nerfstudio.demo.world import VALIDATION_SEEDS
 
 FOLDER = Path(train_flow_editor.__file__).parent.parent / "flow_editor"
 
@@ -34,6 +40,10 @@ def test_diffusers_pipeline_loads_the_editor(monkeypatch):
     pipeline = Flux2KleinPipeline.from_pretrained(str(FOLDER), torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     assert not pipeline.config["is_distilled"]
+    for name in ("transformer", "vae", "text_encoder"):
+        (weights,) = (FOLDER / name).glob("*.safetensors")
+        # Weights that a file lacks would be random; only the tied output layer is not stored.
+        assert set(getattr(pipeline, name).state_dict()) - {"lm_head.weight"} == set(load_file(weights))
     edited = pipeline(
         Image.new("RGB", (80, 64), "white"),
         "make the ball blue",
@@ -43,6 +53,21 @@ def test_diffusers_pipeline_loads_the_editor(monkeypatch):
         text_encoder_out_layers=(1, 2),
     ).images[0]
     assert edited.size == (80, 64)
+
+
+def test_maps_of_the_weights_find_the_edited_objects(tmp_path, monkeypatch):
+    load = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+    vae = AutoencoderKLFlux2.from_pretrained(FOLDER / "vae", **load)
+    trainer = train_flow_editor.FlowTrainer(train_flow_editor.Options(tmp_path), vae)
+    transformer = Flux2Transformer2DModel.from_pretrained(FOLDER / "transformer", **load)
+    trainer.average = transformer, Qwen3ForCausalLM.from_pretrained(FOLDER / "text_encoder", dtype=torch.float32)
+    images = tmp_path / "images.npy"
+    np.save(images, render_split(VALIDATION_SEEDS[:4]).numpy())
+    monkeypatch.setattr(train_flow_editor, "VALIDATION_SCENES", 4)
+    check = train_flow_editor.encode_images(vae, images, tmp_path / "latents.npy")
+    result = train_flow_editor.validate(trainer, check, images)
+    assert result["AP N=1"] > 0.7
+    assert result["wrong-object ratio (median)"] > 3
 
 
 def test_the_vocabulary_covers_all_wordings():
