@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from wys_nerfstudio import relevance
 from wys_nerfstudio.demo.images import LOCAL, held_out_views
@@ -42,6 +43,10 @@ def test_diffusers_pipeline_loads_the_editor(monkeypatch):
     pipeline = Flux2KleinPipeline.from_pretrained(str(FOLDER), torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     assert not pipeline.config["is_distilled"]
+    for name in ("transformer", "vae", "text_encoder"):
+        (weights,) = (FOLDER / name).glob("*.safetensors")
+        # Weights that a file lacks would be random; only the tied output layer is not stored.
+        assert set(getattr(pipeline, name).state_dict()) - {"lm_head.weight"} == set(load_file(weights))
     edited = pipeline(
         Image.new("RGB", (80, 64), "white"),
         "make the ball blue",

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from wys_nerfstudio.config import wys
+from wys_nerfstudio.editing.stable_diffusion import PROFILE
 from wys_nerfstudio.training.settings import RunSettings, Settings
 from wys_nerfstudio.viewer.panel import ViewerPanel, escape_markdown
 
@@ -65,7 +66,7 @@ class Markdown:
 
 
 def test_status_and_caption_are_escaped() -> None:
-    panel = ViewerPanel(Settings(RunSettings.from_options(wys.config.pipeline), ["none"]), live=True)
+    panel = ViewerPanel(Settings(RunSettings.from_options(wys.config.pipeline, PROFILE.of_scenes), ["none"]), live=True)
     panel._status, panel._preview = Markdown(), Markdown()  # type: ignore
     panel.show_status("finished {a}", "<b>")
     assert panel._status.content == "**&#102;inished &#123;a&#125;**\n\n*&#60;b&#62;*"  # type: ignore

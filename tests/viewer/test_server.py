@@ -17,6 +17,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from wys_nerfstudio.config import wys
+from wys_nerfstudio.editing.stable_diffusion import PROFILE
 from wys_nerfstudio.training.settings import RunSettings, Settings
 from wys_nerfstudio.viewer.panel import ViewerPanel
 from wys_nerfstudio.viewer.server import RestrictedServer, is_own_page
@@ -25,7 +26,7 @@ CLIENT = Path(viser.__file__).parent / "client" / "build"
 
 
 def new_panel() -> ViewerPanel:
-    return ViewerPanel(Settings(RunSettings.from_options(wys.config.pipeline), ["none"]), live=True)
+    return ViewerPanel(Settings(RunSettings.from_options(wys.config.pipeline, PROFILE.of_scenes), ["none"]), live=True)
 
 
 def start(panel: ViewerPanel, host: str = "127.0.0.1") -> viser.ViserServer:
