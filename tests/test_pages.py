@@ -10,7 +10,6 @@ import json
 import re
 import runpy
 import shlex
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +90,15 @@ def test_every_table_is_on_one_page() -> None:
     assert shown == sorted([*GENERATED, *(path.stem for path in BENCHMARKS.glob("*.json"))])
 
 
-def test_tables_of_the_editors_card_are_current(tmp_path: Path) -> None:
-    shutil.copy2(EDITOR / "README.md", tmp_path)
-    write_card(tmp_path, json.loads((EDITOR / "evaluation.json").read_text("utf8")))
-    assert (tmp_path / "README.md").read_text("utf8") == (EDITOR / "README.md").read_text("utf8")
+@pytest.mark.parametrize("folder", [EDITOR, EDITOR.with_name("flow_editor")], ids=lambda folder: folder.name)
+def test_tables_of_the_editors_cards_are_current(folder: Path, tmp_path: Path) -> None:
+    card = (folder / "README.md").read_text("utf8")
+    before, rest = card.split("<!-- metrics -->\n")
+    (tmp_path / "README.md").write_text(
+        before + "<!-- metrics -->\n<!-- end of metrics -->" + rest.split("<!-- end of metrics -->")[1]
+    )
+    write_card(tmp_path, json.loads((folder / "evaluation.json").read_text("utf8")))
+    assert (tmp_path / "README.md").read_text("utf8") == card
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -11,7 +11,6 @@ from wys_nerfstudio import relevance
 from wys_nerfstudio.demo.images import LOCAL, held_out_views
 from wys_nerfstudio.demo.instructions import EDITS
 from wys_nerfstudio.demo.training import train_flow_editor
-from wys_nerfstudio.demo.training.evaluate_editor import write_card
 from wys_nerfstudio.demo.training.flow_networks import TOKENS
 from wys_nerfstudio.editing import load_editor, relevance_maps
 from wys_nerfstudio.editing.editor import EMBEDDED_FLOW
@@ -77,14 +76,6 @@ def test_the_training_ended_with_maps_of_sufficient_precision():
     assert log[-1]["AP N=1"] >= 0.8
     evaluation = json.loads((FOLDER / "evaluation.json").read_text("utf8"))
     assert evaluation["maps"]["all"]["AP N=1"] >= 0.8
-
-
-def test_tables_of_the_card_are_current(tmp_path):
-    card = (FOLDER / "README.md").read_text("utf8")
-    emptied = card[: card.index("<!-- metrics -->\n") + 17] + card[card.index("<!-- end of metrics -->") :]
-    (tmp_path / "README.md").write_text(emptied, "utf8")
-    write_card(tmp_path, json.loads((FOLDER / "evaluation.json").read_text("utf8")))
-    assert (tmp_path / "README.md").read_text("utf8") == card
 
 
 def test_the_editor_is_loaded_by_name_and_its_maps_show_the_edited_object():
