@@ -20,8 +20,7 @@ class Check:
     estimated time of a run. Downloads nothing; paste its output into an issue."""
 
     editor: str | None = None
-    """InstructPix2Pix or FLUX.2 klein: a hub id, a local folder in diffusers format, or "embedded"; by default that of the
-    recommended method."""
+    """A hub id, a local folder in diffusers format, or an embedded editor; by default that of the recommended method."""
     device: str | None = None
     """Device of editor and scene, for example cuda:1; by default the GPU if there is one, else the CPU."""
     editor_dtype: Precision = "auto"

@@ -42,7 +42,7 @@ _SHEET_LONG_SIDE = 512
 class EditImage:
     """Edit the region of images that an instruction refers to. Besides the edited image OUT.png, writes OUT_relevance.png,
     OUT_mask.png and OUT_side_by_side.png; existing ones are replaced. Pixels outside the mask keep their exact values. For
-    OUT_side_by_side.png the whole image is edited, too, by plain InstructPix2Pix: half of the denoising steps."""
+    OUT_side_by_side.png the whole image is edited, too, without the mask: half of the denoising steps."""
 
     # One positional list: a separate list of files would also consume the instruction.
     arguments: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar='IN... "INSTRUCTION"')]
@@ -300,7 +300,7 @@ def _write(
 
 
 def side_by_side(image: ImageFile, edit: ImageEditOutput, name: str) -> Image.Image:
-    """Arrange input, relevance map, mask, plain InstructPix2Pix and the edited image side by side (the paper's Fig. 14);
+    """Arrange input, relevance map, mask, the edit without the mask and the edited image side by side (the paper's Fig. 14);
     large images are reduced."""
     height, width = image.size
     scale = min(1.0, _SHEET_LONG_SIDE / max(height, width))
@@ -313,7 +313,7 @@ def side_by_side(image: ImageFile, edit: ImageEditOutput, name: str) -> Image.Im
         "captured": reduced(image.pixels),
         "relevance": apply_colormap(reduced(edit.relevance[..., None])[..., 0]),
         "mask": reduced(edit.mask[..., None].float()).expand(-1, -1, 3),
-        "InstructPix2Pix": None if edit.unmasked is None else reduced(edit.unmasked),
+        "without mask": None if edit.unmasked is None else reduced(edit.unmasked),
         "edited": reduced(edit.edited),
     }
     shown = {title: cell for title, cell in cells.items() if cell is not None}

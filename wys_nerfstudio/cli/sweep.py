@@ -49,7 +49,7 @@ class SweepOptions(EditOptions):
     """Options of the edits, and the grid of the two that are varied. The grid's defaults are those of the paper's Fig. 12."""
 
     mask_thresholds: tuple[float, ...] = (0.0, 0.3, 0.4, 0.5, 0.6)
-    """Values of tau, one curve each; 0 is plain InstructPix2Pix."""
+    """Values of tau, one curve each; 0 edits the whole image."""
     image_guidance_scales: tuple[float, ...] = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2)
     """Values of S_I, the points of each curve."""
     mask_threshold: Hidden[float] = EditOptions.mask_threshold

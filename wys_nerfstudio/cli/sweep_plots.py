@@ -40,7 +40,7 @@ def draw_curves(rows: Sequence[SweepResult], file: Path) -> None:
     curves = mean_points(rows)
     for tau, points in curves.items():
         _, directions, images = zip(*points)
-        label = f"τ = {tau:g}" + (" (InstructPix2Pix)" if tau == 0 else "")
+        label = f"τ = {tau:g}" + (" (no mask)" if tau == 0 else "")
         axes.plot(directions, images, marker="o", markersize=4, label=label)
     # All lines have the same image guidance scales, so only one is annotated.
     for scale, direction, image in next(iter(curves.values())):

@@ -188,7 +188,7 @@ def edit_images(
         editor: The editor.
         images: What the edit starts from (a scene's current renders; for a single image, the image), of any size.
         reference: The editor's image condition, and the result outside the mask.
-        mask: Where the images may change. All True is plain InstructPix2Pix.
+        mask: Where the images may change. All True is the plain editor.
         instruction: What to change.
         settings: Guidance, steps, resolution.
         strength: Noise that `images` start from, as a share of the diffusion in [0, 1]; 1 is pure noise.
@@ -294,7 +294,7 @@ class ImageEditOutput:
     mask: Bool[Tensor, "h w"]
     """Pixels that were edited."""
     unmasked: Optional[Float[Tensor, "edit_h edit_w 3"]] = None
-    """InstructPix2Pix's edit of the whole image with the same noise, at the editing size; None unless requested."""
+    """The editor's edit of the whole image with the same noise, at the editing size; None unless requested."""
 
 
 def edit_image(
