@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import run_wys, sentence_of
 from emulated_gpu import emulated_gpu
+from flux2_folder import build_flux2_folder
 from nerfstudio.configs.method_configs import all_methods
 from test_page_commands import in_hub_cache
 
@@ -86,6 +87,15 @@ def test_the_report_on_an_emulated_gpu(tmp_path: Path, monkeypatch, editor_folde
     assert report["Editor"]["precision"] == "float16" and report["Editor"][AGREEMENT[0]] > 0.9
     assert 0 < report["Editor"]["peak memory, GB"] < 0.1  # the tensors of a small editor
     assert report["Estimate"]["all"] > 0
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_report_on_a_flow_matching_editor(tmp_path: Path, monkeypatch) -> None:
+    editor = build_flux2_folder(tmp_path / "editor", distilled=True)
+    with emulated_gpu():
+        report = check(monkeypatch, tmp_path, "--editor", editor)
+    assert report["Editor"]["precision"] == "bfloat16" and report["Editor"]["edited at"] == "160 x 128 pixels"
+    assert {*AGREEMENT} <= {*report["Editor"]} and report["Estimate"]["all"] > 0
 
 
 @pytest.mark.usefixtures("quick")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import run_wys, sentence_of
 from filelock import FileLock
+from flux2_folder import build_flux2_folder
 from PIL import Image
 
 from wys_nerfstudio.cli import sweep
@@ -319,6 +320,26 @@ def test_sweeps_out_of_memory_end_with_a_sentence(folder, monkeypatch, quick, pa
     sentence = refusal(monkeypatch, folder / "in" / "list.json", "-o", folder / "out", *quick)
     remedy = "try a lower --resolution, such as --resolution 256."
     assert sentence == f"wys: The GPU ran out of memory while images were edited: {remedy}"
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_an_editor_without_image_guidance_is_swept_over_the_threshold(folder, monkeypatch, clip_folder, distilled):
+    editor = build_flux2_folder(folder / "editor", distilled=distilled)
+    options = ["--editor", editor, "--clip", clip_folder, "--device", "cpu", "--mask-thresholds", "0", "0.5"]
+    command = [folder / "in" / "list.json", "-o", folder / "out", "--diffusion-steps", "2", *options]
+    assert (
+        "has no image guidance: leave out --image-guidance-scale (wys sweep: give --image-guidance-scales 1)"
+        in refusal(monkeypatch, *command)
+    )
+    assert not (folder / "out").exists()
+    run(monkeypatch, *command, "--image-guidance-scales", "1")
+    rows = table(folder / "out")
+    assert [(row["mask_threshold"], row["image_guidance_scale"]) for row in rows] == [
+        ("0.0", "1.0"),
+        ("0.5", "1.0"),
+    ] * 2
+    request = json.loads((folder / "out" / "sweep.json").read_text())["settings"]
+    assert (request["guidance_scale"], request["diffusion_steps"]) == (1.0 if distilled else 4.0, 2)
 
 
 def test_curves_are_averaged_over_the_cases():

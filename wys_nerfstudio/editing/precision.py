@@ -71,18 +71,18 @@ def in_float32_by_layer(network: torch.nn.Module) -> Iterator[None]:
 
     Layers take float32 inputs in it. At most one layer's weights exist in both precisions.
     """
-    originals: dict[Tensor, Tensor] = {}
+    originals: dict[tuple[torch.nn.Module, str], torch.nn.Parameter] = {}
 
     def widen(layer: torch.nn.Module, _inputs: Any) -> None:
-        for weight in layer.parameters(recurse=False):
+        for name, weight in list(layer.named_parameters(recurse=False)):
             if weight.dtype != torch.float32:
-                originals[weight] = weight.data
-                weight.data = weight.data.float()
+                originals[layer, name] = weight
+                setattr(layer, name, torch.nn.Parameter(weight.float(), requires_grad=False))
 
     def restore(layer: torch.nn.Module, _inputs: Any, _outputs: Any) -> None:
-        for weight in layer.parameters(recurse=False):
-            if weight in originals:
-                weight.data = originals.pop(weight)
+        for name, _ in list(layer.named_parameters(recurse=False)):
+            if (layer, name) in originals:
+                setattr(layer, name, originals.pop((layer, name)))
 
     hooks = []
     for layer in network.modules():
