@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import architectures
 import compat
 import edit_phase
+import families
 import field
 import flops
 import full_size
@@ -233,6 +234,14 @@ def test_flops_adds_up_maps_and_edits_of_a_scene(
         assert weights["resident_gb"] < row["edit_gb"] and row["map_gb"] < row["maps_gb"]
         assert weights["gb"] == pytest.approx(4e-9 * sum(weights["parameters"].values())) and weights["text_tflop"] > 0
     assert [w["gb"] == w["resident_gb"] for w in result["weights"]] == [True, False]  # klein's text encoder
+
+
+def test_families_compares_three_parametrizations_of_one_editor(tmp_path: Path) -> None:
+    families.main(families.Options(pictures=2, levels=(0.8,), num_samples=1, output=tmp_path / "families.json"))
+    rows = json.loads((tmp_path / "families.json").read_text("utf8"))
+    assert [row["map"] for row in rows] == ["A", "B"] * 3
+    precisions = [row["AP N=1"] for row in rows if row["map"] == "A"]
+    assert min(precisions) > 0.7 and max(precisions) - min(precisions) < 0.01
 
 
 def test_region_counts_operations_and_compares_edits(
