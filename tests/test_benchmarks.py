@@ -14,7 +14,6 @@ from flux2_folder import build_flux2_folder
 from nerfstudio.configs import base_config  # noqa: F401  # imported before the writer, which it imports in a circle
 from nerfstudio.utils import writer
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import architectures
@@ -202,9 +201,9 @@ def test_counts_equal_those_of_real_runs(small_editors: list[Any]) -> None:
         if isinstance(editor, StableDiffusionEditor):
             settings = replace(settings, image_guidance_scale=1.5)
         editor.encode_text(""), editor.encode_text(instruction)
-        with FlopCounterMode(display=False) as real_edit:
+        with meta_device.operation_counter() as real_edit:
             edit_images(editor, image[:1], image[:1], mask, instruction, settings, strength=1.0, seeds=[0])
-        with FlopCounterMode(display=False) as real_maps:
+        with meta_device.operation_counter() as real_maps:
             next(relevance_maps(editor, image, instruction, seeds=[0, 1], resolution=side))
         on_meta(editor)
         with meta_device.on_meta_device():

@@ -1,5 +1,6 @@
 """Counts operations and memory of work on torch's meta device, where tensors have shapes but no values."""
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -16,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from wys_nerfstudio import relevance
 
 EDITING = "wys_nerfstudio.editing"
+FUSED_ATTENTION: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+"""A kernel that never has the whole attention matrix in memory, as on a GPU."""
 
 
 @dataclass
@@ -60,6 +63,18 @@ class MemoryCounter(TorchDispatchMode):
         return result
 
 
+def attention_flop(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, out_shape: object = None, **__: object
+) -> int:
+    """Operations of attention, given the shapes (..., tokens, width) of its inputs."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def operation_counter() -> FlopCounterMode:
+    """Context that counts operations, also those of `FUSED_ATTENTION`, which torch counts from 2.15 on."""
+    return FlopCounterMode(display=False, custom_mapping={FUSED_ATTENTION: attention_flop})
+
+
 def count(work: Callable[[], object], networks: Sequence[torch.nn.Module]) -> Cost:
     """Run a piece of work on the meta device and count its operations and memory.
 
@@ -68,7 +83,7 @@ def count(work: Callable[[], object], networks: Sequence[torch.nn.Module]) -> Co
         networks: Networks whose weights are in memory with it.
     """
     weights = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
-    with FlopCounterMode(display=False) as flops, MemoryCounter(weights) as memory:
+    with operation_counter() as flops, MemoryCounter(weights) as memory:
         work()
     return Cost(flops.get_total_flops(), memory.peak)
 
@@ -87,8 +102,7 @@ def fused_attention(
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return FUSED_ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
 @contextmanager

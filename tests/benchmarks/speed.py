@@ -33,7 +33,6 @@ from jaxtyping import Float
 from nerfstudio.field_components.encodings import HashEncoding
 from nerfstudio.models.base_model import Model
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from wys_nerfstudio import relevance
 from wys_nerfstudio.config import wys, wys_tiny
@@ -421,7 +420,7 @@ def full_size_editor(device: str) -> StableDiffusionEditor:
 def unet_flops(editor: StableDiffusionEditor, images: Float[Tensor, "b h w 3"]) -> float:
     """Return the number of floating-point operations of the UNet for one branch of one view."""
     encoding = editor.encode(images[:1])
-    with FlopCounterMode(display=False) as counter:
+    with operation_counter() as counter:
         editor.predict(encoding.latents, editor.noise_level(0.5, (8, 8)), encoding.condition, editor.encode_text(""))
     return float(counter.get_total_flops())
 
