@@ -341,7 +341,6 @@ OPTIONS = [
             "pipeline.relevance-outlier-factor": ["-1", "nan"],
             "pipeline.model.relevance-expectile": ["0", "1", "nan"],
             "pipeline.diffusion-steps": ["0"],
-            "pipeline.full-pass-every": ["0"],
             "pipeline.edit-every": ["0"],
             "pipeline.edit-count": ["-1"],
             "pipeline.edit-steps": ["0"],

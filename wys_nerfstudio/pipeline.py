@@ -110,9 +110,6 @@ class WysPipelineConfig(VanillaPipelineConfig):
     diffusion_steps: Optional[int] = None
     """Diffusion steps of an edit from pure noise; an edit from less noise takes proportionally fewer. Default: the
     editor's own (20 for InstructPix2Pix)."""
-    full_pass_every: int = 1
-    """Denoising steps of an edit from one that computes the whole view to the next; those in between compute the mask only,
-    which is approximate and takes a fraction of the time. Only for FLUX.2; 1 is exact."""
     min_strength: float = 0.02
     """Minimum noise that an edit starts from, as a share of the diffusion."""
     max_strength: float = 0.98
@@ -169,7 +166,6 @@ class WysPipelineConfig(VanillaPipelineConfig):
             relevance_noise_level=self.relevance_noise_level,
             relevance_num_samples=self.relevance_num_samples,
             relevance_outlier_factor=self.relevance_outlier_factor,
-            full_pass_every=self.full_pass_every,
         )
 
     def edit_settings(self, settings: RunSettings, profile: EditorProfile) -> EditSettings:

@@ -13,10 +13,12 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 import tyro
 from flops import INSTRUCTION, build_editors, cost_in_run, edit_cost, strengths_of_edits
+from flux2_cache import RegionEditor
 from jaxtyping import Bool
 from meta_device import Cost, on_meta_device
 from torch import Tensor
@@ -38,7 +40,7 @@ class Options:
     output: Path
     """Folder for region.json."""
     every: tuple[int, ...] = (2, 4, 8)
-    """Steps from one whole pass to the next (`full_pass_every`)."""
+    """Steps from one whole pass to the next."""
     shares: tuple[float, ...] = (0.1, 0.25, 0.5)
     """Shares of the image that masks cover, for the operations."""
     sides: tuple[int, ...] = (512, 1024)
@@ -106,7 +108,7 @@ def step_costs(editor: Flux2Editor, region: Bool[Tensor, "1 h w"], settings: Edi
     level = editor.noise_level(0.8, (region.shape[1], region.shape[2]))
     branches = editor.branches(settings.guidance_scale, 1.0)
     predict_all = editor.predictor(condition, INSTRUCTION, branches)
-    predict = editor.region_predictor(condition, INSTRUCTION, branches, region, 2)
+    predict = RegionEditor(editor, region, full_pass_every=2).predictor(condition, INSTRUCTION, branches)
     plain = cost_in_run(editor, lambda: predict_all(condition, level))
     filling, in_region = (cost_in_run(editor, lambda: predict(condition, level)) for _ in range(2))
     return plain, filling, in_region
@@ -161,9 +163,11 @@ def measure_edits(editors: dict[str, Editor], options: Options, guidance_scale: 
     for number, (picture, truth, mask, instruction) in enumerate(pictures(options)):
 
         def edit(every: int, seed: int, dtype: str = "float32") -> Tensor:
-            settings = EditSettings(guidance_scale, 1.0, options.steps, full_pass_every=every)
-            arguments = (editors[dtype], picture, picture, mask, instruction, settings)
-            return edit_images(*arguments, strength=1.0, seeds=[seed])
+            editor: Any = editors[dtype]
+            region = relevance.latent_mask(mask, *editor.latent_size(*mask.shape[1:]))
+            editor = editor if every == 1 else RegionEditor(editor, region, every)
+            settings = EditSettings(guidance_scale, 1.0, options.steps)
+            return edit_images(editor, picture, picture, mask, instruction, settings, strength=1.0, seeds=[seed])
 
         whole = edit(1, number)
         results = {f"every {every} steps": edit(every, number) for every in options.every}

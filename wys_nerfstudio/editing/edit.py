@@ -19,7 +19,6 @@ from wys_nerfstudio.editing.editor import (
     Editor,
     ImageEncoding,
     NoiseLevel,
-    RegionEditor,
     resize_images,
 )
 from wys_nerfstudio.editing.sampling import (
@@ -67,9 +66,6 @@ class EditOptions:
     """Noise draws averaged in the relevance map; more is less noisy."""
     relevance_outlier_factor: float = relevance.OUTLIER_FACTOR
     """Relevance is clamped at Q3 + this many interquartile ranges; more suits editors whose maps are clean and small."""
-    full_pass_every: int = 1
-    """Denoising steps from one that computes the whole image to the next; those in between compute the mask only, which is
-    approximate and takes a fraction of the time. Only for FLUX.2; 1 is exact."""
     method: Literal["local", "sds"] = "local"
     """Denoise under the mask, or descend along the signed relevance (supplement E; lower quality)."""
 
@@ -102,7 +98,7 @@ class EditOptions:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise WysError(f"{flag(name)} must be a finite number of at least 0, not {value}.")
-        for name in ("diffusion_steps", "relevance_num_samples", "resolution", "full_pass_every"):
+        for name in ("diffusion_steps", "relevance_num_samples", "resolution"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise WysError(f"{flag(name)} must be at least 1, not {value}.")
@@ -220,14 +216,13 @@ def _local_edit(
         Decoded images at the editing size, also outside the mask.
     """
     start, kept = (_encode(editor, x, reference, settings.resolution) for x in (images, reference))
-    region = _latent_mask(mask, kept.latents)
     edited = masked_denoise(
         start=start.latents,
         reference=kept.latents,
-        mask=region,
+        mask=_latent_mask(mask, kept.latents),
         noise=seeded_noise(seeds, start.latents.shape[1:], editor.device),
         levels=editor.noise_levels(strength, settings.diffusion_steps, latent_size(kept.latents)),
-        denoise=guided_denoiser(editor, kept, instruction, settings, region),
+        denoise=guided_denoiser(editor, kept, instruction, settings),
         report=on_progress,
     )
     return editor.decode(edited)
@@ -409,41 +404,25 @@ def check_supported(editor: Editor, instructions: Sequence[str], settings: EditS
         settings: Guidance and steps.
 
     Raises:
-        WysError: If a guidance scale, an instruction, the number of steps or of whole passes is not supported.
+        WysError: If a guidance scale, an instruction or the number of steps is not supported.
     """
-    if settings.full_pass_every > 1 and not isinstance(editor, RegionEditor):
-        raise WysError(
-            f'The editor "{editor.name}" computes the whole image in every step: leave out --full-pass-every (of ns-train, '
-            f"--pipeline.full-pass-every), or give it 1, not {settings.full_pass_every}."
-        )
     editor.profile.check_guidance(editor.name, settings.guidance_scale, settings.image_guidance_scale)
     for instruction in instructions:
         editor.encode_text(instruction)
     editor.noise_levels(1.0, settings.diffusion_steps, (1, 1))
 
 
-def guided_denoiser(
-    editor: Editor,
-    encoding: ImageEncoding,
-    instruction: str,
-    settings: EditSettings,
-    region: Optional[Bool[Tensor, "b h w"]] = None,
-) -> Denoiser:
+def guided_denoiser(editor: Editor, encoding: ImageEncoding, instruction: str, settings: EditSettings) -> Denoiser:
     """Denoiser of a batch of images under the settings' guidance; branches that cancel out are not computed.
 
     Args:
         editor: The editor.
         encoding: The images.
         instruction: What to change.
-        settings: Guidance, and how often the whole image is computed.
-        region: Where latents may change; None is everywhere.
+        settings: Guidance.
     """
     branches = needed_branches(editor.branches(settings.guidance_scale, settings.image_guidance_scale))
-    if region is not None and settings.full_pass_every > 1 and isinstance(editor, RegionEditor):
-        arguments = (encoding.condition, instruction, branches, region, settings.full_pass_every)
-        predict = editor.region_predictor(*arguments)
-    else:
-        predict = editor.predictor(encoding.condition, instruction, branches)
+    predict = editor.predictor(encoding.condition, instruction, branches)
 
     def denoise(latents: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         return editor.split(apply_guidance(predict(latents, level), branches), latents, level)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Optional, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -210,31 +210,6 @@ class Editor(Protocol):
         self, prediction: Float[Tensor, "b c h w"], latents: Float[Tensor, "b c h w"], level: NoiseLevel
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
         """Split noisy latents into clean latents and noise, given the prediction at their level."""
-        ...
-
-
-@runtime_checkable
-class RegionEditor(Editor, Protocol):
-    """An editor that can predict for a region of the image at a part of the cost."""
-
-    def region_predictor(
-        self,
-        condition: Any,
-        instruction: str,
-        branches: Sequence[Branch],
-        region: Bool[Tensor, "b h w"],
-        full_pass_every: int,
-    ) -> Predictor:
-        """Bind the conditions of a batch of images for the successive steps of one denoising run.
-
-        Args:
-            condition: `ImageEncoding.condition` of the images.
-            instruction: What to change.
-            branches: Branches that are computed.
-            region: Where predictions are needed; elsewhere they may be zero.
-            full_pass_every: Steps from one prediction for the whole image to the next, counted from the first step; those in
-                between are approximate.
-        """
         ...
 
 

@@ -152,6 +152,7 @@ class FlowMatchingEditor:
         """
         return flow_level(strength)
 
+    @torch.no_grad()
     def _velocity(
         self,
         latents: Float[Tensor, "b c h w"],
@@ -169,26 +170,14 @@ class FlowMatchingEditor:
             level: Level of the latents.
             **positions: The transformer's own arguments for the positions of the tokens.
         """
-        tokens = torch.cat([pack(latents), pack(reference)], dim=1)
-        velocity = self._velocity_of_tokens(tokens, text, level, **positions)
-        return unpack(velocity[:, : latents[0, 0].numel()], *latents.shape[2:])
-
-    @torch.no_grad()
-    def _velocity_of_tokens(
-        self,
-        tokens: Float[Tensor, "b tokens c"],
-        text: Float[Tensor, "b text_tokens width"],
-        level: NoiseLevel,
-        **positions: Any,
-    ) -> Float[Tensor, "b tokens c"]:
-        """The transformer's prediction for tokens of images, float32; arguments as of `_velocity`."""
-        return self.transformer(
-            hidden_states=tokens.to(self._dtype),
+        velocity = self.transformer(
+            hidden_states=torch.cat([pack(latents), pack(reference)], dim=1).to(self._dtype),
             encoder_hidden_states=text.to(self._dtype),
-            timestep=torch.full((len(tokens),), level.time, device=self.device),
+            timestep=torch.full((len(latents),), level.time, device=self.device),
             return_dict=False,
             **positions,
-        )[0].float()
+        )[0]
+        return unpack(velocity[:, : latents[0, 0].numel()].float(), *latents.shape[2:])
 
     def split(
         self, prediction: Float[Tensor, "b c h w"], latents: Float[Tensor, "b c h w"], level: NoiseLevel

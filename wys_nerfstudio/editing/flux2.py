@@ -5,7 +5,6 @@ tokens, the reference's tokens and the text's. Base models are guided against th
 guidance, in a few steps.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,10 +13,9 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from wys_nerfstudio import relevance
 from wys_nerfstudio.editing.editor import (
     Branch,
     EditorProfile,
@@ -31,10 +29,7 @@ from wys_nerfstudio.editing.flow_matching import (
     edit_defaults,
     flow_level,
     load_parts,
-    pack,
-    unpack,
 )
-from wys_nerfstudio.editing.flux2_cache import KeyValueCache
 from wys_nerfstudio.editing.parts import (
     INDEX,
     check_computes,
@@ -58,8 +53,8 @@ DISTILLED_STEPS = 4
 
 @dataclass
 class Flux2Editor(FlowMatchingEditor):
-    """Networks and noise levels of a FLUX.2 klein. Implements `RegionEditor`. The text encoder, as large as the transformer, is
-    on the CPU except while a text is encoded."""
+    """Networks and noise levels of a FLUX.2 klein. Implements `Editor`. The text encoder, as large as the transformer, is on
+    the CPU except while a text is encoded."""
 
     tokenizer: Any
     """Its tokenizer, with a chat template."""
@@ -206,45 +201,6 @@ class Flux2Editor(FlowMatchingEditor):
         def predict(latents: Tensor, level: NoiseLevel) -> Sequence[Tensor]:
             noisy = latents.repeat(count, 1, 1, 1)
             return self._velocity(noisy, reference, text, level, img_ids=image_ids, txt_ids=text_ids).chunk(count)
-
-        return predict
-
-    def region_predictor(
-        self,
-        condition: Float[Tensor, "b c h w"],
-        instruction: str,
-        branches: Sequence[Branch],
-        region: Bool[Tensor, "b h w"],
-        full_pass_every: int,
-    ) -> Predictor:
-        """Bind the conditions of a batch of images, of which most steps predict a region only; see `RegionEditor`.
-
-        A step computes the noisy tokens in and next to the region. The other tokens have the keys and values of the last
-        step that computed all. Image by image, because regions differ in size.
-        """
-        count, (height, width) = len(branches), condition.shape[2:]
-        predict_all = self.predictor(condition, instruction, branches)
-        text = self._text_rows(instruction, branches, 1)
-        image_ids, text_ids = self._positions(condition, text)
-        inside = relevance.dilate(region).flatten(1)
-        # Tokens are numbered as in a pass: text, noisy, reference.
-        cached = torch.ones(len(region), len(text_ids) + len(image_ids), dtype=torch.bool, device=region.device)
-        cached[:, len(text_ids) : len(text_ids) + height * width] = ~inside
-        tokens = [(torch.nonzero(x)[:, 0], torch.nonzero(y)[:, 0]) for x, y in zip(inside, cached)]
-        cache, steps = KeyValueCache(), itertools.count()
-
-        def predict(latents: Tensor, level: NoiseLevel) -> Sequence[Tensor]:
-            if next(steps) % full_pass_every == 0:
-                with cache.filled_by(self.transformer):
-                    return predict_all(latents, level)
-            noisy = pack(latents)
-            result = noisy.new_zeros(count, *noisy.shape)
-            for i, (computed, others) in enumerate(tokens):
-                rows = noisy[i, computed].expand(count, -1, -1)
-                positions = {"img_ids": image_ids[computed], "txt_ids": text_ids[:0]}
-                with cache.completing(self.transformer, slice(i, None, len(noisy)), others):
-                    result[:, i, computed] = self._velocity_of_tokens(rows, text[:, :0], level, **positions)
-            return [unpack(velocity, height, width) for velocity in result]
 
         return predict
 

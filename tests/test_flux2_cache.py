@@ -1,28 +1,29 @@
-"""Steps of FLUX.2 klein that compute the mask's tokens only: exact where nothing else has changed, and cheaper."""
+"""The benchmark's steps of FLUX.2 klein that compute the mask's tokens only: exact where nothing else has changed, and cheaper."""
 
-from dataclasses import replace
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from flux2_folder import build_flux2_folder
-from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+from flux2_cache import RegionEditor
+from meta_device import operation_counter
 
 from wys_nerfstudio import relevance
-from wys_nerfstudio.editing import EditOptions, EditSettings, edit_images, load_editor
-from wys_nerfstudio.editing.edit import check_supported
-from wys_nerfstudio.editing.editor import Predictor, RegionEditor
+from wys_nerfstudio.editing import EditSettings, edit_images, load_editor
+from wys_nerfstudio.editing.editor import Predictor
 from wys_nerfstudio.editing.flux2 import Flux2Editor
-from wys_nerfstudio.utils.errors import WysError
 
 INSTRUCTION = "turn the bear into a panda"
-SETTINGS = EditSettings(guidance_scale=4.0, image_guidance_scale=1.0, diffusion_steps=6, full_pass_every=3)
+SETTINGS = EditSettings(guidance_scale=4.0, image_guidance_scale=1.0, diffusion_steps=6)
 
 
 @pytest.fixture(scope="module")
 def editor(tmp_path_factory: pytest.TempPathFactory) -> Flux2Editor:
     editor = load_editor(str(build_flux2_folder(tmp_path_factory.mktemp("flux2"))))
-    assert isinstance(editor, Flux2Editor) and isinstance(editor, RegionEditor)
+    assert isinstance(editor, Flux2Editor)
     for name, weight in editor.transformer.named_parameters():
         if "to_out" in name or "to_add_out" in name or "to_qkv_mlp_proj" in name:
             weight.mul_(4)  # or the tokens of an untrained transformer hardly depend on each other
@@ -44,9 +45,8 @@ def region() -> torch.Tensor:
 def predictors(editor: Flux2Editor, condition, region, full_pass_every: int) -> tuple[Predictor, Predictor]:
     """Predictors of the whole images and of the region."""
     branches = editor.branches(4.0, 1.0)
-    return editor.predictor(condition, INSTRUCTION, branches), editor.region_predictor(
-        condition, INSTRUCTION, branches, region, full_pass_every
-    )
+    regional = RegionEditor(editor, region, full_pass_every)
+    return editor.predictor(condition, INSTRUCTION, branches), regional.predictor(condition, INSTRUCTION, branches)
 
 
 def test_region_is_exact_where_nothing_has_changed_outside(editor, condition, region):
@@ -76,17 +76,23 @@ def test_region_depends_on_its_own_latents_and_on_the_first_steps(editor, condit
     assert all(1e-4 < error < 0.5 for error in [*errors[1:3], *errors[4:]]), errors
 
 
-def test_edits_with_a_full_mask_and_with_every_pass_whole_are_exact(editor):
+def edit(editor: Flux2Editor, images, masks, full_pass_every: int, seeds: list[int]) -> torch.Tensor:
+    """Edit images in their masks by a run of 6 steps from pure noise."""
+    region = relevance.latent_mask(masks, *editor.latent_size(*masks.shape[1:]))
+    regional = RegionEditor(editor, region, full_pass_every)
+    return edit_images(regional, images, images, masks, INSTRUCTION, SETTINGS, strength=1.0, seeds=seeds)
+
+
+def test_edits_with_every_pass_whole_are_exact(editor):
     image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(3))
     mask = torch.zeros(1, 64, 64, dtype=torch.bool)
     mask[:, 8:40, 16:48] = True
 
-    def edit(mask: torch.Tensor, full_pass_every: int) -> torch.Tensor:
-        settings = replace(SETTINGS, full_pass_every=full_pass_every)
-        return edit_images(editor, image, image, mask, INSTRUCTION, settings, strength=1.0, seeds=[0])
-
-    assert torch.equal(edit(torch.ones_like(mask), 3), edit(torch.ones_like(mask), 1))
-    exact, approximate = edit(mask, 1), edit(mask, 3)
+    exact, whole, approximate = (
+        edit_images(editor, image, image, mask, INSTRUCTION, SETTINGS, strength=1.0, seeds=[0]),
+        *(edit(editor, image, mask, every, [0]) for every in (1, 3)),
+    )
+    assert torch.equal(exact, whole)
     assert torch.equal(exact[~mask], approximate[~mask])
     change = (exact - image)[mask].square().mean().sqrt()
     assert 1e-4 < (exact - approximate)[mask].square().mean().sqrt() < 0.2 * change
@@ -96,12 +102,10 @@ def test_views_with_different_masks_are_edited_as_one_by_one(editor):
     images = torch.rand(2, 64, 80, 3, generator=torch.Generator().manual_seed(4))
     masks = torch.zeros(2, 64, 80, dtype=torch.bool)
     masks[0, 8:24, 8:24] = masks[1, 30:, 20:70] = True
-    together = edit_images(editor, images, images, masks, INSTRUCTION, SETTINGS, strength=0.8, seeds=[5, 6])
+    together = edit(editor, images, masks, 3, [5, 6])
     for i, seed in enumerate((5, 6)):
         one = slice(i, i + 1)
-        alone = edit_images(
-            editor, images[one], images[one], masks[one], INSTRUCTION, SETTINGS, strength=0.8, seeds=[seed]
-        )
+        alone = edit(editor, images[one], masks[one], 3, [seed])
         torch.testing.assert_close(together[one], alone, atol=1e-5, rtol=0)
 
 
@@ -111,7 +115,7 @@ def test_a_region_step_computes_its_tokens_only(editor, condition, region):
     regional(noise, level)
     flops = []
     for predict in (whole, regional):
-        with FlopCounterMode(display=False) as counter:
+        with operation_counter() as counter:
             predict(noise, level)
         flops.append(counter.get_total_flops())
     text, tokens = editor.encode_text("").shape[1], int(relevance.dilate(region[:1]).sum())
@@ -130,11 +134,3 @@ def test_attention_of_the_transformer_is_restored(editor, condition, region):
     with pytest.raises(RuntimeError):
         regional(condition[:, :5], level)
     assert processors() == before
-
-
-def test_editors_without_regions_refuse_the_option(editor, editor_folder: Path):
-    check_supported(editor, [INSTRUCTION], SETTINGS)
-    with pytest.raises(WysError, match="leave out --full-pass-every .* not 3"):
-        check_supported(load_editor(str(editor_folder)), ["make the ball blue"], SETTINGS)
-    with pytest.raises(WysError, match="--full-pass-every must be at least 1"):
-        EditOptions(full_pass_every=0).check()

@@ -1,17 +1,23 @@
-"""Keys and values of FLUX.2's tokens from an earlier pass, so that a later one computes some of the tokens only.
+"""An editor of FLUX.2 whose steps compute some of the tokens only, with keys and values of the others from an earlier step.
 
 In each attention layer the tokens of a pass attend to each other. Where most of them have hardly changed since an earlier pass, their
-keys and values of that pass stand in for them, and nothing else of them is needed.
+keys and values of that pass stand in for them, and nothing else of them is needed. The package does not do this: see the figures.
 """
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from wys_nerfstudio import relevance
+from wys_nerfstudio.editing.editor import Branch, NoiseLevel, Predictor
+from wys_nerfstudio.editing.flow_matching import pack, unpack
+from wys_nerfstudio.editing.flux2 import Flux2Editor
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From queries, keys and values (b, tokens, heads, width), after the rotary embedding, to the attention's result."""
@@ -51,6 +57,59 @@ class KeyValueCache:
 
         with _replaced_attention(transformer, attend):
             yield
+
+
+@dataclass(frozen=True)
+class RegionEditor:
+    """An editor that computes the whole image in some steps of a denoising run only, and a region in the others."""
+
+    editor: Flux2Editor
+    """The editor."""
+    region: Bool[Tensor, "b h w"]
+    """Latents where predictions are needed; in the steps in between they are zero elsewhere."""
+    full_pass_every: int
+    """Steps from one that computes the whole image to the next, counted from the first step."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.editor, name)
+
+    def predictor(self, condition: Float[Tensor, "b c h w"], instruction: str, branches: Sequence[Branch]) -> Predictor:
+        """Bind the conditions of a batch of images for one denoising run; arguments as in `Editor`.
+
+        A step computes the noisy tokens in and next to the region. The other tokens have the keys and values of the last
+        step that computed all. Image by image, because regions differ in size.
+        """
+        editor, count, (height, width) = self.editor, len(branches), condition.shape[2:]
+        predict_all = editor.predictor(condition, instruction, branches)
+        text = editor._text_rows(instruction, branches, 1)
+        image_ids, text_ids = editor._positions(condition, text)
+        inside = relevance.dilate(self.region).flatten(1)
+        # Tokens are numbered as in a pass: text, noisy, reference.
+        cached = torch.ones(len(inside), len(text_ids) + len(image_ids), dtype=torch.bool, device=inside.device)
+        cached[:, len(text_ids) : len(text_ids) + height * width] = ~inside
+        tokens = [(torch.nonzero(x)[:, 0], torch.nonzero(y)[:, 0]) for x, y in zip(inside, cached)]
+        cache, steps = KeyValueCache(), itertools.count()
+
+        @torch.no_grad()
+        def predict(latents: Tensor, level: NoiseLevel) -> Sequence[Tensor]:
+            if next(steps) % self.full_pass_every == 0:
+                with cache.filled_by(editor.transformer):
+                    return predict_all(latents, level)
+            noisy = pack(latents)
+            result = noisy.new_zeros(count, *noisy.shape)
+            for i, (computed, others) in enumerate(tokens):
+                with cache.completing(editor.transformer, slice(i, None, len(noisy)), others):
+                    result[:, i, computed] = editor.transformer(
+                        hidden_states=noisy[i, computed].expand(count, -1, -1).to(editor._dtype),
+                        encoder_hidden_states=text[:, :0].to(editor._dtype),
+                        timestep=torch.full((count,), level.time, device=editor.device),
+                        img_ids=image_ids[computed],
+                        txt_ids=text_ids[:0],
+                        return_dict=False,
+                    )[0].float()
+            return [unpack(velocity, height, width) for velocity in result]
+
+        return predict
 
 
 def _attention(
