@@ -7,7 +7,6 @@ from typing import Any
 
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.configs.base_config import LoggingConfig, ViewerConfig
-from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.engine.schedulers import ExponentialDecaySchedulerConfig
 from nerfstudio.plugins.types import MethodSpecification
 
@@ -17,6 +16,7 @@ from wys_nerfstudio.model import WysModelConfig
 from wys_nerfstudio.pipeline import WysPipelineConfig
 from wys_nerfstudio.trainer import WysTrainerConfig
 from wys_nerfstudio.training.checkpoint import register_safe_globals
+from wys_nerfstudio.training.optimizers import FusedAdamConfig
 
 # Here, because every ns-* command imports this module and may load a checkpoint.
 register_safe_globals()
@@ -25,7 +25,7 @@ register_safe_globals()
 def _optimizers(final_lr: float, decay_steps: int) -> dict[str, Any]:
     def decayed(lr: float = 1e-2, lr_final: float = final_lr) -> dict[str, Any]:
         return {
-            "optimizer": AdamOptimizerConfig(lr=lr, eps=1e-15),
+            "optimizer": FusedAdamConfig(lr=lr, eps=1e-15),
             "scheduler": ExponentialDecaySchedulerConfig(lr_final=lr_final, max_steps=decay_steps),
         }
 
@@ -35,7 +35,7 @@ def _optimizers(final_lr: float, decay_steps: int) -> dict[str, Any]:
         "camera_opt": decayed(1e-3, 1e-4),
         # No schedule: it would have decayed before the relevance head takes its first step.
         # Where little is relevant, a rate of 1e-2 can collapse the head to zero in its first steps.
-        "relevance": {"optimizer": AdamOptimizerConfig(lr=3e-3, eps=1e-15), "scheduler": None},
+        "relevance": {"optimizer": FusedAdamConfig(lr=3e-3, eps=1e-15), "scheduler": None},
     }
 
 

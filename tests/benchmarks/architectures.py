@@ -79,6 +79,41 @@ def flux2_klein() -> dict[str, Any]:
     return {"transformer": transformer, "vae": AutoencoderKLFlux2(), "text_encoder": Qwen3ForCausalLM(text)}
 
 
+def qwen_image_edit() -> dict[str, Any]:
+    """Networks of Qwen-Image-Edit by their names in `QwenEditor`."""
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=64,
+        out_channels=16,
+        num_layers=60,
+        attention_head_dim=128,
+        num_attention_heads=24,
+        joint_attention_dim=3584,
+        axes_dims_rope=(16, 56, 56),
+    )
+    text = {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    }
+    vision = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+    }
+    text_encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    return {"transformer": transformer, "vae": AutoencoderKLQwenImage(), "text_encoder": text_encoder}
+
+
 def _autoencoder(sample_size: int) -> Any:
     from diffusers import AutoencoderKL
 

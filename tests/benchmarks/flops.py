@@ -23,15 +23,30 @@ import tyro
 from meta_device import Cost, count, on_meta_device
 
 from wys_nerfstudio.config import wys
-from wys_nerfstudio.editing import EditOptions, EditSettings, edit_images, flux2, relevance_maps, sdxl, stable_diffusion
+from wys_nerfstudio.editing import (
+    EditOptions,
+    EditSettings,
+    edit_images,
+    flux2,
+    qwen,
+    relevance_maps,
+    sdxl,
+    stable_diffusion,
+)
 from wys_nerfstudio.editing.flux2 import Flux2Editor
+from wys_nerfstudio.editing.qwen import QwenEditor
 from wys_nerfstudio.editing.sdxl import SdxlEditor
 from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor
 from wys_nerfstudio.training.schedule import strength_of_edit
 
 INSTRUCTION = "turn the bear into a panda"
 
-AnyEditor = StableDiffusionEditor | Flux2Editor
+AnyEditor = StableDiffusionEditor | Flux2Editor | QwenEditor
+
+QWEN_TEMPLATE_TOKENS = 64
+"""First tokens of Qwen-Image-Edit's prompt, whose states diffusers leaves out (`prompt_template_encode_start_idx`)."""
+QWEN_TEXT_TOKENS = 24
+"""Its further tokens, beside the image's, with a short instruction."""
 
 
 @dataclass
@@ -93,7 +108,8 @@ class Weights:
     resident_gb: float
     """GB of the weights that are on the device during maps and edits."""
     text_tflop: float
-    """TFLOP of the states of an instruction and of the empty instruction, computed once in a run."""
+    """TFLOP of the states of an instruction and of the empty instruction, computed once in a run; of Qwen-Image-Edit, whose text
+    encoder sees the image, in every map and edit."""
 
 
 # ----------------------------------------------------------------------------------------------------------------- editors
@@ -103,6 +119,7 @@ class FullLengthTokenizer:
     """Stands in for a tokenizer: every text has the largest number of tokens, as after padding."""
 
     unk_token_id = pad_token_id = None
+    all_special_ids = ()
 
     def __init__(self, length: int) -> None:
         self.model_max_length = length
@@ -118,6 +135,26 @@ class FullLengthTokenizer:
         return SimpleNamespace(input_ids=torch.ones(1, length, dtype=torch.long), attention_mask=mask)
 
 
+class ShortTextProcessor:
+    """Stands in for Qwen-Image-Edit's processor: images are prepared as by its own, and every text is equally long."""
+
+    def __init__(self) -> None:
+        from transformers import Qwen2VLImageProcessor
+
+        self.tokenizer = FullLengthTokenizer(QWEN_TEXT_TOKENS)
+        self.image_processor = Qwen2VLImageProcessor()
+
+    def __call__(self, text: list[str], images: list[Any], **arguments: Any) -> dict[str, torch.Tensor]:
+        """Tokens of texts with one image each, and the images' patches."""
+        inputs = self.image_processor(images=images, **arguments)
+        tokens = (
+            QWEN_TEMPLATE_TOKENS
+            + QWEN_TEXT_TOKENS
+            + int(inputs["image_grid_thw"][0].prod()) // self.image_processor.merge_size**2
+        )
+        return {"input_ids": torch.ones(len(text), tokens, dtype=torch.long), **inputs}
+
+
 def build_editors() -> "list[AnyEditor]":
     """All editors on the meta device, in their half precision; each with `architectures`' networks."""
     from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -130,8 +167,13 @@ def build_editors() -> "list[AnyEditor]":
         "prediction_type": "epsilon",
     }
     with torch.device("meta"):
-        networks = [architectures.stable_diffusion(), architectures.sdxl(), architectures.flux2_klein()]
-    profiles = [stable_diffusion.profile({}), sdxl.profile({}), flux2.profile({})]
+        networks = [
+            architectures.stable_diffusion(),
+            architectures.sdxl(),
+            architectures.flux2_klein(),
+            architectures.qwen_image_edit(),
+        ]
+    profiles = [stable_diffusion.profile({}), sdxl.profile({}), flux2.profile({}), qwen.profile({})]
     for parts, profile in zip(networks, profiles):
         for network in parts.values():
             torch.nn.Module.to(network, getattr(torch, profile.half_precision))  # diffusers' own `to` warns
@@ -143,11 +185,21 @@ def build_editors() -> "list[AnyEditor]":
         "tokenizer": FullLengthTokenizer(flux2.MAX_TOKENS),
         "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
     }
+    qwen_scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+    of_qwen: dict[str, Any] = {
+        "scheduler": qwen_scheduler,
+        "processor": ShortTextProcessor(),
+        "template": "{}",
+        "template_tokens": QWEN_TEMPLATE_TOKENS,
+    }
     return [
         StableDiffusionEditor("InstructPix2Pix", **networks[0], **diffusion),
         SdxlEditor("SDXL InstructPix2Pix", **networks[1], **diffusion, **second),
         Flux2Editor("FLUX.2-klein-base-4B", profiles[2], **networks[2], **flow),
         Flux2Editor("FLUX.2-klein-4B", flux2.profile({"is_distilled": True}), **networks[2], **flow),
+        QwenEditor("Qwen-Image-Edit", profiles[3], **networks[3], **of_qwen),
     ]
 
 
@@ -230,24 +282,25 @@ def row_of(editor: AnyEditor, side: int, options: Options) -> Row:
     of_image, of_scene = (EditOptions().resolve(of) for of in (editor.profile.of_images, editor.profile.of_scenes))
     one_map, maps = (map_cost(editor, side, of_scene, batch) for batch in (1, options.batch))
     # Both settings have the same branches. Every further step is the same work.
-    one_step, two_steps = (edit_cost(editor, side, replace(of_scene, diffusion_steps=steps)) for steps in (1, 2))
-    step = two_steps.flop - one_step.flop
+    two_steps, three_steps = (edit_cost(editor, side, replace(of_scene, diffusion_steps=steps)) for steps in (2, 3))
+    step = three_steps.flop - two_steps.flop
+    fixed = two_steps.flop - 2 * step
     size, steps = editor.latent_size(side, side), of_scene.diffusion_steps
     scene_steps = mean(len(editor.noise_levels(s, steps, size)) - 1 for s in strengths_of_edits(options.edits))
-    scene_edit = one_step.flop + (scene_steps - 1) * step
+    scene_edit = fixed + scene_steps * step
     return Row(
         editor=editor.name,
         side=side,
         map_tflop=one_map.flop / 1e12,
         step_tflop=step / 1e12,
-        edit_tflop=(one_step.flop + (of_image.diffusion_steps - 1) * step) / 1e12,
+        edit_tflop=(fixed + of_image.diffusion_steps * step) / 1e12,
         edit_steps=of_image.diffusion_steps,
         scene_edit_tflop=scene_edit / 1e12,
         scene_edit_steps=scene_steps,
         scene_pflop=(options.views * one_map.flop + options.edits * scene_edit) / 1e15,
         map_gb=one_map.peak_bytes / 1e9,
         maps_gb=maps.peak_bytes / 1e9,
-        edit_gb=two_steps.peak_bytes / 1e9,
+        edit_gb=three_steps.peak_bytes / 1e9,
     )
 
 

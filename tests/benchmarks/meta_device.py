@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from wys_nerfstudio import relevance
+from wys_nerfstudio.editing import qwen
 
 EDITING = "wys_nerfstudio.editing"
 FUSED_ATTENTION: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -105,14 +106,29 @@ def fused_attention(
     return FUSED_ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
+def states_of_texts_with_pictures(editor: qwen.QwenEditor, pictures: list[Any], instruction: str) -> Tensor:
+    """`QwenEditor._text_states` without values: of the text encoder both networks, but not the places and positions of tokens."""
+    text = editor.template.format(qwen.IMAGE_IN_TEXT + instruction)
+    inputs = editor.processor(text=[text] * len(pictures), images=pictures, return_tensors="pt")
+    model, weight = editor.text_encoder.model, editor._weight
+    pixels = inputs["pixel_values"].to(weight)
+    width = model.visual.config.hidden_size // model.visual.config.num_heads
+    rotations = (weight.new_empty(len(pixels), width, dtype=torch.float32),) * 2
+    with mock.patch.object(model.visual.rotary_pos_emb, "forward", lambda *_: rotations):
+        model.visual(pixels, grid_thw=inputs["image_grid_thw"])
+    tokens = weight.new_empty(*inputs["input_ids"].shape, model.language_model.config.hidden_size)
+    return model.language_model(inputs_embeds=tokens, use_cache=False).last_hidden_state[:, editor.template_tokens :]
+
+
 @contextmanager
 def on_meta_device() -> Iterator[None]:
     """Context in which maps and edits run on the meta device: what needs values of tensors there is replaced.
 
     That is a mask's reduction to the latents, which first asks whether the mask is full, the check of the VAE's results for
-    overflow, and the exchange of klein's text encoder and transformer. Attention is a fused kernel, as on a GPU; the meta device
-    would have its whole matrix in memory.
+    overflow, the exchange of klein's text encoder and transformer, and Qwen's images for its text encoder. Attention is a fused
+    kernel, as on a GPU; the meta device would have its whole matrix in memory.
     """
+    black_picture = qwen._picture
 
     def latent_mask(mask: Tensor, latents: Tensor) -> Tensor:
         return relevance.latent_mask(mask, latents.shape[2], latents.shape[3])
@@ -126,6 +142,8 @@ def on_meta_device() -> Iterator[None]:
             f"{EDITING}.stable_diffusion.apply_vae": apply_vae,
             f"{EDITING}.flow_matching.apply_vae": apply_vae,
             f"{EDITING}.flux2.Flux2Editor._text_encoder_on_device": lambda _: nullcontext(torch.device("meta")),
+            f"{EDITING}.qwen._picture": lambda image: black_picture(torch.zeros(image.shape)),
+            f"{EDITING}.qwen.QwenEditor._text_states": torch.no_grad()(states_of_texts_with_pictures),
             "torch.nn.functional.scaled_dot_product_attention": fused_attention,
         }.items():
             stack.enter_context(mock.patch(target, replacement))
