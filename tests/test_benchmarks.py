@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import page_tables
 import pytest
 import torch
 from flux2_folder import build_flux2_folder
@@ -37,6 +38,7 @@ import views
 from wys_nerfstudio.config import wys_tiny
 from wys_nerfstudio.demo.scene import write_demo_scene
 from wys_nerfstudio.editing import EditOptions, Editor, EditSettings, edit_images, load_editor, relevance_maps
+from wys_nerfstudio.editing.flux2 import Flux2Editor
 from wys_nerfstudio.editing.qwen import QwenEditor
 from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor
 from wys_nerfstudio.training.schedule import strength_of_edit
@@ -217,27 +219,52 @@ def test_counts_equal_those_of_real_runs(small_editors: list[Any]) -> None:
         assert maps.flop == real_maps.get_total_flops() > 0
 
 
-def test_flops_adds_up_maps_and_edits_of_a_scene(
+def test_flops_adds_up_maps_and_edits_of_a_scene(small_editors: list[Any]) -> None:
+    options = flops.Options(Path(), views=3, edits=5)
+    with meta_device.on_meta_device():
+        for editor in map(on_meta, small_editors):
+            weights = flops.weights_of(editor)  # first: text states are kept
+            row = flops.row_of(editor, 64, options)
+            steps = [len(editor.noise_levels(strength_of_edit(0, i, 0.02, 0.98), 20, (8, 8))) - 1 for i in range(5)]
+            assert row.scene_edit_steps == sum(steps) / 5
+            settings = EditOptions(diffusion_steps=4).resolve(editor.profile.of_scenes)
+            fixed = flops.edit_cost(editor, 64, settings).flop / 1e12 - 4 * row.step_tflop
+            assert row.edit_tflop == pytest.approx(fixed + row.edit_steps * row.step_tflop)
+            edits = 5 * fixed + sum(steps) * row.step_tflop
+            assert row.scene_pflop == pytest.approx((3 * row.map_tflop + edits) / 1000)
+            assert weights.resident_gb < row.edit_gb and row.map_gb < row.maps_gb
+            assert weights.gb == pytest.approx(4e-9 * sum(weights.parameters.values()))
+            assert (weights.gb > weights.resident_gb) == isinstance(editor, Flux2Editor)  # its text encoder
+            assert (weights.text_tflop > 0) != isinstance(editor, QwenEditor)  # part of maps and edits
+
+
+def test_flops_writes_the_tables_of_the_page(
     small_editors: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flops, "build_editors", lambda: [on_meta(editor) for editor in small_editors])
     flops.main(flops.Options(tmp_path, sides=(64,), views=3, edits=5))
-    assert "| 8 maps, GB |" in capsys.readouterr().out
-    result = json.loads((tmp_path / "flops.json").read_text())
-    for editor, row, weights in zip(small_editors, result["rows"], result["weights"]):
-        steps = [len(editor.noise_levels(strength_of_edit(0, i, 0.02, 0.98), 20, (8, 8))) - 1 for i in range(5)]
-        assert row["scene_edit_steps"] == sum(steps) / 5
-        with meta_device.on_meta_device():
-            settings = EditOptions(diffusion_steps=4).resolve(editor.profile.of_scenes)
-            four_steps = flops.edit_cost(editor, 64, settings).flop / 1e12
-        fixed = four_steps - 4 * row["step_tflop"]
-        assert row["edit_tflop"] == pytest.approx(fixed + row["edit_steps"] * row["step_tflop"])
-        edits = 5 * fixed + sum(steps) * row["step_tflop"]
-        assert row["scene_pflop"] == pytest.approx((3 * row["map_tflop"] + edits) / 1000)
-        assert weights["resident_gb"] < row["edit_gb"] and row["map_gb"] < row["maps_gb"]
-        assert weights["gb"] == pytest.approx(4e-9 * sum(weights["parameters"].values()))
-    assert [w["gb"] == w["resident_gb"] for w in result["weights"]] == [True, False, True]  # klein's text encoder
-    assert [w["text_tflop"] > 0 for w in result["weights"]] == [True, True, False]  # Qwen's are part of maps and edits
+    assert "| 8 maps at 64, GB |" in capsys.readouterr().out
+    names = [editor.name for editor in small_editors]
+    for name in ("flops.json", "flops-memory.json"):
+        record = json.loads((tmp_path / name).read_text("utf8"))
+        assert [row[0] for row in record["rows"]] == names
+        assert {len(row) for row in record["rows"]} == {len(record["columns"])}
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(0.034, "0.03"), (2.718, "2.72"), (9.999, "10.00"), (28.57, "28.6"), (356.2, "356"), (7690.5, "7,690")],
+)
+def test_flops_rounds_to_three_digits(value: float, text: str) -> None:
+    assert flops.rounded(value) == text
+
+
+def test_the_page_has_the_operations_that_are_counted_now() -> None:
+    editor = next(editor for editor in flops.build_editors() if isinstance(editor, StableDiffusionEditor))
+    with meta_device.on_meta_device():
+        row = flops.row_of(editor, 512, flops.Options(Path()))
+    page = json.loads((page_tables.BENCHMARKS / "flops.json").read_text("utf8"))
+    assert flops.operations_table([row]) == [page["columns"], page["rows"][0]]
 
 
 def test_families_compares_three_parametrizations_of_one_editor(tmp_path: Path) -> None:

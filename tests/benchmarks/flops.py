@@ -3,14 +3,16 @@
 The package's own `relevance_maps` and `edit_images` run on torch's meta device, so that no weights and no GPU are needed. What is
 counted is what runs: every branch, encoding and decoding. Operations are those of matrix products, convolutions and attention, two
 per multiplication with addition. Memory is that of the weights, in each editor's half precision, and of all tensors that exist at
-the same time; the CUDA context, workspaces of cuDNN and fragmentation come on top. Writes `flops.json`.
+the same time; the CUDA context, workspaces of cuDNN and fragmentation come on top. Writes the page's tables, `flops.json` and
+`flops-memory.json`.
 
     python tests/benchmarks/flops.py --output DIR
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from statistics import mean
@@ -54,7 +56,7 @@ class Options:
     """Options of the benchmark."""
 
     output: Path
-    """Folder for flops.json."""
+    """Folder for the tables."""
     sides: tuple[int, ...] = (512, 1024)
     """Sides of the square images, in pixels."""
     views: int = 100
@@ -304,36 +306,80 @@ def row_of(editor: AnyEditor, side: int, options: Options) -> Row:
     )
 
 
+def operations_table(rows: Sequence[Row]) -> list[list[str]]:
+    """Columns and rows of the page's table of operations."""
+    first = rows[0].scene_pflop
+    columns = [
+        "editor",
+        "side, px",
+        "relevance map, TFLOP",
+        "denoising step, TFLOP",
+        "edit of an image, TFLOP (steps)",
+        "mean edit of a scene, TFLOP (steps)",
+        "maps and edits of a scene, PFLOP",
+        f"relative to {rows[0].editor} at {rows[0].side}",
+    ]
+    return [
+        columns,
+        *(
+            [
+                row.editor,
+                str(row.side),
+                rounded(row.map_tflop),
+                rounded(row.step_tflop),
+                f"{rounded(row.edit_tflop)} ({row.edit_steps})",
+                f"{rounded(row.scene_edit_tflop)} ({row.scene_edit_steps:.1f})",
+                rounded(row.scene_pflop),
+                f"{row.scene_pflop / first:.1f}",
+            ]
+            for row in rows
+        ),
+    ]
+
+
+def memory_table(weights: Sequence[Weights], rows: Sequence[Row], batch: int) -> list[list[str]]:
+    """Columns and rows of the page's table of memory."""
+    sides = sorted({row.side for row in rows})
+    columns = ["editor", "parameters, billion", "all weights, GB", "weights on the device, GB", "texts, TFLOP"]
+    for side in sides:
+        columns += [f"edit at {side}, GB", f"map at {side}, GB", f"{batch} maps at {side}, GB"]
+    table = [columns]
+    for w in weights:
+        figures = [sum(w.parameters.values()) / 1e9, w.gb, w.resident_gb, w.text_tflop]
+        cells = [w.editor, f"{figures[0]:.2f}", *(f"{figure:.1f}" for figure in figures[1:])]
+        for row in (row for side in sides for row in rows if (row.editor, row.side) == (w.editor, side)):
+            cells += [f"{gb:.1f}" for gb in (row.edit_gb, row.map_gb, row.maps_gb)]
+        table.append(cells)
+    return table
+
+
+def rounded(value: float) -> str:
+    """Three digits, or all before the decimal point."""
+    return f"{value:,.{max(0, 2 - int(math.log10(value))) if value >= 1 else 2}f}"
+
+
+def write_table(path: Path, table: list[list[str]]) -> None:
+    """Print a table and write it as the page takes it."""
+    print("\n".join(f"| {' | '.join(cells)} |" for cells in (table[0], ["---"] * len(table[0]), *table[1:])))
+    record = {
+        "command": "python tests/benchmarks/flops.py --output DIR",
+        "hardware": f"torch's meta device, without weights; torch {torch.__version__.partition('+')[0]}",
+        "date": date.today().isoformat(),
+        "columns": table[0],
+        "rows": table[1:],
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n", "utf8")
+
+
 def main(options: Options) -> None:
-    """Count, print the tables and write the JSON file."""
+    """Count, print the tables and write them."""
     options.output.mkdir(parents=True, exist_ok=True)
     editors = build_editors()
     with on_meta_device():
         weights = [weights_of(editor) for editor in editors]
         rows = [row_of(editor, side, options) for side in options.sides for editor in editors]
-    print(
-        "| editor | billion parameters | weights, GB | of these on the device, GB | texts, TFLOP |\n|---|---|---|---|---|"
-    )
-    for w in weights:
-        total = sum(w.parameters.values()) / 1e9
-        print(f"| {w.editor} | {total:.2f} | {w.gb:.2f} | {w.resident_gb:.2f} | {w.text_tflop:.2f} |")
-    print(
-        "| editor | side | map | step | edit (steps) | edit of a scene (steps) | scene, PFLOP |\n|---|---|---|---|---|---|---|"
-    )
-    for r in rows:
-        edits = f"{r.edit_tflop:.1f} ({r.edit_steps}) | {r.scene_edit_tflop:.1f} ({r.scene_edit_steps:.1f})"
-        print(f"| {r.editor} | {r.side} | {r.map_tflop:.2f} | {r.step_tflop:.2f} | {edits} | {r.scene_pflop:.1f} |")
-    print(f"| editor | side | a map, GB | {options.batch} maps, GB | an edit, GB |\n|---|---|---|---|---|")
-    for r in rows:
-        print(f"| {r.editor} | {r.side} | {r.map_gb:.1f} | {r.maps_gb:.1f} | {r.edit_gb:.1f} |")
-    result = {
-        "date": date.today().isoformat(),
-        "torch": torch.__version__,
-        "options": {name: str(value) for name, value in asdict(options).items()},
-        "weights": [asdict(w) for w in weights],
-        "rows": [asdict(row) for row in rows],
-    }
-    (options.output / "flops.json").write_text(json.dumps(result, indent=1), "utf8")
+    write_table(options.output / "flops.json", operations_table(rows))
+    write_table(options.output / "flops-memory.json", memory_table(weights, rows, options.batch))
 
 
 if __name__ == "__main__":
