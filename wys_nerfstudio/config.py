@@ -130,6 +130,7 @@ wys_tiny = MethodSpecification(
             relevance_outlier_factor=1000.0,
             relevance_num_samples=4,
             diffusion_steps=4,
+            solver_order=1,
             reconstruct_steps=800,
             localize_steps=400,
             edit_steps=600,

@@ -4,6 +4,7 @@ Images are (b, h, w, 3) in [0, 1], latents (b, c, h, w). A noise level is a pair
 `signal * clean + noise * eps`. That covers eps- and v-prediction (DDIM) and flow matching (Euler) with the same step.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ class EditDefaults:
     """How strongly the edit keeps to the input (S_I)."""
     diffusion_steps: int
     """Denoising steps from pure noise."""
+    solver_order: int
+    """Order of the sampler, as in `EditSettings`."""
     relevance_noise_level: float
     """Noise level of relevance maps (t_rel), as a share of the diffusion."""
 
@@ -89,6 +92,11 @@ class NoiseLevel:
     """Factor of the noise."""
     time: "int | float"
     """The model's own time: an integer timestep for Stable Diffusion, the noise itself for flow matching."""
+
+    @property
+    def log_ratio(self) -> float:
+        """Logarithm of signal over noise, for a level with noise; minus infinity without signal."""
+        return math.log(self.signal / self.noise) if self.signal else -math.inf
 
 
 @dataclass(frozen=True)
