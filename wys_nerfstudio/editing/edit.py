@@ -161,7 +161,7 @@ def relevance_maps(
     """
     for first in range(0, len(images), batch_size):
         with editor.full_precision():  # not across the yield: callers may edit in between
-            encoding = _encode(editor, images[first : first + batch_size], images, resolution)
+            encoding = encode_images(editor, images[first : first + batch_size], images, resolution)
             clean = encoding.latents
             level = editor.noise_level(noise_level, latent_size(clean))
             noise = seeded_noise(seeds[first : first + batch_size], (num_samples, *clean.shape[1:]), editor.device)
@@ -185,6 +185,7 @@ def edit_images(
     *,
     strength: float,
     seeds: Sequence[int],
+    encoded_reference: Optional[ImageEncoding] = None,
     on_progress: ProgressCallback = no_progress,
 ) -> Float[Tensor, "b h w 3"]:
     """Edit images inside a mask.
@@ -198,13 +199,25 @@ def edit_images(
         settings: Guidance, steps, resolution.
         strength: Noise that `images` start from, as a share of the diffusion in [0, 1]; 1 is pure noise.
         seeds: One per image.
+        encoded_reference: Encoding of `reference` if there is one, from `encode_images`.
         on_progress: Called after each step.
 
     Returns:
         Edited images in [0, 1] on the device of `reference`; outside the mask equal to `reference`, bit for bit.
     """
-    arguments = (editor, images, reference, mask, instruction, settings)
-    return _composite(_local_edit(*arguments, strength=strength, seeds=seeds, on_progress=on_progress), reference, mask)
+    decoded = _local_edit(
+        editor,
+        images,
+        reference,
+        mask,
+        instruction,
+        settings,
+        strength=strength,
+        seeds=seeds,
+        encoded_reference=encoded_reference,
+        on_progress=on_progress,
+    )
+    return _composite(decoded, reference, mask)
 
 
 def _local_edit(
@@ -217,6 +230,7 @@ def _local_edit(
     *,
     strength: float,
     seeds: Sequence[int],
+    encoded_reference: Optional[ImageEncoding] = None,
     on_progress: ProgressCallback,
 ) -> Float[Tensor, "b edit_h edit_w 3"]:
     """Edit images inside a mask at latent resolution; arguments as in `edit_images`.
@@ -224,7 +238,8 @@ def _local_edit(
     Returns:
         Decoded images at the editing size, also outside the mask.
     """
-    start, kept = (_encode(editor, x, reference, settings.resolution) for x in (images, reference))
+    start = encode_images(editor, images, reference, settings.resolution)
+    kept = encoded_reference or encode_images(editor, reference, reference, settings.resolution)
     region = _latent_mask(mask, kept.latents)
     edited = masked_denoise(
         start=start.latents,
@@ -268,7 +283,7 @@ def sds_edit_images(
     Returns:
         Decoded images at the editing size, also outside the mask.
     """
-    encoding = _encode(editor, reference, reference, settings.resolution)
+    encoding = encode_images(editor, reference, reference, settings.resolution)
     predict = editor.predictor(encoding.condition, instruction, WITH_AND_WITHOUT_TEXT)
 
     def signed_relevance(latents: Tensor, level: NoiseLevel) -> Tensor:
@@ -457,8 +472,20 @@ def guided_denoiser(
     return denoise
 
 
-def _encode(editor: Editor, images: Tensor, reference: Tensor, resolution: Optional[int]) -> ImageEncoding:
-    """Encode images at the editing size of the reference. That of a render, which has other proportions by up to 2 %, can differ."""
+def encode_images(
+    editor: Editor,
+    images: Shaped[Tensor, "b image_h image_w 3"],
+    reference: Shaped[Tensor, "b h w 3"],
+    resolution: Optional[int],
+) -> ImageEncoding:
+    """Encode images at the editing size of the reference. That of a render, which has other proportions by up to 2 %, can differ.
+
+    Args:
+        editor: The editor.
+        images: Images in [0, 1] or with 8-bit values, of any size.
+        reference: The images themselves, or those that they are edits of.
+        resolution: As in `EditSettings`.
+    """
     size = editor.editing_size(reference.shape[1], reference.shape[2], resolution)
     images = images.to(editor.device)
     return editor.encode(resize_images(to_float(images), *size))

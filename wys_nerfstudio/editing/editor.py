@@ -106,7 +106,7 @@ class ImageEncoding:
     latents: Float[Tensor, "b c h w"]
     """Clean latents at the scale at which they are noised."""
     condition: Any
-    """The editor's own image condition, for `Editor.predictor`."""
+    """The editor's own image condition, for `Editor.predictor`: a tensor or a named tuple of tensors, with a row per image."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +244,25 @@ class RegionEditor(Editor, Protocol):
                 between are approximate.
         """
         ...
+
+
+def join_encodings(encodings: Sequence[ImageEncoding], device: "str | torch.device") -> ImageEncoding:
+    """Encodings of batches of images as that of one batch.
+
+    Args:
+        encodings: Of one editor and size.
+        device: Device of the result.
+    """
+
+    def join(parts: Sequence[Any]) -> Any:
+        if isinstance(parts[0], Tensor):
+            return torch.cat([part.to(device) for part in parts])
+        return type(parts[0])(*map(join, zip(*parts)))
+
+    latents = join([encoding.latents for encoding in encodings])
+    if all(encoding.condition is encoding.latents for encoding in encodings):
+        return ImageEncoding(latents, latents)
+    return ImageEncoding(latents, join([encoding.condition for encoding in encodings]))
 
 
 def size_in_cells(height: int, width: int, longer_side: int, cell: int) -> tuple[int, int]:
