@@ -778,6 +778,37 @@ def test_views_are_edited_by_the_editor_inside_their_masks(data, editor):
     assert data.edited_views == {1, 6}
 
 
+def test_reference_views_are_encoded_once_and_again_when_they_change(data, editor, monkeypatch):
+    settings, counts, encode = EditSettings(diffusion_steps=2), [], editor.encode
+    monkeypatch.setattr(editor, "encode", lambda images: counts.append(len(images)) or encode(images))
+    mask = torch.zeros(HEIGHT, WIDTH, dtype=torch.bool)
+    mask[4:20, 8:30] = True
+    render, everywhere = torch.rand(HEIGHT, WIDTH, 3), torch.ones(HEIGHT, WIDTH, dtype=torch.bool)
+
+    def edit(view: int) -> list[int]:
+        """Edit a view, compare the edit with one that encodes its reference anew, and return the encoder's calls."""
+        counts.clear()
+        inputs, options = [EditInput(view, render, everywhere, mask.float(), mask)], {"strength": 0.6, "seeds": [1]}
+        edited, calls = data.edit_views(editor, inputs, "make it red", settings, **options), list(counts)
+        arguments = (editor, render[None], data.reference_views([view]), mask[None], "make it red", settings)
+        assert torch.equal(edited, edit_images(*arguments, **options))
+        return calls
+
+    assert [edit(3), edit(3), edit(5), edit(3)] == [[1, 1], [1], [1, 1], [1]]
+    captured = data.views_state()
+    data.set_view(3, torch.rand(HEIGHT, WIDTH, 3))
+    assert edit(3) == [1]  # an edited view is no reference
+    data.start_from_current()
+    assert [edit(3), edit(3)] == [[1, 1], [1]]
+    on_top = data.views_state()
+    data.load_views_state(captured)
+    assert edit(3) == [1, 1]
+    data.load_views_state(on_top)
+    assert edit(3) == [1, 1]
+    data.start_from_captured()
+    assert edit(3) == [1, 1]
+
+
 def write_views(data: WysDataManager, folder: Path) -> list[str]:
     """Write the edited views as they are now; return the names of the files that were written."""
     before = {path: path.stat().st_mtime_ns for path in folder.parent.rglob("*.png")}

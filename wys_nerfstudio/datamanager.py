@@ -32,6 +32,7 @@ from wys_nerfstudio import relevance
 from wys_nerfstudio.editing import Editor, EditSettings, edit_images, relevance_maps
 from wys_nerfstudio.editing.edit import check_finite
 from wys_nerfstudio.editing.editor import resize_images
+from wys_nerfstudio.editing.encoding_cache import EncodingCache
 from wys_nerfstudio.editing.sampling import edit_seed
 from wys_nerfstudio.relevance.cache import MAPS_FILE, RelevanceRequest, find_maps, save_maps
 from wys_nerfstudio.training.capture_dataset import CaptureDataset
@@ -206,7 +207,7 @@ class WysDataManager(VanillaDataManager[CaptureDataset]):
         self._stack = ImageStack(
             self._captured.to(self.device) if on_device else self._captured.clone(), masks, self.device
         )
-        self._reference = self._captured
+        self._set_reference(self._captured)
         self.edited_views: set[int] = set()
         """Views that differ from the captured ones."""
         self.forget_relevance()
@@ -475,14 +476,28 @@ class WysDataManager(VanillaDataManager[CaptureDataset]):
             strength: Noise that the renders start from, as a share of the diffusion.
             seeds: Seed of the noise of each view.
         """
-        reference = self.reference_views([edit_input.view for edit_input in inputs])
+        views = [edit_input.view for edit_input in inputs]
+        # Before the views: Undo can replace both while this edit, which it discards, is computed.
+        encodings = self._encodings
+        reference = self.reference_views(views)
+        encoded = encodings.encode(editor, reference, views, settings.resolution)
         render, rendered, mask = (
             torch.stack([getattr(edit_input, name) for edit_input in inputs]).to(reference.device)
             for name in ("render", "rendered", "mask")
         )
         # Far from the mask the scene is not rendered; the reference view fills the rest.
         start = torch.where(rendered[..., None], render, resize_images(reference, *render.shape[1:3]))
-        return edit_images(editor, start, reference, mask, instruction, settings, strength=strength, seeds=seeds)
+        return edit_images(
+            editor,
+            start,
+            reference,
+            mask,
+            instruction,
+            settings,
+            strength=strength,
+            seeds=seeds,
+            encoded_reference=encoded,
+        )
 
     def set_view(self, view: int, image: Float[Tensor, "h w 3"]) -> None:
         """Replace a view by an image, in 8 bits as it is written to disk; the next ray batch uses it."""
@@ -522,7 +537,7 @@ class WysDataManager(VanillaDataManager[CaptureDataset]):
         for view, image in zip(state["edited"], state["current"]):
             self._stack.replace(view, image)
         if state["reference"] is not None:
-            self._reference = state["reference"]
+            self._set_reference(state["reference"])
         self.edited_views = set(state["edited"])
 
     def check_views(self, state: dict[str, Any]) -> None:
@@ -560,7 +575,7 @@ class WysDataManager(VanillaDataManager[CaptureDataset]):
     def start_from_captured(self) -> None:
         """Undo all edits of the views."""
         self._stack.images.copy_(self._captured)
-        self._reference = self._captured
+        self._set_reference(self._captured)
         self.edited_views = set()
 
     def start_from_current(self) -> None:
@@ -568,7 +583,12 @@ class WysDataManager(VanillaDataManager[CaptureDataset]):
         reference = torch.empty(self.num_views, *self.view_size, 3, dtype=torch.uint8)
         for place, image in zip(reference, self._stack.images):
             place.copy_(blend(image, self.background))
-        self._reference = reference
+        self._set_reference(reference)
+
+    def _set_reference(self, images: UInt8[Tensor, "n h w c"]) -> None:
+        """Replace what edits are conditioned on."""
+        self._reference = images
+        self._encodings = EncodingCache()
 
     @main_process_only
     def write_edited_views(self, folder: Path, state: dict[str, Any]) -> None:

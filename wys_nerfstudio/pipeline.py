@@ -107,9 +107,15 @@ class WysPipelineConfig(VanillaPipelineConfig):
     """How strongly edits follow the instruction (S_T). Default: the editor's own (7.5 for InstructPix2Pix)."""
     image_guidance_scale: Annotated[Optional[float], tyro.conf.arg(aliases=["--image-guidance-scale"])] = None
     """How strongly edits keep to the captured view (S_I). Default: the editor's own (1.5 for InstructPix2Pix)."""
+    solver_order: Optional[Literal[1, 2]] = None
+    """Sampler of edits: 1 is DDIM (of flow matching, Euler), 2 is DPM-Solver++(2M), which needs fewer steps. Default: the
+    editor's own (2 for InstructPix2Pix)."""
+    unconditional_every: Optional[int] = None
+    """Diffusion steps from one prediction without text and image to the next; in between, its difference to the prediction
+    without text is reused. 1 is exact. Default: the editor's own (2 for InstructPix2Pix)."""
     diffusion_steps: Optional[int] = None
     """Diffusion steps of an edit from pure noise; an edit from less noise takes proportionally fewer. Default: the
-    editor's own (20 for InstructPix2Pix)."""
+    editor's own (10 for InstructPix2Pix)."""
     min_strength: float = 0.02
     """Minimum noise that an edit starts from, as a share of the diffusion."""
     max_strength: float = 0.98
@@ -161,6 +167,8 @@ class WysPipelineConfig(VanillaPipelineConfig):
             guidance_scale=settings.guidance_scale,
             image_guidance_scale=settings.image_guidance_scale,
             diffusion_steps=self.diffusion_steps,
+            solver_order=self.solver_order,
+            unconditional_every=self.unconditional_every,
             resolution=self.edit_resolution,
             mask_threshold=settings.mask_threshold,
             relevance_noise_level=self.relevance_noise_level,

@@ -2,11 +2,11 @@
 
 The comparison is a slow reference in this file that follows Instruct-NeRF2NeRF's loop, and for relevance the method authors'
 release: one view at a time, all diffusion steps at any noise level, always three branches, sliced attention, single-precision
-weights (under autocast on a GPU), the condition encoded again for every edit, one relevance map per edit, whole views rendered in
-train mode with all outputs, edits between the forward and the backward pass of a step, and nerfstudio's own torch hash encoding.
-Both use the same networks, views, seeds and settings, are measured alternately, and are compared by their medians. On a CPU, CPU
-seconds of the process are measured, because other work on the machine disturbs them less than wall-clock time; with
-OMP_NUM_THREADS=1 they equal the wall-clock time on an idle machine.
+weights (under autocast on a GPU), 20 diffusion steps by DDIM, the condition encoded again for every edit (here once per view, before
+the measurement), one relevance map per edit, whole views rendered in train mode with all outputs, edits between the forward and the
+backward pass of a step, and nerfstudio's own torch hash encoding. Both use the same networks, views, seeds and settings, are measured
+alternately, and are compared by their medians. On a CPU, CPU seconds of the process are measured, because other work on the machine
+disturbs them less than wall-clock time; with OMP_NUM_THREADS=1 they equal the wall-clock time on an idle machine.
 
     wys demo-scene SCENE && ns-train wys-tiny --data SCENE --instruction "turn the bear into a panda" --vis tensorboard
     python tests/benchmarks/speed.py SCENE RUN/wys/captured.ckpt
@@ -21,7 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, Optional
@@ -38,6 +38,7 @@ from wys_nerfstudio import relevance
 from wys_nerfstudio.config import wys, wys_tiny
 from wys_nerfstudio.editing import EMBEDDED, EditSettings, edit_images, load_editor, relevance_maps
 from wys_nerfstudio.editing.editor import NoiseLevel, resize_images
+from wys_nerfstudio.editing.encoding_cache import EncodingCache
 from wys_nerfstudio.editing.loading import resolve_dtype
 from wys_nerfstudio.editing.sampling import add_noise, apply_guidance, seeded_noise
 from wys_nerfstudio.editing.stable_diffusion import PROFILE, StableDiffusionEditor
@@ -50,6 +51,8 @@ from wys_nerfstudio.utils.encodings import FastHashEncoding, use_fast_encodings
 from wys_nerfstudio.utils.visualization import read_png
 
 FULL_SIZE = "full-size"
+SLOW_STEPS = 20
+"""Diffusion steps of Instruct-NeRF2NeRF, where the method gives none."""
 
 
 @dataclass
@@ -245,6 +248,8 @@ def editing_rows(
         config: Options of the method.
     """
     count, settings = len(images), config.edit_settings(RunSettings.from_options(config), editor.profile)
+    slow_settings = replace(settings, diffusion_steps=config.diffusion_steps or SLOW_STEPS)
+    cache = EncodingCache()
     states = slow_states(slow, options.instruction)
     levels = config.min_strength, config.max_strength
     mask = torch.ones(images.shape[:3], dtype=torch.bool, device=images.device)
@@ -257,11 +262,12 @@ def editing_rows(
     def edit_slow(repeat: int) -> None:
         for view in range(count):
             image = images[view : view + 1]
-            slow_edit(slow, image, image, states, settings, strength(repeat, view), view)
+            slow_edit(slow, image, image, states, slow_settings, strength(repeat, view), view)
 
     def edit_ours(repeat: int) -> None:
         for first in range(0, count, options.batch):
-            part = slice(first, first + options.batch)
+            numbers = range(first, min(count, first + options.batch))
+            part = slice(numbers.start, numbers.stop)
             edit_images(
                 editor,
                 images[part],
@@ -270,7 +276,8 @@ def editing_rows(
                 options.instruction,
                 settings,
                 strength=strength(repeat, first),
-                seeds=list(range(first, min(count, first + options.batch))),
+                seeds=list(numbers),
+                encoded_reference=cache.encode(editor, images[part], numbers, settings.resolution),
             )
 
     def maps_slow(repeat: int) -> None:
@@ -282,10 +289,9 @@ def editing_rows(
         list(relevance_maps(editor, images, options.instruction, seeds=list(range(count))))
 
     scales = f"S_T {settings.guidance_scale:g}, S_I {settings.image_guidance_scale:g}"
+    steps = f"{settings.diffusion_steps} instead of {slow_settings.diffusion_steps} steps"
     return [
-        measure_alternately(
-            f"edit, {scales}, {settings.diffusion_steps} steps", edit_slow, edit_ours, options.repeats, count
-        ),
+        measure_alternately(f"edit, {scales}, {steps}", edit_slow, edit_ours, options.repeats, count),
         measure_alternately("relevance map", maps_slow, maps_ours, options.repeats, count),
     ]
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from conftest import build_editor_folder
 from profiled import peak_bytes
 
 from wys_nerfstudio import relevance
+from wys_nerfstudio.config import wys_tiny
 from wys_nerfstudio.editing import EditSettings, edit_images, load_editor, relevance_maps
+from wys_nerfstudio.editing import edit as edit_module
 from wys_nerfstudio.editing.edit import WITH_AND_WITHOUT_TEXT
 from wys_nerfstudio.editing.editor import resize_images
 from wys_nerfstudio.editing.sampling import add_noise, masked_denoise, seeded_noise
-from wys_nerfstudio.editing.stable_diffusion import StableDiffusionEditor, timesteps
+from wys_nerfstudio.editing.stable_diffusion import PROFILE, StableDiffusionEditor, timesteps
 from wys_nerfstudio.evaluation.metrics import psnr
 
 INSTRUCTION = "turn the bear into a panda"
@@ -367,6 +370,38 @@ def test_branches_that_cancel_out_are_not_evaluated(editor, scales, branches, mo
     near = edit(editor, images, full_mask(images), settings=EditSettings(scales[0] + 1e-4, scales[1] + 1e-4, 6))
     assert set(batches[len(batches) // 2 :]) == {6}
     assert (exact - near).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("every, expected", [(1, [6] * 6), (2, [6, 4] * 3), (4, [6, 4, 4, 4, 6, 4])])
+def test_the_unconditional_branch_can_be_skipped(editor, every, expected, monkeypatch):
+    images, batches = smooth_images(2), []
+    predict = StableDiffusionEditor.predict
+    monkeypatch.setattr(
+        StableDiffusionEditor, "predict", lambda self, *a: batches.append(len(a[0])) or predict(self, *a)
+    )
+    settings = EditSettings(4.0, 1.5, 6, unconditional_every=every)
+    exact, skipped = (
+        edit(editor, images, full_mask(images), settings=each, strength=1.0)
+        for each in (replace(settings, unconditional_every=1), settings)
+    )
+    assert batches == [6] * 6 + expected
+    assert torch.equal(exact, skipped) == (every == 1)
+
+
+@pytest.mark.parametrize("solver_order", [1, 2])
+def test_edits_take_the_order_of_the_sampler(editor, solver_order, monkeypatch):
+    orders, denoise = [], edit_module.masked_denoise
+    monkeypatch.setattr(edit_module, "masked_denoise", lambda **a: orders.append(a["solver_order"]) or denoise(**a))
+    edit(editor, smooth_images(1), full_mask(smooth_images(1)), settings=replace(SETTINGS, solver_order=solver_order))
+    assert orders == [solver_order]
+
+
+def test_defaults_of_scenes_are_faster_than_those_of_images():
+    def steps(options: Any) -> tuple[int, int, int]:
+        return options.diffusion_steps, options.solver_order, options.unconditional_every
+
+    assert [steps(PROFILE.of_images), steps(PROFILE.of_scenes)] == [(100, 1, 1), (10, 2, 2)]
+    assert steps(wys_tiny.config.pipeline) == (4, 1, 1)
 
 
 def test_pixels_are_scaled_before_they_are_rounded_to_half_precision(editor_folder):

@@ -60,17 +60,17 @@ def build_random_editor(tmp_path: Path, channels: tuple[int, ...], cross: int, h
 
 
 def diffusers_edit(editor: StableDiffusionEditor, image: torch.Tensor, settings: EditSettings, spacing: dict[str, Any]):
-    """Return the edit of diffusers' InstructPix2Pix pipeline with DDIM, and its timesteps."""
-    from diffusers import DDIMScheduler, StableDiffusionInstructPix2PixPipeline
+    """Return the edit of diffusers' InstructPix2Pix pipeline with DDIM or DPM-Solver++(2M), and its timesteps."""
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionInstructPix2PixPipeline
 
     betas = 1 - editor.alphas_cumprod / torch.cat([torch.ones(1), editor.alphas_cumprod[:-1]])
-    scheduler = DDIMScheduler(
-        trained_betas=betas.numpy(),
-        prediction_type=editor.prediction_type,
-        clip_sample=False,
-        set_alpha_to_one=float(editor.final_alpha) == 1,
-        **spacing,
-    )
+    ends_clean = float(editor.final_alpha) == 1
+    common = {"trained_betas": betas.numpy(), "prediction_type": editor.prediction_type, **spacing}
+    if settings.solver_order == 1:
+        scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=ends_clean, **common)
+    else:
+        final = "zero" if ends_clean else "sigma_min"
+        scheduler = DPMSolverMultistepScheduler(euler_at_final=True, final_sigmas_type=final, **common)
 
     class Pipeline(StableDiffusionInstructPix2PixPipeline):
         # diffusers disables guidance for image guidance scales below 1, such as the paper's 0.8.
@@ -135,6 +135,18 @@ PLAIN = EditSettings(mask_threshold=0.0)
 def test_the_embedded_editor_equals_diffusers(image_guidance_scale):
     settings = replace(PLAIN, diffusion_steps=27, image_guidance_scale=image_guidance_scale)
     assert compare(load_editor(EMBEDDED), toy_image(), settings) >= 40
+
+
+def test_the_second_order_equals_diffusers():
+    settings = replace(PLAIN, diffusion_steps=27, image_guidance_scale=1.5, solver_order=2)
+    embedded, image = load_editor(EMBEDDED), toy_image()
+    expected, used_timesteps = diffusers_edit(embedded, image, settings, {"timestep_spacing": "trailing"})
+    assert max(abs(a - b) for a, b in zip(used_timesteps, timesteps(999, 27, 1000), strict=True)) == 1
+    second, first = (
+        edit_image(embedded, image, INSTRUCTION, replace(settings, solver_order=order)).edited for order in (2, 1)
+    )
+    assert psnr(second, expected) >= 40
+    assert psnr(first, expected) < psnr(second, expected) - 5
 
 
 def test_trailing_timesteps_of_diffusers_differ_by_rounding():
@@ -243,6 +255,7 @@ def test_sds_changes_nothing_at_guidance_scale_zero(editor):
         ({"relevance_noise_level": 0.0}, "--relevance-noise-level must be above 0 and below 1"),
         ({"relevance_outlier_factor": -1.0}, "--relevance-outlier-factor must be at least 0"),
         ({"diffusion_steps": 0}, "--diffusion-steps must be at least 1"),
+        ({"unconditional_every": 0}, "--unconditional-every must be at least 1"),
         ({"relevance_num_samples": 0}, "--relevance-num-samples must be at least 1"),
         ({"resolution": 0}, "--resolution must be at least 1"),
     ],

@@ -1,20 +1,23 @@
 """Masked sampling, compared with scalar formulas and on denoisers with known results."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wys_nerfstudio.editing.editor import Branch, NoiseLevel
+from wys_nerfstudio.editing.editor import Branch, NoiseLevel, Predictor
 from wys_nerfstudio.editing.sampling import (
     add_noise,
     apply_guidance,
     edit_seed,
+    extrapolation_weight,
     masked_denoise,
     needed_branches,
     seeded_noise,
+    skipping_predictor,
 )
 from wys_nerfstudio.editing.stable_diffusion import timesteps
 
@@ -92,7 +95,9 @@ def random_case(seed: int = 0, batch: int = 2) -> dict:
     return {"start": start, "reference": reference, "noise": noise, "mask": mask, "target": target}
 
 
-def run(case: dict, denoise, *, mask="from the case", start_timestep: int = 700, full_steps: int = 10) -> torch.Tensor:
+def run(
+    case: dict, denoise, *, mask="from the case", start_timestep: int = 700, full_steps: int = 10, solver_order: int = 1
+) -> torch.Tensor:
     return masked_denoise(
         start=case["start"],
         reference=case["reference"],
@@ -100,22 +105,38 @@ def run(case: dict, denoise, *, mask="from the case", start_timestep: int = 700,
         noise=case["noise"],
         levels=levels_of(timesteps(start_timestep, full_steps, 1000)),
         denoise=denoise,
+        solver_order=solver_order,
     )
 
 
-def slow_denoise(case: dict, steps: list[int], final_alpha: float) -> torch.Tensor:
-    """Reference of the loop, element by element in Python floats."""
+def slow_denoise(case: dict, steps: list[int], final_alpha: float, solver_order: int = 1) -> torch.Tensor:
+    """Reference of the loop, element by element in Python floats; second order as in algorithm 2 of DPM-Solver++."""
+
+    def lambda_of(alpha: float) -> float:
+        return math.log(math.sqrt(alpha) / math.sqrt(1 - alpha))
+
     result = torch.empty_like(case["start"])
     for index in torch.cartesian_prod(*(torch.arange(n) for n in result.shape)).tolist():
         b, _, y, x = index
         z, reference, noise = (float(case[k][tuple(index)]) for k in ("start", "reference", "noise"))
         z = math.sqrt(ALPHAS[steps[0]]) * z + math.sqrt(1 - ALPHAS[steps[0]]) * noise
+        last_clean = math.nan
         for i, t in enumerate(steps):
             a = float(ALPHAS[t])
             b_ = float(ALPHAS[steps[i + 1]]) if i + 1 < len(steps) else final_alpha
             eps = math.sin(z * 1.7 + t / 300)
             clean = (z - math.sqrt(1 - a) * eps) / math.sqrt(a)
-            z = math.sqrt(b_) * clean + math.sqrt(1 - b_) * eps
+            if solver_order == 2 and 0 < i < len(steps) - 1:
+                h, last_h = (
+                    lambda_of(after) - lambda_of(before)
+                    for before, after in ((a, b_), (float(ALPHAS[steps[i - 1]]), a))
+                )
+                ratio = last_h / h
+                combined = (1 + 1 / (2 * ratio)) * clean - 1 / (2 * ratio) * last_clean
+                z = math.sqrt(1 - b_) / math.sqrt(1 - a) * z - math.sqrt(b_) * (math.exp(-h) - 1) * combined
+            else:
+                z = math.sqrt(b_) * clean + math.sqrt(1 - b_) * eps
+            last_clean = clean
             if not case["mask"][b, y, x]:
                 is_last_step = i + 1 == len(steps)
                 z = reference if is_last_step else math.sqrt(b_) * reference + math.sqrt(1 - b_) * noise
@@ -246,21 +267,157 @@ def test_omitted_branches_cancel_out(both, image, unconditional, s_t, s_i):
     assert float(reduced) == pytest.approx(float(guided((both, image, unconditional), s_t, s_i)), abs=1e-9)
 
 
-@given(seed=st.integers(0, 50), start_timestep=st.integers(1, 999), full_steps=st.integers(1, 30))
-def test_results_are_target_inside_and_reference_outside(seed, start_timestep, full_steps):
+class BranchPredictors:
+    """Binds branches to predictions that depend on latents, time and conditions, and records which were computed."""
+
+    def __init__(self) -> None:
+        self.computed: list[int] = []
+
+    def bind(self, branches: Sequence[Branch]) -> Predictor:
+        def predict(latents: torch.Tensor, at: NoiseLevel) -> list[torch.Tensor]:
+            self.computed.append(len(branches))
+            return [prediction(latents, at, branch) for branch in branches]
+
+        return predict
+
+
+def prediction(latents: torch.Tensor, at: NoiseLevel, branch: Branch) -> torch.Tensor:
+    return torch.sin(latents * 1.7 + at.time / 300 + 2 * branch.text + branch.image)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 9])
+def test_the_unconditional_branch_is_computed_in_its_steps_only(every):
+    predictors, branches = BranchPredictors(), three_branches(7.5, 1.5)
+    predict = skipping_predictor(predictors.bind, branches, every)
+    steps = list(zip(torch.randn(7, 1, 3, 4, 5, dtype=torch.float64), levels_of([900, 800, 650, 500, 400, 200, 100])))
+    with_image = unconditional = torch.zeros(())
+    for i, (latents, at) in enumerate(steps):
+        expected = [prediction(latents, at, branch) for branch in branches]
+        if i % every == 0:
+            with_image, unconditional = expected[1:]
+        else:
+            expected[2] = expected[1] - (with_image - unconditional)
+        torch.testing.assert_close(list(predict(latents, at)), expected, atol=1e-12, rtol=0)
+    assert predictors.computed == [3 if i % every == 0 else 2 for i in range(7)]
+
+
+@pytest.mark.parametrize("scales", [(7.5, 1.0), (1.0, 1.0)])
+def test_conditional_branches_are_computed_in_every_step(scales):
+    predictors, branches = BranchPredictors(), needed_branches(three_branches(*scales))
+    predict = skipping_predictor(predictors.bind, branches, 2)
+    for at in levels_of([900, 700, 400])[:3]:
+        latents = torch.randn(1, 3, 4, 5)
+        assert torch.equal(predict(latents, at)[-1], prediction(latents, at, branches[-1]))
+    assert predictors.computed == [len(branches)] * 3
+
+
+@given(
+    seed=st.integers(0, 50),
+    start_timestep=st.integers(1, 999),
+    full_steps=st.integers(1, 30),
+    solver_order=st.sampled_from([1, 2]),
+)
+def test_results_are_target_inside_and_reference_outside(seed, start_timestep, full_steps, solver_order):
     case = random_case(seed)
-    result = run(case, toward(case["target"]), start_timestep=start_timestep, full_steps=full_steps)
+    options = {"start_timestep": start_timestep, "full_steps": full_steps, "solver_order": solver_order}
+    result = run(case, toward(case["target"]), **options)
     inside = case["mask"][:, None].expand_as(result)
     torch.testing.assert_close(result[inside], case["target"][inside], atol=1e-9, rtol=0)
     assert torch.equal(result[~inside], case["reference"][~inside])
 
 
+@pytest.mark.parametrize("solver_order", [1, 2])
 @pytest.mark.parametrize("final_alpha", [1.0, float(ALPHAS[0])])
-def test_the_loop_equals_its_slow_reference(final_alpha):
+def test_the_loop_equals_its_slow_reference(final_alpha, solver_order):
     case, steps = random_case(3), timesteps(640, 8, 1000)
     arguments = {key: case[key] for key in ("start", "reference", "mask", "noise")}
-    result = masked_denoise(**arguments, levels=levels_of(steps, final_alpha), denoise=Recorder())
-    torch.testing.assert_close(result, slow_denoise(case, steps, final_alpha), atol=1e-9, rtol=0)
+    levels = levels_of(steps, final_alpha)
+    result = masked_denoise(**arguments, levels=levels, denoise=Recorder(), solver_order=solver_order)
+    torch.testing.assert_close(result, slow_denoise(case, steps, final_alpha, solver_order), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow_prediction"])
+@pytest.mark.parametrize("count", [1, 2, 3, 9, 20])
+def test_the_second_order_equals_diffusers_dpm_solver(prediction, count):
+    from diffusers import DPMSolverMultistepScheduler
+
+    flow = {"use_flow_sigmas": True, "flow_shift": 3.0} if prediction == "flow_prediction" else {}
+    scheduler = DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction,
+        final_sigmas_type="zero", **flow,
+    )  # fmt: skip
+    assert (scheduler.config["algorithm_type"], scheduler.config["solver_order"]) == ("dpmsolver++", 2)
+    if flow:
+        scheduler.set_timesteps(count)
+        levels = [NoiseLevel(1 - sigma, sigma, sigma) for sigma in scheduler.sigmas.tolist()]
+    else:
+        scheduler.set_timesteps(timesteps=timesteps(700, count, 1000))
+        levels = levels_of(scheduler.timesteps.tolist())
+
+    def output(latents: torch.Tensor, noise: float) -> torch.Tensor:
+        return torch.sin(latents * 1.7 + noise)
+
+    def denoise(latents: torch.Tensor, at: NoiseLevel) -> tuple[torch.Tensor, torch.Tensor]:
+        predicted = output(latents, at.noise)
+        if prediction == "epsilon":
+            return split(predicted, latents, at)
+        if flow:
+            return latents - at.noise * predicted, latents + at.signal * predicted
+        return at.signal * latents - at.noise * predicted, at.signal * predicted + at.noise * latents
+
+    case = random_case(6)
+    arguments = {"start": case["start"], "reference": case["reference"], "mask": None, "noise": case["noise"]}
+    result = masked_denoise(**arguments, levels=levels, denoise=denoise, solver_order=2)
+    latents = add_noise(case["start"], case["noise"], levels[0])
+    for timestep, at in zip(scheduler.timesteps, levels):
+        latents = scheduler.step(output(latents, at.noise), timestep, latents).prev_sample.double()
+    torch.testing.assert_close(result, latents, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("solver_order", [1, 2])
+def test_the_error_falls_with_the_solver_order(solver_order):
+    # Clean latents that are linear in lambda = log(signal / noise): d(x / noise) / d(lambda) = exp(lambda) clean.
+    def integral(at: NoiseLevel) -> float:
+        return (0.3 + 0.2 * (at.log_ratio - 1)) * math.exp(at.log_ratio)
+
+    def denoise(latents: torch.Tensor, at: NoiseLevel) -> tuple[torch.Tensor, torch.Tensor]:
+        clean = torch.full_like(latents, 0.3 + 0.2 * at.log_ratio)
+        return clean, (latents - at.signal * clean) / at.noise
+
+    errors = []
+    for steps in (32, 64):
+        ratios = [3 * i / steps - 2 for i in range(steps + 1)]
+        levels = [level(1 / (1 + math.exp(-2 * ratio))) for ratio in ratios]
+        x = {"start": tensor(0.5), "reference": tensor(0.0), "mask": None, "noise": tensor(-1.0)}
+        result = masked_denoise(**x, levels=levels, denoise=denoise, solver_order=solver_order)
+        first, last = levels[0], levels[-1]
+        exact = (first.signal * 0.5 - first.noise) / first.noise + integral(last) - integral(first)
+        errors.append(abs(float(result) - last.noise * exact))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(solver_order, abs=0.1)
+
+
+@pytest.mark.parametrize("steps", [[500], [900, 400]])
+def test_one_and_two_steps_of_both_orders_are_equal(steps):
+    case = random_case(3)
+    arguments = {key: case[key] for key in ("start", "reference", "mask", "noise")}
+    first, second = (
+        masked_denoise(**arguments, levels=levels_of(steps), denoise=Recorder(), solver_order=order) for order in (1, 2)
+    )
+    assert torch.equal(first, second)
+
+
+def test_a_step_after_pure_noise_is_of_first_order():
+    assert extrapolation_weight(NoiseLevel(0.0, 1.0, 1), level(0.2), level(0.5)) == 0
+    assert extrapolation_weight(level(0.1), level(0.2), level(0.5)) > 0
+
+
+def test_latents_outside_the_mask_have_no_influence_inside():
+    case = random_case(2)
+    inside = case["mask"][:, None].expand_as(case["start"])
+    other = {**case, "reference": -case["reference"], "start": torch.where(inside, case["start"], 3 - case["start"])}
+    results = [run(each, Recorder(), solver_order=2) for each in (case, other)]
+    assert torch.equal(results[0][inside], results[1][inside])
+    assert not torch.isclose(results[0][~inside], results[1][~inside]).any()
 
 
 def test_each_finished_step_is_reported():
@@ -292,9 +449,10 @@ def test_the_first_input_is_the_start_at_the_first_level():
     torch.testing.assert_close(latents, ALPHAS[700].sqrt() * case["start"] + (1 - ALPHAS[700]).sqrt() * case["noise"])
 
 
-def test_the_background_is_the_reference_at_the_current_level():
+@pytest.mark.parametrize("solver_order", [1, 2])
+def test_the_background_is_the_reference_at_the_current_level(solver_order):
     case, recorder = random_case(2), Recorder()
-    run(case, recorder, start_timestep=700)
+    run(case, recorder, start_timestep=700, solver_order=solver_order)
     outside = ~case["mask"][:, None].expand_as(case["start"])
     assert [t for _, t in recorder.calls] == [700, 600, 500, 400, 300, 200, 100]
     for latents, t in recorder.calls[1:]:

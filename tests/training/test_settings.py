@@ -31,7 +31,14 @@ def test_settings_are_read_from_options_of_the_same_names():
 
 
 def test_options_that_are_not_given_are_the_editors():
-    defaults = EditDefaults(guidance_scale=4.0, image_guidance_scale=1.0, diffusion_steps=20, relevance_noise_level=0.8)
+    defaults = EditDefaults(
+        guidance_scale=4.0,
+        image_guidance_scale=1.0,
+        diffusion_steps=20,
+        solver_order=1,
+        unconditional_every=1,
+        relevance_noise_level=0.8,
+    )
     options = SimpleNamespace(**{**VALUES.as_dict(), "guidance_scale": None, "image_guidance_scale": None})
     settings = RunSettings.from_options(options, defaults)
     assert settings == replace(VALUES, guidance_scale=4.0, image_guidance_scale=1.0)

@@ -6,6 +6,7 @@ The images of a batch do not influence each other: a batch gives the same result
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Literal, Optional
 
 import torch
@@ -31,6 +32,7 @@ from wys_nerfstudio.editing.sampling import (
     needed_branches,
     no_progress,
     seeded_noise,
+    skipping_predictor,
 )
 from wys_nerfstudio.editing.sds import sds_optimize
 from wys_nerfstudio.utils.errors import WysError
@@ -55,6 +57,12 @@ class EditOptions:
     """How strongly the edit keeps to the input (S_I). Default: the editor's own, 0.8 for InstructPix2Pix."""
     diffusion_steps: Optional[int] = None
     """Denoising steps. Default: the editor's own, 100 for InstructPix2Pix."""
+    solver_order: Optional[Literal[1, 2]] = None
+    """Sampler: 1 is DDIM (of flow matching, Euler), 2 is DPM-Solver++(2M), which needs fewer steps. Default: the editor's
+    own, 1 for InstructPix2Pix."""
+    unconditional_every: Optional[int] = None
+    """Denoising steps from one prediction without text and image to the next; in between, its difference to the prediction
+    without text is reused. 1 is exact. Default: the editor's own, 1 for InstructPix2Pix."""
     resolution: Optional[int] = None
     """Longer side in pixels at which the image is edited. Default: the editor's own, 512 for InstructPix2Pix."""
     mask_threshold: float = 0.4
@@ -98,7 +106,7 @@ class EditOptions:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise WysError(f"{flag(name)} must be a finite number of at least 0, not {value}.")
-        for name in ("diffusion_steps", "relevance_num_samples", "resolution"):
+        for name in ("diffusion_steps", "unconditional_every", "relevance_num_samples", "resolution"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise WysError(f"{flag(name)} must be at least 1, not {value}.")
@@ -114,6 +122,10 @@ class EditSettings(EditOptions):
     """How strongly the edit keeps to the input (S_I)."""
     diffusion_steps: int = 100
     """Denoising steps."""
+    solver_order: Literal[1, 2] = 1
+    """Sampler: 1 is DDIM (of flow matching, Euler), 2 is DPM-Solver++(2M)."""
+    unconditional_every: int = 1
+    """Denoising steps from one prediction without text and image to the next."""
     relevance_noise_level: float = 0.8
     """Noise level of the relevance map (t_rel), as a share of the diffusion."""
 
@@ -152,7 +164,7 @@ def relevance_maps(
     """
     for first in range(0, len(images), batch_size):
         with editor.full_precision():  # not across the yield: callers may edit in between
-            encoding = _encode(editor, images[first : first + batch_size], images, resolution)
+            encoding = encode_images(editor, images[first : first + batch_size], images, resolution)
             clean = encoding.latents
             level = editor.noise_level(noise_level, latent_size(clean))
             noise = seeded_noise(seeds[first : first + batch_size], (num_samples, *clean.shape[1:]), editor.device)
@@ -176,6 +188,7 @@ def edit_images(
     *,
     strength: float,
     seeds: Sequence[int],
+    encoded_reference: Optional[ImageEncoding] = None,
     on_progress: ProgressCallback = no_progress,
 ) -> Float[Tensor, "b h w 3"]:
     """Edit images inside a mask.
@@ -189,13 +202,25 @@ def edit_images(
         settings: Guidance, steps, resolution.
         strength: Noise that `images` start from, as a share of the diffusion in [0, 1]; 1 is pure noise.
         seeds: One per image.
+        encoded_reference: Encoding of `reference` if there is one, from `encode_images`.
         on_progress: Called after each step.
 
     Returns:
         Edited images in [0, 1] on the device of `reference`; outside the mask equal to `reference`, bit for bit.
     """
-    arguments = (editor, images, reference, mask, instruction, settings)
-    return _composite(_local_edit(*arguments, strength=strength, seeds=seeds, on_progress=on_progress), reference, mask)
+    decoded = _local_edit(
+        editor,
+        images,
+        reference,
+        mask,
+        instruction,
+        settings,
+        strength=strength,
+        seeds=seeds,
+        encoded_reference=encoded_reference,
+        on_progress=on_progress,
+    )
+    return _composite(decoded, reference, mask)
 
 
 def _local_edit(
@@ -208,6 +233,7 @@ def _local_edit(
     *,
     strength: float,
     seeds: Sequence[int],
+    encoded_reference: Optional[ImageEncoding] = None,
     on_progress: ProgressCallback,
 ) -> Float[Tensor, "b edit_h edit_w 3"]:
     """Edit images inside a mask at latent resolution; arguments as in `edit_images`.
@@ -215,7 +241,8 @@ def _local_edit(
     Returns:
         Decoded images at the editing size, also outside the mask.
     """
-    start, kept = (_encode(editor, x, reference, settings.resolution) for x in (images, reference))
+    start = encode_images(editor, images, reference, settings.resolution)
+    kept = encoded_reference or encode_images(editor, reference, reference, settings.resolution)
     edited = masked_denoise(
         start=start.latents,
         reference=kept.latents,
@@ -224,6 +251,7 @@ def _local_edit(
         levels=editor.noise_levels(strength, settings.diffusion_steps, latent_size(kept.latents)),
         denoise=guided_denoiser(editor, kept, instruction, settings),
         report=on_progress,
+        solver_order=settings.solver_order,
     )
     return editor.decode(edited)
 
@@ -257,7 +285,7 @@ def sds_edit_images(
     Returns:
         Decoded images at the editing size, also outside the mask.
     """
-    encoding = _encode(editor, reference, reference, settings.resolution)
+    encoding = encode_images(editor, reference, reference, settings.resolution)
     predict = editor.predictor(encoding.condition, instruction, WITH_AND_WITHOUT_TEXT)
 
     def signed_relevance(latents: Tensor, level: NoiseLevel) -> Tensor:
@@ -413,16 +441,17 @@ def check_supported(editor: Editor, instructions: Sequence[str], settings: EditS
 
 
 def guided_denoiser(editor: Editor, encoding: ImageEncoding, instruction: str, settings: EditSettings) -> Denoiser:
-    """Denoiser of a batch of images under the settings' guidance; branches that cancel out are not computed.
+    """Denoiser of the successive steps of one edit under the settings' guidance; branches that cancel out are not computed.
 
     Args:
         editor: The editor.
-        encoding: The images.
+        encoding: The batch of images.
         instruction: What to change.
         settings: Guidance.
     """
     branches = needed_branches(editor.branches(settings.guidance_scale, settings.image_guidance_scale))
-    predict = editor.predictor(encoding.condition, instruction, branches)
+    bind = partial(editor.predictor, encoding.condition, instruction)
+    predict = skipping_predictor(bind, branches, settings.unconditional_every)
 
     def denoise(latents: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         return editor.split(apply_guidance(predict(latents, level), branches), latents, level)
@@ -430,8 +459,20 @@ def guided_denoiser(editor: Editor, encoding: ImageEncoding, instruction: str, s
     return denoise
 
 
-def _encode(editor: Editor, images: Tensor, reference: Tensor, resolution: Optional[int]) -> ImageEncoding:
-    """Encode images at the editing size of the reference. That of a render, which has other proportions by up to 2 %, can differ."""
+def encode_images(
+    editor: Editor,
+    images: Shaped[Tensor, "b image_h image_w 3"],
+    reference: Shaped[Tensor, "b h w 3"],
+    resolution: Optional[int],
+) -> ImageEncoding:
+    """Encode images at the editing size of the reference. That of a render, which has other proportions by up to 2 %, can differ.
+
+    Args:
+        editor: The editor.
+        images: Images in [0, 1] or with 8-bit values, of any size.
+        reference: The images themselves, or those that they are edits of.
+        resolution: As in `EditSettings`.
+    """
     size = editor.editing_size(reference.shape[1], reference.shape[2], resolution)
     images = images.to(editor.device)
     return editor.encode(resize_images(to_float(images), *size))

@@ -4,6 +4,7 @@ Images are (b, h, w, 3) in [0, 1], latents (b, c, h, w). A noise level is a pair
 `signal * clean + noise * eps`. That covers eps- and v-prediction (DDIM) and flow matching (Euler) with the same step.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -34,6 +35,10 @@ class EditDefaults:
     """How strongly the edit keeps to the input (S_I)."""
     diffusion_steps: int
     """Denoising steps from pure noise."""
+    solver_order: int
+    """Order of the sampler, as in `EditSettings`."""
+    unconditional_every: int
+    """Steps from one prediction without text and image to the next."""
     relevance_noise_level: float
     """Noise level of relevance maps (t_rel), as a share of the diffusion."""
 
@@ -90,6 +95,11 @@ class NoiseLevel:
     time: "int | float"
     """The model's own time: an integer timestep for Stable Diffusion, the noise itself for flow matching."""
 
+    @property
+    def log_ratio(self) -> float:
+        """Logarithm of signal over noise, for a level with noise; minus infinity without signal."""
+        return math.log(self.signal / self.noise) if self.signal else -math.inf
+
 
 @dataclass(frozen=True)
 class ImageEncoding:
@@ -98,7 +108,7 @@ class ImageEncoding:
     latents: Float[Tensor, "b c h w"]
     """Clean latents at the scale at which they are noised."""
     condition: Any
-    """The editor's own image condition, for `Editor.predictor`."""
+    """The editor's own image condition, for `Editor.predictor`: a tensor or a named tuple of tensors, with a row per image."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +221,25 @@ class Editor(Protocol):
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
         """Split noisy latents into clean latents and noise, given the prediction at their level."""
         ...
+
+
+def join_encodings(encodings: Sequence[ImageEncoding], device: "str | torch.device") -> ImageEncoding:
+    """Encodings of batches of images as that of one batch.
+
+    Args:
+        encodings: Of one editor and size.
+        device: Device of the result.
+    """
+
+    def join(parts: Sequence[Any]) -> Any:
+        if isinstance(parts[0], Tensor):
+            return torch.cat([part.to(device) for part in parts])
+        return type(parts[0])(*map(join, zip(*parts)))
+
+    latents = join([encoding.latents for encoding in encodings])
+    if all(encoding.condition is encoding.latents for encoding in encodings):
+        return ImageEncoding(latents, latents)
+    return ImageEncoding(latents, join([encoding.condition for encoding in encodings]))
 
 
 def size_in_cells(height: int, width: int, longer_side: int, cell: int) -> tuple[int, int]:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -48,7 +49,7 @@ class Condition(NamedTuple):
 
     latents: Float[Tensor, "b c h w"]
     """For the transformer."""
-    pictures: "list[Image.Image]"
+    pictures: UInt8[Tensor, "b picture_h picture_w 3"]
     """For the text encoder, of about 384x384 pixels each."""
 
 
@@ -109,7 +110,8 @@ class QwenEditor(FlowMatchingEditor):
     def encode(self, images: Float[Tensor, "b h w 3"]) -> ImageEncoding:
         """As in `FlowMatchingEditor`; the text encoder's pictures are part of the condition."""
         latents = super().encode(images).latents
-        return ImageEncoding(latents, Condition(latents, [_picture(image) for image in images]))
+        pictures = torch.stack([torch.from_numpy(np.array(_picture(image))) for image in images])
+        return ImageEncoding(latents, Condition(latents, pictures))
 
     def noise_levels(self, strength: float, num_steps: int, size: tuple[int, int]) -> list[NoiseLevel]:
         """Strictly descending levels of a denoising run; arguments as in `Editor`.
@@ -142,7 +144,8 @@ class QwenEditor(FlowMatchingEditor):
         """
         height, width = condition.latents.shape[2:]
         texts = [(instruction if branch.text else "") or NO_INSTRUCTION for branch in branches]
-        states = [self._text_states(condition.pictures, text) for text in texts]
+        pictures = [Image.fromarray(picture) for picture in condition.pictures.cpu().numpy()]
+        states = [self._text_states(pictures, text) for text in texts]
         shapes = [[(1, height, width)] * 2] * len(condition.latents)
 
         def predict(latents: Tensor, level: NoiseLevel) -> Sequence[Tensor]:

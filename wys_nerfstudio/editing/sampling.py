@@ -1,11 +1,14 @@
 """Masked sampling over noise levels: pure torch, for any editor's predictions.
 
 Levels are given as a list, so no scheduler object is involved. The step `signal' * clean + noise' * eps` is DDIM (eta = 0)
-for eps- and v-prediction and Euler for flow matching.
+for eps- and v-prediction and Euler for flow matching. With clean latents extrapolated from the last two levels it is
+DPM-Solver++(2M) (Lu et al., 2022).
 """
 
+import math
 import random
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Optional
 
 import torch
@@ -13,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from wys_nerfstudio.editing.editor import Branch, NoiseLevel
+from wys_nerfstudio.editing.editor import Branch, NoiseLevel, Predictor
 
 Denoiser = Callable[[Tensor, NoiseLevel], tuple[Tensor, Tensor]]
 """From noisy latents (b, c, h, w) and their level to clean latents and noise, each of the latents' shape."""
@@ -52,6 +55,36 @@ def needed_branches(branches: Sequence[Branch]) -> list[Branch]:
     return needed
 
 
+def skipping_predictor(
+    bind: Callable[[Sequence[Branch]], Predictor], branches: Sequence[Branch], unconditional_every: int
+) -> Predictor:
+    """Predictor of the successive steps of one run that computes the unconditional branch in some of them only.
+
+    In between, the difference of the branch before it to the unconditional one is that of the last step that computed both.
+
+    Args:
+        bind: Binds the conditions of the run for given branches.
+        branches: All branches.
+        unconditional_every: Steps from one prediction of the branch with neither text nor image to the next.
+    """
+    if unconditional_every == 1 or branches[-1].text or branches[-1].image:
+        return bind(branches)
+    predict_all, predict_conditional = bind(branches), bind(branches[:-1])
+    steps = count()
+    difference = torch.zeros(())  # until the first step
+
+    def predict(latents: Tensor, level: NoiseLevel) -> Sequence[Tensor]:
+        nonlocal difference
+        if next(steps) % unconditional_every == 0:
+            predictions = predict_all(latents, level)
+            difference = predictions[-2] - predictions[-1]
+            return predictions
+        conditional = predict_conditional(latents, level)
+        return [*conditional, conditional[-1] - difference]
+
+    return predict
+
+
 def apply_guidance(
     predictions: Sequence[Float[Tensor, "b c h w"]], branches: Sequence[Branch]
 ) -> Float[Tensor, "b c h w"]:
@@ -71,6 +104,18 @@ def apply_guidance(
     return guided
 
 
+def extrapolation_weight(previous: NoiseLevel, level: NoiseLevel, next_level: NoiseLevel) -> float:
+    """Weight at which a second-order step adds the change of the clean latents since the previous level; 0 after pure noise.
+
+    Args:
+        previous: The level before.
+        level: The level that is left; it has signal and noise.
+        next_level: The level that is entered; it has noise.
+    """
+    last_step, step = level.log_ratio - previous.log_ratio, next_level.log_ratio - level.log_ratio
+    return -math.expm1(-step) * step / (2 * last_step)
+
+
 def masked_denoise(
     start: Float[Tensor, "b c h w"],
     reference: Float[Tensor, "b c h w"],
@@ -79,6 +124,7 @@ def masked_denoise(
     levels: Sequence[NoiseLevel],
     denoise: Denoiser,
     report: ProgressCallback = no_progress,
+    solver_order: int = 1,
 ) -> Float[Tensor, "b c h w"]:
     """Noise `start` to the first level and denoise it; latents outside the mask follow the reference.
 
@@ -93,15 +139,19 @@ def masked_denoise(
         levels: Strictly descending; the first is the level that `start` is noised to, the last is the final level.
         denoise: Splits noisy latents into clean latents and noise.
         report: Called after each step.
+        solver_order: As in `EditSettings`. Steps are elementwise, so that latents outside the mask have no influence inside.
 
     Returns:
         Clean edited latents.
     """
     latents = add_noise(start, noise, levels[0])
-    steps = len(levels) - 1
+    clean, steps = start, len(levels) - 1
     for i, (level, next_level) in enumerate(zip(levels, levels[1:]), start=1):
-        clean, predicted_noise = denoise(latents, level)
-        latents = add_noise(clean, predicted_noise, next_level)
+        previous, (clean, predicted_noise) = clean, denoise(latents, level)
+        estimate = clean
+        if solver_order == 2 and 1 < i < steps:  # nothing precedes the first step, and the last one removes all noise
+            estimate = clean + extrapolation_weight(levels[i - 2], level, next_level) * (clean - previous)
+        latents = add_noise(estimate, predicted_noise, next_level)
         if mask is not None:
             background = reference if i == steps else add_noise(reference, noise, next_level)
             latents = torch.where(mask[:, None], latents, background)
