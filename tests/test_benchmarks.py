@@ -219,19 +219,45 @@ def test_counts_equal_those_of_real_runs(small_editors: list[Any]) -> None:
         assert maps.flop == real_maps.get_total_flops() > 0
 
 
+def test_parts_of_an_edit_add_up_to_whole_edits(small_editors: list[Any]) -> None:
+    image, mask = torch.empty(1, 64, 64, 3, device="meta"), torch.empty(1, 64, 64, dtype=torch.bool, device="meta")
+    with meta_device.on_meta_device():
+        for editor in map(on_meta, small_editors):
+            settings = replace(EditOptions().resolve(editor.profile.of_scenes), resolution=64, diffusion_steps=7)
+            parts = flops.parts_of_edit(editor, 64, settings)
+            if isinstance(editor, StableDiffusionEditor):
+                assert settings.unconditional_every == 2 and parts.short_step == pytest.approx(parts.step * 2 / 3)
+            every_two = parts.edit(7, settings.unconditional_every, 2)
+            assert flops.edit_cost(editor, 64, settings).flop == every_two
+            encoded, arguments = editor.encode(image), (editor, image, image, mask, flops.INSTRUCTION, settings)
+            again = meta_device.count(
+                lambda: edit_images(*arguments, strength=1.0, seeds=[0], encoded_reference=encoded), []
+            )
+            assert again.flop == every_two - parts.encoding == parts.edit(7, settings.unconditional_every, 1)
+            assert (parts.text > 0) == isinstance(editor, QwenEditor)
+            if isinstance(editor, StableDiffusionEditor):
+                states, settings = speed.slow_states(editor, flops.INSTRUCTION), replace(settings, diffusion_steps=20)
+                slow = meta_device.count(lambda: speed.slow_edit(editor, image, image, states, settings, 0.3, 0), [])
+                assert slow.flop == parts.edit(20, 1, 2)
+
+
 def test_flops_adds_up_maps_and_edits_of_a_scene(small_editors: list[Any]) -> None:
     options = flops.Options(Path(), views=3, edits=5)
     with meta_device.on_meta_device():
         for editor in map(on_meta, small_editors):
             weights = flops.weights_of(editor)  # first: text states are kept
-            row = flops.row_of(editor, 64, options)
-            steps = [len(editor.noise_levels(strength_of_edit(0, i, 0.02, 0.98), 20, (8, 8))) - 1 for i in range(5)]
-            assert row.scene_edit_steps == sum(steps) / 5
-            settings = EditOptions(diffusion_steps=4).resolve(editor.profile.of_scenes)
-            fixed = flops.edit_cost(editor, 64, settings).flop / 1e12 - 4 * row.step_tflop
-            assert row.edit_tflop == pytest.approx(fixed + row.edit_steps * row.step_tflop)
-            edits = 5 * fixed + sum(steps) * row.step_tflop
-            assert row.scene_pflop == pytest.approx((3 * row.map_tflop + edits) / 1000)
+            row, settings = flops.row_of(editor, 64, options), EditOptions().resolve(editor.profile.of_scenes)
+            levels = [
+                editor.noise_levels(strength_of_edit(0, i, 0.02, 0.98), settings.diffusion_steps, (8, 8))
+                for i in range(5)
+            ]
+            assert row.scene_edit_steps == sum(len(run) - 1 for run in levels) / 5
+            parts = flops.parts_of_edit(editor, 64, settings)
+            edits = [parts.edit(len(run) - 1, settings.unconditional_every, 1) / 1e12 for run in levels]
+            assert row.scene_edit_tflop == pytest.approx(sum(edits) / 5)
+            once = 3 * (row.map_tflop + parts.encoding / 1e12)
+            assert row.scene_pflop == pytest.approx((once + sum(edits)) / 1000)
+            assert row.edit_tflop == pytest.approx(parts.edit(row.edit_steps, 1, 2) / 1e12)
             assert weights.resident_gb < row.edit_gb and row.map_gb < row.maps_gb
             assert weights.gb == pytest.approx(4e-9 * sum(weights.parameters.values()))
             assert (weights.gb > weights.resident_gb) == isinstance(editor, Flux2Editor)  # its text encoder
@@ -245,9 +271,9 @@ def test_flops_writes_the_tables_of_the_page(
     flops.main(flops.Options(tmp_path, sides=(64,), views=3, edits=5))
     assert "| 8 maps at 64, GB |" in capsys.readouterr().out
     names = [editor.name for editor in small_editors]
-    for name in ("flops.json", "flops-memory.json"):
+    for name in ("flops.json", "flops-edit.json", "flops-memory.json"):
         record = json.loads((tmp_path / name).read_text("utf8"))
-        assert [row[0] for row in record["rows"]] == names
+        assert name == "flops-edit.json" or [row[0] for row in record["rows"]] == names
         assert {len(row) for row in record["rows"]} == {len(record["columns"])}
 
 
@@ -263,8 +289,11 @@ def test_the_page_has_the_operations_that_are_counted_now() -> None:
     editor = next(editor for editor in flops.build_editors() if isinstance(editor, StableDiffusionEditor))
     with meta_device.on_meta_device():
         row = flops.row_of(editor, 512, flops.Options(Path()))
+        parts = flops.parts_table(editor, 512, 400)
     page = json.loads((page_tables.BENCHMARKS / "flops.json").read_text("utf8"))
     assert flops.operations_table([row]) == [page["columns"], page["rows"][0]]
+    page = json.loads((page_tables.BENCHMARKS / "flops-edit.json").read_text("utf8"))
+    assert parts == [page["columns"], *page["rows"]]
 
 
 def test_families_compares_three_parametrizations_of_one_editor(tmp_path: Path) -> None:

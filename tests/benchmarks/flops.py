@@ -3,8 +3,8 @@
 The package's own `relevance_maps` and `edit_images` run on torch's meta device, so that no weights and no GPU are needed. What is
 counted is what runs: every branch, encoding and decoding. Operations are those of matrix products, convolutions and attention, two
 per multiplication with addition. Memory is that of the weights, in each editor's half precision, and of all tensors that exist at
-the same time; the CUDA context, workspaces of cuDNN and fragmentation come on top. Writes the page's tables, `flops.json` and
-`flops-memory.json`.
+the same time; the CUDA context, workspaces of cuDNN and fragmentation come on top. Writes the page's tables, `flops.json`,
+`flops-edit.json` and `flops-memory.json`.
 
     python tests/benchmarks/flops.py --output DIR
 """
@@ -45,6 +45,8 @@ INSTRUCTION = "turn the bear into a panda"
 
 AnyEditor = StableDiffusionEditor | Flux2Editor | QwenEditor
 
+SLOW_STEPS = 20
+"""Denoising steps of Instruct-NeRF2NeRF's edits, whatever the noise level that they start from."""
 QWEN_TEMPLATE_TOKENS = 64
 """First tokens of Qwen-Image-Edit's prompt, whose states diffusers leaves out (`prompt_template_encode_start_idx`)."""
 QWEN_TEXT_TOKENS = 24
@@ -78,23 +80,54 @@ class Row:
     map_tflop: float
     """TFLOP of a relevance map."""
     step_tflop: float
-    """TFLOP of a denoising step."""
+    """TFLOP of a denoising step with all branches."""
     edit_tflop: float
     """TFLOP of an edit of an image, from pure noise."""
     edit_steps: int
     """Its steps, the editor's default."""
     scene_edit_tflop: float
-    """Mean TFLOP of an edit of a scene."""
+    """Mean TFLOP of an edit of a scene, whose captured view has been encoded before."""
     scene_edit_steps: float
     """Its mean steps."""
     scene_pflop: float
-    """PFLOP of all maps and edits of a scene."""
+    """PFLOP of all maps, encodings of captured views, and edits of a scene."""
     map_gb: float
     """Peak memory of a relevance map, in GB."""
     maps_gb: float
     """Peak memory of a batch of relevance maps, in GB."""
     edit_gb: float
     """Peak memory of an edit, in GB."""
+
+
+@dataclass
+class EditParts:
+    """Operations of the parts of an edit."""
+
+    encoding: int
+    """Encoding of one image."""
+    step: int
+    """Denoising step with all branches."""
+    short_step: int
+    """Denoising step without the unconditional branch."""
+    text: int
+    """States of the texts, where they depend on the image."""
+    decoding: int
+    """Decoding of the result."""
+
+    def edit(self, steps: int, unconditional_every: int, encodings: int) -> int:
+        """Operations of an edit.
+
+        Args:
+            steps: Denoising steps.
+            unconditional_every: As in `EditSettings`.
+            encodings: Images that are encoded.
+        """
+        return encodings * self.encoding + self.denoising(steps, unconditional_every) + self.text + self.decoding
+
+    def denoising(self, steps: int, unconditional_every: int) -> int:
+        """Operations of the denoising steps of an edit; arguments as in `edit`."""
+        whole = -(-steps // unconditional_every)
+        return whole * self.step + (steps - whole) * self.short_step
 
 
 @dataclass
@@ -263,6 +296,23 @@ def edit_cost(editor: AnyEditor, side: int, settings: EditSettings) -> Cost:
     return cost_in_run(editor, edit)
 
 
+def parts_of_edit(editor: AnyEditor, side: int, settings: EditSettings) -> EditParts:
+    """Count the parts of an edit; arguments as in `edit_cost`. Every step with the same branches is the same work."""
+    image = torch.empty(1, side, side, 3, device="meta")
+    latents = editor.encode(image).latents
+    encoding, decoding = (
+        count(work, []).flop for work in (lambda: editor.encode(image), lambda: editor.decode(latents))
+    )
+    runs = [(steps, edit_cost(editor, side, replace(settings, diffusion_steps=steps)).flop) for steps in (2, 3, 4)]
+    if settings.unconditional_every == 1:
+        step = short_step = runs[1][1] - runs[0][1]
+    else:  # the third step is whole, the fourth is not
+        step, short_step = runs[1][1] - runs[0][1], runs[2][1] - runs[1][1]
+    parts = EditParts(encoding, step, short_step, 0, decoding)
+    parts.text = runs[0][1] - parts.edit(2, settings.unconditional_every, 2)
+    return parts
+
+
 def map_cost(editor: AnyEditor, side: int, settings: EditSettings, batch: int) -> Cost:
     """Count relevance maps of a batch of square images; arguments as in `edit_cost`."""
     images = torch.empty(batch, side, side, 3, device="meta")
@@ -279,30 +329,32 @@ def strengths_of_edits(edits: int) -> list[float]:
     return [strength_of_edit(config.seed, i, config.min_strength, config.max_strength) for i in range(edits)]
 
 
+def steps_of_edits(editor: AnyEditor, side: int, diffusion_steps: int, edits: int) -> list[int]:
+    """Denoising steps of the first edits of a run of `wys`."""
+    size = editor.latent_size(side, side)
+    return [len(editor.noise_levels(strength, diffusion_steps, size)) - 1 for strength in strengths_of_edits(edits)]
+
+
 def row_of(editor: AnyEditor, side: int, options: Options) -> Row:
     """Count the maps and edits of an editor at an image size."""
     of_image, of_scene = (EditOptions().resolve(of) for of in (editor.profile.of_images, editor.profile.of_scenes))
     one_map, maps = (map_cost(editor, side, of_scene, batch) for batch in (1, options.batch))
-    # Both settings have the same branches. Every further step is the same work.
-    two_steps, three_steps = (edit_cost(editor, side, replace(of_scene, diffusion_steps=steps)) for steps in (2, 3))
-    step = three_steps.flop - two_steps.flop
-    fixed = two_steps.flop - 2 * step
-    size, steps = editor.latent_size(side, side), of_scene.diffusion_steps
-    scene_steps = mean(len(editor.noise_levels(s, steps, size)) - 1 for s in strengths_of_edits(options.edits))
-    scene_edit = fixed + scene_steps * step
+    parts, every = parts_of_edit(editor, side, of_scene), of_scene.unconditional_every
+    steps = steps_of_edits(editor, side, of_scene.diffusion_steps, options.edits)
+    scene_edit = mean(parts.edit(number, every, 1) for number in steps)
     return Row(
         editor=editor.name,
         side=side,
         map_tflop=one_map.flop / 1e12,
-        step_tflop=step / 1e12,
-        edit_tflop=(fixed + of_image.diffusion_steps * step) / 1e12,
+        step_tflop=parts.step / 1e12,
+        edit_tflop=parts.edit(of_image.diffusion_steps, of_image.unconditional_every, 2) / 1e12,
         edit_steps=of_image.diffusion_steps,
         scene_edit_tflop=scene_edit / 1e12,
-        scene_edit_steps=scene_steps,
-        scene_pflop=(options.views * one_map.flop + options.edits * scene_edit) / 1e15,
+        scene_edit_steps=mean(steps),
+        scene_pflop=(options.views * (one_map.flop + parts.encoding) + options.edits * scene_edit) / 1e15,
         map_gb=one_map.peak_bytes / 1e9,
         maps_gb=maps.peak_bytes / 1e9,
-        edit_gb=three_steps.peak_bytes / 1e9,
+        edit_gb=edit_cost(editor, side, replace(of_scene, diffusion_steps=3)).peak_bytes / 1e9,
     )
 
 
@@ -358,6 +410,32 @@ def rounded(value: float) -> str:
     return f"{value:,.{max(0, 2 - int(math.log10(value))) if value >= 1 else 2}f}"
 
 
+def parts_table(editor: AnyEditor, side: int, edits: int) -> list[list[str]]:
+    """Columns and rows of the page's table of the parts of an edit, beside those of Instruct-NeRF2NeRF's way."""
+    settings = EditOptions().resolve(editor.profile.of_scenes)
+    parts = parts_of_edit(editor, side, settings)
+    of_ddim, of_wys = (steps_of_edits(editor, side, steps, edits) for steps in (SLOW_STEPS, settings.diffusion_steps))
+    ways = {  # steps of each edit, steps from one unconditional prediction to the next, encodings
+        "Instruct-NeRF2NeRF's way": ([SLOW_STEPS] * edits, 1, 2),
+        "`wys` with 20 steps of DDIM": (of_ddim, 1, 1),
+        "`wys`": (of_wys, settings.unconditional_every, 1),
+    }
+    denoising = [mean(parts.denoising(n, every) for n in steps) for steps, every, _ in ways.values()]
+    encoding = [encodings * parts.encoding for _, _, encodings in ways.values()]
+    total = [mean(parts.edit(n, every, encodings) for n in steps) for steps, every, encodings in ways.values()]
+    return [
+        ["TFLOP of the mean edit", *ways],
+        [
+            "denoising (mean steps)",
+            *(f"{rounded(x / 1e12)} ({mean(w[0]):.1f})" for x, w in zip(denoising, ways.values())),
+        ],
+        ["encoding of render and captured view", *(rounded(x / 1e12) for x in encoding)],
+        ["decoding", *[rounded(parts.decoding / 1e12)] * len(ways)],
+        ["in all", *(rounded(x / 1e12) for x in total)],
+        ["times fewer", *(f"{total[0] / x:.1f}" for x in total)],
+    ]
+
+
 def write_table(path: Path, table: list[list[str]]) -> None:
     """Print a table and write it as the page takes it."""
     print("\n".join(f"| {' | '.join(cells)} |" for cells in (table[0], ["---"] * len(table[0]), *table[1:])))
@@ -378,7 +456,9 @@ def main(options: Options) -> None:
     with on_meta_device():
         weights = [weights_of(editor) for editor in editors]
         rows = [row_of(editor, side, options) for side in options.sides for editor in editors]
+        parts = parts_table(editors[0], options.sides[0], options.edits)
     write_table(options.output / "flops.json", operations_table(rows))
+    write_table(options.output / "flops-edit.json", parts)
     write_table(options.output / "flops-memory.json", memory_table(weights, rows, options.batch))
 
 
