@@ -34,8 +34,8 @@ def test_an_output_inside_a_run_is_refused(output: str, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     for folder in ("run/wys", "other"):
         Path(folder).mkdir(parents=True)
-    for file in ("run/config.yml", "run/wys/contact_sheet.png"):
-        Path(file).write_text("as it was")
+    Path("run/config.yml").write_text(f"{CONFIG_TAG}\nmethod_name: wys")
+    Path("run/wys/contact_sheet.png").write_text("as it was")
     monkeypatch.setattr(sys, "argv", ["wys", "compare", "run", "-o", output])
     with pytest.raises(SystemExit, match='is inside the run "run": give -o another folder.'):
         main.entrypoint()

@@ -1,7 +1,6 @@
 """`wys compare`: the metrics of `ns-eval` and renders of finished runs on the same views, side by side.
 
-Relevance fields are rendered from several sides (the paper's Fig. 15). As in `ns-eval`, nerfstudio loads each run's config.yml,
-which can execute code: only compare runs from a trusted source.
+Relevance fields are rendered from several sides (the paper's Fig. 15).
 """
 
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from wys_nerfstudio.cli.finished_run import find_config, require_outside
 from wys_nerfstudio.utils.atomic_io import write_json
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.visualization import (
@@ -46,43 +46,6 @@ class Compare:
         compare_runs(self.runs, self.output)
 
 
-def find_config(run: Path) -> Path:
-    """Return the config.yml of a run.
-
-    Args:
-        run: Folder of the run, or the file itself.
-
-    Raises:
-        WysError: If there is no such file.
-    """
-    config = run / "config.yml" if run.is_dir() else run
-    if config.name != "config.yml" or not config.is_file():
-        raise WysError(
-            f'There is no config.yml in "{run}": wys compare takes folders of finished wys runs, for example '
-            "outputs/scene/wys/2025-01-01_120000."
-        )
-    return config
-
-
-def require_wys_run(config: Path) -> None:
-    """Refuse a config.yml that is damaged or of another method, before nerfstudio loads it.
-
-    Args:
-        config: The file.
-
-    Raises:
-        WysError: If it is.
-    """
-    from wys_nerfstudio.training.output_folder import CONFIG_TAG
-    from wys_nerfstudio.training.run_options import read_run_config
-
-    if not config.read_bytes().startswith(CONFIG_TAG.encode()):
-        raise WysError(
-            f'"{config.parent}" is not a wys run: wys compare takes runs of ns-train wys, wys-small or wys-tiny.'
-        )
-    read_run_config(config.parent)
-
-
 def compare_runs(runs: Sequence[Path], output: Path) -> None:
     """Print the runs' metrics and write `comparison.json`, `contact_sheet.png`, `chart.png` and `relevance_A.png` per run.
 
@@ -98,12 +61,9 @@ def compare_runs(runs: Sequence[Path], output: Path) -> None:
 
     if not runs:
         raise WysError("wys compare takes one or more runs: wys compare RUN_A RUN_B.")
-    configs = [find_config(run) for run in runs]
+    configs = [find_config(run, "wys compare") for run in runs]
     for config in configs:
-        # A run has a contact_sheet.png as well.
-        if output.resolve().is_relative_to(config.parent.resolve()):
-            raise WysError(f'-o "{output}" is inside the run "{config.parent}": give -o another folder.')
-        require_wys_run(config)
+        require_outside(output, config)  # a run has a contact_sheet.png as well
     titles = [f"{chr(ord('A') + i)}: {config.parent.name}" for i, config in enumerate(configs)]
     names: list[str] = []
     shown_views: list[int] = []
