@@ -18,7 +18,7 @@ from torch import Tensor
 from wys_nerfstudio.utils.data_checks import DISTORTION
 
 COLMAP_FOLDER = "colmap/sparse/0"
-COLMAP_TRANSFORM = [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, -1, 0]]
+COLMAP_TRANSFORM = [[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, -1.0, 0.0]]
 """nerfstudio's applied_transform of captures that have the folder and do not state one."""
 MODELS = {CameraType.PERSPECTIVE.value: "OPENCV"} | {
     kind.value: name for name, kind in CAMERA_MODEL_TO_TYPE.items() if kind != CameraType.PERSPECTIVE
@@ -35,7 +35,7 @@ class CaptureFrame:
     """Transform from the capture to the scene that is trained on, without its scale; float64."""
     scale: float
     """Scale from the capture to the scene."""
-    applied_transform: Optional[list[list[float]]] = None
+    applied_transform: Optional[list[list[Any]]] = None
     """The capture's own `applied_transform`, which led to its transforms.json."""
 
     @staticmethod

@@ -1,0 +1,402 @@
+"""`wys export`: cameras, pixels, masks, points and provenance of the data set, and refusals."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import as_blender_scene, as_colmap_scene, run_wys, sentence_of, write_ring_scene
+from nerfstudio.cameras.cameras import Cameras, CameraType
+from nerfstudio.configs.dataparser_configs import all_dataparsers
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+from nerfstudio.scripts import train
+from nerfstudio.utils import writer
+from nerfstudio.utils.eval_utils import eval_setup
+from PIL import Image
+from test_bad_input import TINY
+
+from wys_nerfstudio.cli.export_points import grid_size, ply_file, surface_points
+from wys_nerfstudio.cli.export_transforms import CaptureFrame, camera_keys, capture_keys
+from wys_nerfstudio.model import WysModel
+from wys_nerfstudio.training.checkpoint import read_checkpoint
+from wys_nerfstudio.training.history import HistoryEntry, in_force
+from wys_nerfstudio.utils.data_checks import check_capture
+from wys_nerfstudio.utils.image_io import RECORD
+from wys_nerfstudio.utils.visualization import SOFTWARE, to_uint8
+
+INSTRUCTION = "make the ball blue"
+APPLIED = [[1.0, 0.0, 0.0, 0.2], [0.0, 0.0, 1.0, -0.1], [0.0, -1.0, 0.0, 0.3]]
+EDITED_COLUMNS, UNTRAINED_ROWS = slice(4, 16), slice(0, 2)
+"""Pixels of the edit masks and outside the frame masks, of views of 20x16."""
+
+
+def write_scene(folder: Path) -> Path:
+    """Write a scene of 11 distorted views of 40x32 with frame masks and an `applied_transform`, and masks for edits."""
+    write_ring_scene(folder, width=40, height=32, views=11, distorted=True)
+    trained = np.full((32, 40), 255, dtype=np.uint8)
+    trained[:4] = 0
+    edited = np.zeros((32, 40), dtype=np.uint8)
+    edited[:, 8:32] = 255
+    meta = json.loads((folder / "transforms.json").read_text())
+    for name, mask in (("masks", trained), ("to-edit", edited)):
+        (folder / name).mkdir()
+        for frame in meta["frames"]:
+            Image.fromarray(mask).save(folder / name / Path(frame["file_path"]).name)
+    for frame in meta["frames"]:
+        frame["mask_path"] = frame["file_path"].replace("images", "masks")
+    (folder / "transforms.json").write_text(json.dumps({**meta, "applied_transform": APPLIED}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_scene(tmp_path_factory.mktemp("export") / "scene")
+
+
+@pytest.fixture(scope="module")
+def run(scene: Path, editor_folder: Path) -> Path:
+    """A short run on views that are reduced to a half, in which three of ten views are edited."""
+    typed = ["ns-train", "wys-tiny", f"--data={scene}", f"--editor={editor_folder}", *TINY, "--localization=masks"]
+    typed += [f"--pipeline.masks-dir={scene / 'to-edit'}", f"--output-dir={scene.parent / 'out'}", "--timestamp=run"]
+    typed += [
+        "--pipeline.datamanager.camera-res-scale-factor=0.5",
+        "--pipeline.edit-steps=3",
+        "--pipeline.edit-every=1",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "EVENT_WRITERS", [])
+        patch.setattr(sys, "argv", [*typed, f"--instruction={INSTRUCTION}"])
+        train.entrypoint()
+    return scene.parent / "out" / "scene" / "wys-tiny" / "run"
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path) -> Path:
+    """The run's data set, with a point for every pixel."""
+    with pytest.MonkeyPatch.context() as patch:
+        run_wys(patch, "export", run, "-o", run.parent / "data")
+    return run.parent / "data"
+
+
+@pytest.fixture(scope="module")
+def pipeline(run: Path, exported: Path) -> Any:
+    return eval_setup(run / "config.yml", test_mode="test")[1]
+
+
+def frames_of(folder: Path) -> dict[str, dict[str, Any]]:
+    meta = json.loads((folder / "transforms.json").read_text())
+    return {Path(frame["file_path"]).stem: frame for frame in meta["frames"]}
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.array(image)
+
+
+def square(transform: Any) -> np.ndarray:
+    return np.concatenate([np.array(transform, dtype=np.float64), [[0, 0, 0, 1]]])
+
+
+# ------------------------------------------------------------------------------------------------------------- cameras
+
+
+def test_poses_are_those_of_the_captures_own_file(exported: Path, scene: Path, pipeline: Any) -> None:
+    captured, frames = frames_of(scene), frames_of(exported)
+    assert list(frames) == pipeline.datamanager.view_names and len(frames) == 10, "without the held-out view"
+    for name, frame in frames.items():
+        np.testing.assert_allclose(frame["transform_matrix"], captured[name]["transform_matrix"], atol=2e-6)
+    assert json.loads((exported / "transforms.json").read_text())["applied_transform"] == APPLIED
+
+
+def test_intrinsics_are_those_of_the_exported_pixels(exported: Path, scene: Path) -> None:
+    meta = json.loads((scene / "transforms.json").read_text())
+    for frame in frames_of(exported).values():
+        for key in ("fl_x", "fl_y", "cx", "cy", "w", "h"):
+            assert frame[key] == pytest.approx(meta[key] / 2)
+        for key in ("k1", "k2", "p1", "p2"):
+            assert frame[key] == pytest.approx(meta[key])
+        assert pixels(exported / frame["file_path"]).shape == (frame["h"], frame["w"], 3) == (16, 20, 3)
+
+
+def original_poses(cameras: Cameras, transform: Any, scale: float) -> np.ndarray:
+    poses = []
+    for camera_to_world in cameras.camera_to_worlds.double().numpy():
+        pose = square(camera_to_world)
+        pose[:3, 3] /= scale
+        poses.append(np.linalg.inv(square(transform)) @ pose)
+    return np.stack(poses)
+
+
+def test_nerfstudio_reads_the_runs_cameras_from_it(exported: Path, run: Path, pipeline: Any) -> None:
+    options = NerfstudioDataParserConfig(data=exported, eval_mode="all")
+    check_capture(exported, options)
+    outputs = options.setup().get_dataparser_outputs("train")
+    saved = json.loads((run / "dataparser_transforms.json").read_text())
+    ours, read = pipeline.datamanager.cameras, outputs.cameras
+    assert [path.stem for path in outputs.image_filenames] == pipeline.datamanager.view_names
+    np.testing.assert_allclose(
+        original_poses(read, outputs.dataparser_transform, outputs.dataparser_scale),
+        original_poses(ours, saved["transform"], saved["scale"]),
+        atol=5e-6,
+    )
+    for name in ("fx", "fy", "cx", "cy", "width", "height", "camera_type", "distortion_params"):
+        torch.testing.assert_close(getattr(read, name), getattr(ours, name), check_dtype=False)
+
+
+def test_nerfstudio_holds_out_edited_views(exported: Path) -> None:
+    parser = NerfstudioDataParserConfig(data=exported).setup()
+    splits = {split: len(parser.get_dataparser_outputs(split).image_filenames) for split in ("train", "val", "test")}
+    assert splits == {"train": 9, "val": 1, "test": 1}
+
+
+@pytest.mark.parametrize("layout", ["colmap", "blender-data", "scaled", "implied"])
+def test_poses_of_other_formats_are_those_of_the_original_data(layout: str, tmp_path: Path) -> None:
+    ring = write_ring_scene(tmp_path / "ring", views=8)
+    file = ring / "transforms.json"
+    expected = {name: np.array(frame["transform_matrix"]) for name, frame in frames_of(ring).items()}
+    if layout == "colmap":
+        options = all_dataparsers["colmap"]
+        options.data = as_colmap_scene(ring, tmp_path / "colmap")
+        options.downscale_factor = 1  # type: ignore
+    elif layout == "blender-data":
+        options = all_dataparsers["blender-data"]
+        options.data = as_blender_scene(ring, tmp_path / "blender")
+    else:
+        options = NerfstudioDataParserConfig(data=ring)
+        if layout == "scaled":
+            file.write_text(json.dumps({**json.loads(file.read_text()), "applied_scale": 3.0}))
+        else:
+            (ring / "colmap" / "sparse" / "0").mkdir(parents=True)
+    outputs = options.setup().get_dataparser_outputs("train")
+    frame = CaptureFrame.of(options, outputs)
+    poses = frame.poses(outputs.cameras.camera_to_worlds)
+    for path, pose in zip(outputs.image_filenames, poses):
+        np.testing.assert_allclose(square(pose), expected[path.stem], atol=5e-6)
+    centers = frame.points(outputs.cameras.camera_to_worlds[:, :, 3])
+    np.testing.assert_allclose(centers, poses[:, :, 3], atol=1e-9)
+    assert ("applied_transform" in capture_keys(outputs.cameras, frame)) is (layout == "implied")
+
+
+def test_fisheye_cameras_keep_model_radius_and_distortion() -> None:
+    distortion = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6]])
+    cameras = Cameras(
+        torch.eye(4)[None, :3], 30.0, 31.0, 10.0, 8.0, 20, 16, distortion, CameraType.FISHEYE,
+        metadata={"fisheye_crop_radius": 7.0},
+    )  # fmt: skip
+    frame = CaptureFrame(torch.eye(4)[:3].double(), 1.0)
+    assert capture_keys(cameras, frame) == {"camera_model": "OPENCV_FISHEYE", "fisheye_crop_radius": 7.0}
+    keys = camera_keys(cameras, frame)
+    assert [keys[key] for key in ("k1", "k2", "k3", "k4", "p1", "p2")] == pytest.approx(distortion[0].tolist())
+    cameras.distortion_params = torch.arange(12.0)[None]
+    assert camera_keys(cameras, frame)["distortion_params"] == list(range(12))
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+
+
+def test_views_are_the_edited_and_the_captured_ones(exported: Path, run: Path, pipeline: Any) -> None:
+    frames, data = frames_of(exported), pipeline.datamanager
+    edited = {path.stem for path in (run / "wys" / "edits").glob("*.png")}
+    assert len(edited) == 3 and edited == {name for name, frame in frames.items() if frame["edited"]}
+    for view, (name, frame) in enumerate(frames.items()):
+        captured = to_uint8(data.captured_views([view])[0])
+        expected = pixels(run / "wys" / "edits" / f"{name}.png") if name in edited else captured
+        image = pixels(exported / frame["file_path"])
+        np.testing.assert_array_equal(image, expected)
+        mask = pixels(exported / frame["edit_mask_path"]) > 0
+        np.testing.assert_array_equal(mask, (image != captured).any(-1))
+        assert mask[:, EDITED_COLUMNS].mean() > 0.9 if name in edited else not mask.any()
+        mask[:, EDITED_COLUMNS] = False
+        assert not mask.any()
+
+
+def test_frame_masks_are_kept(exported: Path) -> None:
+    expected = np.full((16, 20), 255)
+    expected[UNTRAINED_ROWS] = 0
+    for frame in frames_of(exported).values():
+        np.testing.assert_array_equal(pixels(exported / frame["mask_path"]), expected)
+
+
+def test_renders_replace_the_views(run: Path, pipeline: Any, tmp_path: Path, monkeypatch) -> None:
+    run_wys(monkeypatch, "export", run, "-o", tmp_path / "data", "--renders", "--points", 50)
+    data, meta = pipeline.datamanager, json.loads((tmp_path / "data" / "transforms.json").read_text())
+    assert meta["wys_nerfstudio"]["content"] == "renders"
+    for view, frame in enumerate(meta["frames"]):
+        render = to_uint8(pipeline.scene_model.render_colors(data.cameras, view))
+        np.testing.assert_array_equal(pixels(tmp_path / "data" / frame["file_path"]), render)
+    points, _ = read_ply(tmp_path / "data" / "points.ply")
+    assert 0 < len(points) <= 10 * 4
+
+
+def test_every_file_has_its_provenance(exported: Path) -> None:
+    meta = json.loads((exported / "transforms.json").read_text())["wys_nerfstudio"]
+    assert meta["software"] == SOFTWARE and meta["content"] == "edited views"
+    (record,) = meta["edits"]
+    assert record["instruction"] == INSTRUCTION and record["mask_threshold"] == 0.3
+    assert record["editor"] == "untrained", "a folder is reduced to its name"
+    for frame in frames_of(exported).values():
+        with Image.open(exported / frame["file_path"]) as image:
+            assert image.info["Software"] == SOFTWARE
+            if frame["edited"]:
+                assert json.loads(image.info[RECORD]) == [record] and INSTRUCTION in image.info["Description"]
+            else:
+                assert RECORD not in image.info and "not edited" in image.info["Description"]
+        for key in ("mask_path", "edit_mask_path"):
+            with Image.open(exported / frame[key]) as image:
+                assert image.info["Software"] == SOFTWARE and "view" in image.info["Description"]
+    header = (exported / "points.ply").read_bytes().split(b"end_header\n")[0].decode()
+    assert f"comment edited with {SOFTWARE}\n" in header and f'comment "{INSTRUCTION}"\n' in header
+
+
+def test_edits_in_force() -> None:
+    def shown(*starts: Any) -> list[str]:
+        entries = [HistoryEntry(str(i), start, {}, 0, None) for i, start in enumerate(starts)]
+        return [entry.instruction for entry in in_force(entries)]
+
+    assert shown("captured") == ["0"]
+    assert shown("captured", "on top", "on top") == ["0", "1", "2"]
+    assert shown("captured", "on top", "instead", "on top") == ["2", "3"]
+    assert shown("captured", "reset") == [] and shown("captured", "reset", "on top") == ["2"]
+
+
+# -------------------------------------------------------------------------------------------------------------- points
+
+
+def read_ply(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read positions and colors point by point."""
+    head, _, body = path.read_bytes().partition(b"end_header\n")
+    count = int(next(line for line in head.split(b"\n") if line.startswith(b"element vertex")).split()[2])
+    assert len(body) == 15 * count
+    rows = [body[15 * i : 15 * i + 15] for i in range(count)]
+    return np.array([np.frombuffer(row[:12], "<f4") for row in rows]), np.array([list(row[12:]) for row in rows])
+
+
+class Ball(WysModel):
+    """An opaque ball of radius 0.5 around the origin, of the color of its normals."""
+
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
+
+    def pose_corrected_camera(self, cameras: Cameras, view: int) -> Cameras:
+        return cameras[view : view + 1]
+
+    @contextmanager
+    def eval_as_view(self, view: int) -> Iterator[None]:
+        yield
+
+    def get_outputs_for_camera_ray_bundle(self, rays: Any) -> dict[str, torch.Tensor]:
+        along = -(rays.origins * rays.directions).sum(-1, keepdim=True)
+        inside = 0.25 - (rays.origins**2).sum(-1, keepdim=True) + along**2
+        depth = along - inside.clamp_min(0).sqrt()
+        rgb = 0.5 + rays.origins + rays.directions * depth
+        return {"accumulation": (inside > 0).float(), "depth": depth, "rgb": rgb}
+
+
+def test_points_lie_on_the_surface_in_the_captures_coordinates(scene: Path) -> None:
+    options = NerfstudioDataParserConfig(data=scene)
+    outputs = options.setup().get_dataparser_outputs("train")
+    points, colors = surface_points(Ball(), outputs.cameras, 2, (32, 40))
+    assert 50 < len(points) < 32 * 40
+    np.testing.assert_allclose(points.norm(dim=-1), 0.5, atol=1e-5)
+    np.testing.assert_allclose(colors, (0.5 + points) * 255, atol=0.51)
+    # The ball in the capture: its center is the mean of all camera positions, and its radius is half the largest coordinate.
+    positions = np.array([np.array(frame["transform_matrix"])[:3, 3] for frame in frames_of(scene).values()])
+    distances = np.linalg.norm(CaptureFrame.of(options, outputs).points(points) - positions.mean(0), axis=-1)
+    np.testing.assert_allclose(distances, 0.5 / outputs.dataparser_scale, atol=1e-4)
+
+
+def test_points_are_the_surface_that_the_views_show(exported: Path, run: Path, pipeline: Any) -> None:
+    points, colors = read_ply(exported / "points.ply")
+    saved = json.loads((run / "dataparser_transforms.json").read_text())
+    to_capture = square(APPLIED) @ np.linalg.inv(square(saved["transform"]))
+    model, cameras, expected = pipeline.scene_model, pipeline.datamanager.cameras, []
+    for view in range(len(cameras)):
+        outputs, rays = model.render_view(cameras, view), cameras.generate_rays(view)
+        for row in range(16):
+            for column in range(20):
+                if outputs["accumulation"][row, column] >= 0.5:
+                    at = rays.origins[row, column] + outputs["depth"][row, column] * rays.directions[row, column]
+                    expected.append((to_capture @ [*(at.double().numpy() / saved["scale"]), 1])[:3])
+    assert len(points) == len(expected) == len(colors)
+    np.testing.assert_allclose(points, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_nerfstudio_reads_the_points(exported: Path) -> None:
+    pytest.importorskip("open3d")
+    options = NerfstudioDataParserConfig(data=exported, eval_mode="all", load_3D_points=True)
+    outputs = options.setup().get_dataparser_outputs("train")
+    points, colors = read_ply(exported / "points.ply")
+    transform, scale = outputs.dataparser_transform.numpy() @ np.linalg.inv(square(APPLIED)), outputs.dataparser_scale
+    np.testing.assert_allclose(
+        outputs.metadata["points3D_xyz"], scale * (points @ transform[:, :3].T + transform[:, 3]), rtol=1e-4, atol=1e-4
+    )
+    assert np.abs(outputs.metadata["points3D_rgb"].numpy().astype(int) - colors).max() <= 1
+
+
+@pytest.mark.parametrize(("pixels", "size"), [(1e9, (30, 40)), (300.0, (15, 20)), (12.0, (3, 4)), (0.1, (1, 1))])
+def test_grids_have_about_the_number_of_pixels(pixels: float, size: tuple[int, int]) -> None:
+    assert grid_size(30, 40, pixels) == size
+
+
+def test_long_comments_are_cut_off() -> None:
+    content = ply_file(torch.zeros(0, 3, dtype=torch.float64), torch.zeros(0, 3, dtype=torch.uint8), ["x" * 5000])
+    assert max(map(len, content.split(b"\n"))) == 1000
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def forget_edits(run: Path) -> None:
+    (checkpoint,) = (run / "nerfstudio_models").glob("*.ckpt")
+    state = read_checkpoint(checkpoint)
+    state["wys"]["views"].update(edited=[], current=torch.empty(0, 16, 20, 3, dtype=torch.uint8))
+    torch.save(state, checkpoint)
+
+
+def of_another_method(run: Path) -> None:
+    (run / "config.yml").write_text("!!python/object:nerfstudio.engine.trainer.TrainerConfig\nmethod_name: nerfacto")
+
+
+REFUSALS: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
+    "no run": (lambda run: (run / "config.yml").unlink(), [], 'There is no config.yml in "run": wys export takes'),
+    "another method": (of_another_method, [], '"run" is not a wys run: wys export takes'),
+    "no checkpoint": (
+        lambda run: shutil.rmtree(run / "nerfstudio_models"),
+        [],
+        'The run "run" has no checkpoint yet: wait until it has saved one',
+    ),
+    "no edits": (forget_edits, [], 'The run "run" has no edited views at step 4: resume it with --load-dir "run"'),
+    "not empty": (lambda run: os.makedirs("data/images"), [], 'The folder "data" is not empty: give a new one.'),
+    "a file": (lambda run: Path("data").touch(), [], 'The folder "data" cannot be written (File exists): give -o'),
+    "inside the run": (lambda run: None, ["-o", "run/data"], '-o "run/data" is inside the run "run": give -o another'),
+    "no points": (lambda run: None, ["--points", "0"], "--points must be at least 1, not 0."),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals(case: str, run: Path, tmp_path: Path, monkeypatch) -> None:
+    change, arguments, message = REFUSALS[case]
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run, "run")
+    change(Path("run"))
+    before = sorted(tmp_path.rglob("*"))
+    assert message in sentence_of(lambda: run_wys(monkeypatch, "export", "run", "-o", "data", *arguments))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_on_other_views_is_refused(run: Path, scene: Path, tmp_path: Path, monkeypatch) -> None:
+    backup = shutil.copy(scene / "images" / "frame_001.png", tmp_path)
+    try:
+        Image.new("RGB", (40, 32)).save(scene / "images" / "frame_001.png")
+        sentence = sentence_of(lambda: run_wys(monkeypatch, "export", run, "-o", tmp_path / "data"))
+    finally:
+        shutil.copy(backup, scene / "images" / "frame_001.png")
+    assert "The picture of the view frame_001 is not what that run was trained on" in sentence
+    assert not (tmp_path / "data").exists()
