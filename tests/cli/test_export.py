@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,15 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import APPLIED_TRANSFORM as APPLIED
+from conftest import EDIT_INSTRUCTION as INSTRUCTION
 from conftest import as_blender_scene, as_colmap_scene, run_wys, sentence_of, write_ring_scene
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.configs.dataparser_configs import all_dataparsers
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
-from nerfstudio.scripts import train
-from nerfstudio.utils import writer
 from nerfstudio.utils.eval_utils import eval_setup
 from PIL import Image
-from test_bad_input import TINY
 
 from wys_nerfstudio.cli.export_points import grid_size, ply_file, surface_points
 from wys_nerfstudio.cli.export_transforms import CaptureFrame, camera_keys, capture_keys
@@ -31,63 +29,21 @@ from wys_nerfstudio.utils.data_checks import check_capture
 from wys_nerfstudio.utils.image_io import RECORD
 from wys_nerfstudio.utils.visualization import SOFTWARE, to_uint8
 
-INSTRUCTION = "make the ball blue"
-APPLIED = [[1.0, 0.0, 0.0, 0.2], [0.0, 0.0, 1.0, -0.1], [0.0, -1.0, 0.0, 0.3]]
 EDITED_COLUMNS, UNTRAINED_ROWS = slice(4, 16), slice(0, 2)
 """Pixels of the edit masks and outside the frame masks, of views of 20x16."""
 
 
-def write_scene(folder: Path) -> Path:
-    """Write a scene of 11 distorted views of 40x32 with frame masks and an `applied_transform`, and masks for edits."""
-    write_ring_scene(folder, width=40, height=32, views=11, distorted=True)
-    trained = np.full((32, 40), 255, dtype=np.uint8)
-    trained[:4] = 0
-    edited = np.zeros((32, 40), dtype=np.uint8)
-    edited[:, 8:32] = 255
-    meta = json.loads((folder / "transforms.json").read_text())
-    for name, mask in (("masks", trained), ("to-edit", edited)):
-        (folder / name).mkdir()
-        for frame in meta["frames"]:
-            Image.fromarray(mask).save(folder / name / Path(frame["file_path"]).name)
-    for frame in meta["frames"]:
-        frame["mask_path"] = frame["file_path"].replace("images", "masks")
-    (folder / "transforms.json").write_text(json.dumps({**meta, "applied_transform": APPLIED}))
-    return folder
-
-
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_scene(tmp_path_factory.mktemp("export") / "scene")
-
-
-@pytest.fixture(scope="module")
-def run(scene: Path, editor_folder: Path) -> Path:
-    """A short run on views that are reduced to a half, in which three of ten views are edited."""
-    typed = ["ns-train", "wys-tiny", f"--data={scene}", f"--editor={editor_folder}", *TINY, "--localization=masks"]
-    typed += [f"--pipeline.masks-dir={scene / 'to-edit'}", f"--output-dir={scene.parent / 'out'}", "--timestamp=run"]
-    typed += [
-        "--pipeline.datamanager.camera-res-scale-factor=0.5",
-        "--pipeline.edit-steps=3",
-        "--pipeline.edit-every=1",
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "EVENT_WRITERS", [])
-        patch.setattr(sys, "argv", [*typed, f"--instruction={INSTRUCTION}"])
-        train.entrypoint()
-    return scene.parent / "out" / "scene" / "wys-tiny" / "run"
-
-
-@pytest.fixture(scope="module")
-def exported(run: Path) -> Path:
+def exported(edited_run: Path) -> Path:
     """The run's data set, with a point for every pixel."""
     with pytest.MonkeyPatch.context() as patch:
-        run_wys(patch, "export", run, "-o", run.parent / "data")
-    return run.parent / "data"
+        run_wys(patch, "export", edited_run, "-o", edited_run.parent / "data")
+    return edited_run.parent / "data"
 
 
 @pytest.fixture(scope="module")
-def pipeline(run: Path, exported: Path) -> Any:
-    return eval_setup(run / "config.yml", test_mode="test")[1]
+def pipeline(edited_run: Path, exported: Path) -> Any:
+    return eval_setup(edited_run / "config.yml", test_mode="test")[1]
 
 
 def frames_of(folder: Path) -> dict[str, dict[str, Any]]:
@@ -107,16 +63,16 @@ def square(transform: Any) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------- cameras
 
 
-def test_poses_are_those_of_the_captures_own_file(exported: Path, scene: Path, pipeline: Any) -> None:
-    captured, frames = frames_of(scene), frames_of(exported)
+def test_poses_are_those_of_the_captures_own_file(exported: Path, edited_scene: Path, pipeline: Any) -> None:
+    captured, frames = frames_of(edited_scene), frames_of(exported)
     assert list(frames) == pipeline.datamanager.view_names and len(frames) == 10, "without the held-out view"
     for name, frame in frames.items():
         np.testing.assert_allclose(frame["transform_matrix"], captured[name]["transform_matrix"], atol=2e-6)
     assert json.loads((exported / "transforms.json").read_text())["applied_transform"] == APPLIED
 
 
-def test_intrinsics_are_those_of_the_exported_pixels(exported: Path, scene: Path) -> None:
-    meta = json.loads((scene / "transforms.json").read_text())
+def test_intrinsics_are_those_of_the_exported_pixels(exported: Path, edited_scene: Path) -> None:
+    meta = json.loads((edited_scene / "transforms.json").read_text())
     for frame in frames_of(exported).values():
         for key in ("fl_x", "fl_y", "cx", "cy", "w", "h"):
             assert frame[key] == pytest.approx(meta[key] / 2)
@@ -134,11 +90,11 @@ def original_poses(cameras: Cameras, transform: Any, scale: float) -> np.ndarray
     return np.stack(poses)
 
 
-def test_nerfstudio_reads_the_runs_cameras_from_it(exported: Path, run: Path, pipeline: Any) -> None:
+def test_nerfstudio_reads_the_runs_cameras_from_it(exported: Path, edited_run: Path, pipeline: Any) -> None:
     options = NerfstudioDataParserConfig(data=exported, eval_mode="all")
     check_capture(exported, options)
     outputs = options.setup().get_dataparser_outputs("train")
-    saved = json.loads((run / "dataparser_transforms.json").read_text())
+    saved = json.loads((edited_run / "dataparser_transforms.json").read_text())
     ours, read = pipeline.datamanager.cameras, outputs.cameras
     assert [path.stem for path in outputs.image_filenames] == pipeline.datamanager.view_names
     np.testing.assert_allclose(
@@ -201,13 +157,13 @@ def test_fisheye_cameras_keep_model_radius_and_distortion() -> None:
 # -------------------------------------------------------------------------------------------------------------- images
 
 
-def test_views_are_the_edited_and_the_captured_ones(exported: Path, run: Path, pipeline: Any) -> None:
+def test_views_are_the_edited_and_the_captured_ones(exported: Path, edited_run: Path, pipeline: Any) -> None:
     frames, data = frames_of(exported), pipeline.datamanager
-    edited = {path.stem for path in (run / "wys" / "edits").glob("*.png")}
+    edited = {path.stem for path in (edited_run / "wys" / "edits").glob("*.png")}
     assert len(edited) == 3 and edited == {name for name, frame in frames.items() if frame["edited"]}
     for view, (name, frame) in enumerate(frames.items()):
         captured = to_uint8(data.captured_views([view])[0])
-        expected = pixels(run / "wys" / "edits" / f"{name}.png") if name in edited else captured
+        expected = pixels(edited_run / "wys" / "edits" / f"{name}.png") if name in edited else captured
         image = pixels(exported / frame["file_path"])
         np.testing.assert_array_equal(image, expected)
         mask = pixels(exported / frame["edit_mask_path"]) > 0
@@ -224,8 +180,8 @@ def test_frame_masks_are_kept(exported: Path) -> None:
         np.testing.assert_array_equal(pixels(exported / frame["mask_path"]), expected)
 
 
-def test_renders_replace_the_views(run: Path, pipeline: Any, tmp_path: Path, monkeypatch) -> None:
-    run_wys(monkeypatch, "export", run, "-o", tmp_path / "data", "--renders", "--points", 50)
+def test_renders_replace_the_views(edited_run: Path, pipeline: Any, tmp_path: Path, monkeypatch) -> None:
+    run_wys(monkeypatch, "export", edited_run, "-o", tmp_path / "data", "--renders", "--points", 50)
     data, meta = pipeline.datamanager, json.loads((tmp_path / "data" / "transforms.json").read_text())
     assert meta["wys_nerfstudio"]["content"] == "renders"
     for view, frame in enumerate(meta["frames"]):
@@ -299,22 +255,22 @@ class Ball(WysModel):
         return {"accumulation": (inside > 0).float(), "depth": depth, "rgb": rgb}
 
 
-def test_points_lie_on_the_surface_in_the_captures_coordinates(scene: Path) -> None:
-    options = NerfstudioDataParserConfig(data=scene)
+def test_points_lie_on_the_surface_in_the_captures_coordinates(edited_scene: Path) -> None:
+    options = NerfstudioDataParserConfig(data=edited_scene)
     outputs = options.setup().get_dataparser_outputs("train")
     points, colors = surface_points(Ball(), outputs.cameras, 2, (32, 40))
     assert 50 < len(points) < 32 * 40
     np.testing.assert_allclose(points.norm(dim=-1), 0.5, atol=1e-5)
     np.testing.assert_allclose(colors, (0.5 + points) * 255, atol=0.51)
     # The ball in the capture: its center is the mean of all camera positions, and its radius is half the largest coordinate.
-    positions = np.array([np.array(frame["transform_matrix"])[:3, 3] for frame in frames_of(scene).values()])
+    positions = np.array([np.array(frame["transform_matrix"])[:3, 3] for frame in frames_of(edited_scene).values()])
     distances = np.linalg.norm(CaptureFrame.of(options, outputs).points(points) - positions.mean(0), axis=-1)
     np.testing.assert_allclose(distances, 0.5 / outputs.dataparser_scale, atol=1e-4)
 
 
-def test_points_are_the_surface_that_the_views_show(exported: Path, run: Path, pipeline: Any) -> None:
+def test_points_are_the_surface_that_the_views_show(exported: Path, edited_run: Path, pipeline: Any) -> None:
     points, colors = read_ply(exported / "points.ply")
-    saved = json.loads((run / "dataparser_transforms.json").read_text())
+    saved = json.loads((edited_run / "dataparser_transforms.json").read_text())
     to_capture = square(APPLIED) @ np.linalg.inv(square(saved["transform"]))
     model, cameras, expected = pipeline.scene_model, pipeline.datamanager.cameras, []
     for view in range(len(cameras)):
@@ -381,22 +337,22 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_refusals(case: str, run: Path, tmp_path: Path, monkeypatch) -> None:
+def test_refusals(case: str, edited_run: Path, tmp_path: Path, monkeypatch) -> None:
     change, arguments, message = REFUSALS[case]
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(run, "run")
+    shutil.copytree(edited_run, "run")
     change(Path("run"))
     before = sorted(tmp_path.rglob("*"))
     assert message in sentence_of(lambda: run_wys(monkeypatch, "export", "run", "-o", "data", *arguments))
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_run_on_other_views_is_refused(run: Path, scene: Path, tmp_path: Path, monkeypatch) -> None:
-    backup = shutil.copy(scene / "images" / "frame_001.png", tmp_path)
+def test_a_run_on_other_views_is_refused(edited_run: Path, edited_scene: Path, tmp_path: Path, monkeypatch) -> None:
+    backup = shutil.copy(edited_scene / "images" / "frame_001.png", tmp_path)
     try:
-        Image.new("RGB", (40, 32)).save(scene / "images" / "frame_001.png")
-        sentence = sentence_of(lambda: run_wys(monkeypatch, "export", run, "-o", tmp_path / "data"))
+        Image.new("RGB", (40, 32)).save(edited_scene / "images" / "frame_001.png")
+        sentence = sentence_of(lambda: run_wys(monkeypatch, "export", edited_run, "-o", tmp_path / "data"))
     finally:
-        shutil.copy(backup, scene / "images" / "frame_001.png")
+        shutil.copy(backup, edited_scene / "images" / "frame_001.png")
     assert "The picture of the view frame_001 is not what that run was trained on" in sentence
     assert not (tmp_path / "data").exists()
