@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,16 +17,19 @@ from conftest import EDIT_INSTRUCTION as INSTRUCTION
 from conftest import as_blender_scene, as_colmap_scene, run_wys, sentence_of, write_ring_scene
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.configs.dataparser_configs import all_dataparsers
+from nerfstudio.data.dataparsers.colmap_dataparser import ColmapDataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.utils.eval_utils import eval_setup
 from PIL import Image
 
+from wys_nerfstudio.cli.export_colmap import colmap_camera
 from wys_nerfstudio.cli.export_points import grid_size, ply_file, surface_points
-from wys_nerfstudio.cli.export_transforms import CaptureFrame, camera_keys, capture_keys
+from wys_nerfstudio.cli.export_transforms import MODELS, CaptureFrame, camera_keys, capture_keys
 from wys_nerfstudio.model import WysModel
 from wys_nerfstudio.training.checkpoint import read_checkpoint
 from wys_nerfstudio.training.history import HistoryEntry, in_force
 from wys_nerfstudio.utils.data_checks import check_capture
+from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.image_io import RECORD
 from wys_nerfstudio.utils.visualization import SOFTWARE, to_uint8
 
@@ -183,7 +187,7 @@ def test_frame_masks_are_kept(exported: Path) -> None:
 def test_renders_replace_the_views(edited_run: Path, pipeline: Any, tmp_path: Path, monkeypatch) -> None:
     run_wys(monkeypatch, "export", edited_run, "-o", tmp_path / "data", "--renders", "--points", 50)
     data, meta = pipeline.datamanager, json.loads((tmp_path / "data" / "transforms.json").read_text())
-    assert meta["wys_nerfstudio"]["content"] == "renders"
+    assert meta["wys_nerfstudio"]["content"].startswith("renders of")
     for view, frame in enumerate(meta["frames"]):
         render = to_uint8(pipeline.scene_model.render_colors(data.cameras, view))
         np.testing.assert_array_equal(pixels(tmp_path / "data" / frame["file_path"]), render)
@@ -193,7 +197,7 @@ def test_renders_replace_the_views(edited_run: Path, pipeline: Any, tmp_path: Pa
 
 def test_every_file_has_its_provenance(exported: Path) -> None:
     meta = json.loads((exported / "transforms.json").read_text())["wys_nerfstudio"]
-    assert meta["software"] == SOFTWARE and meta["content"] == "edited views"
+    assert meta["software"] == SOFTWARE and meta["content"].startswith("views of")
     (record,) = meta["edits"]
     assert record["instruction"] == INSTRUCTION and record["mask_threshold"] == 0.3
     assert record["editor"] == "untrained", "a folder is reduced to its name"
@@ -208,7 +212,7 @@ def test_every_file_has_its_provenance(exported: Path) -> None:
             with Image.open(exported / frame[key]) as image:
                 assert image.info["Software"] == SOFTWARE and "view" in image.info["Description"]
     header = (exported / "points.ply").read_bytes().split(b"end_header\n")[0].decode()
-    assert f"comment edited with {SOFTWARE}\n" in header and f'comment "{INSTRUCTION}"\n' in header
+    assert f"comment views of a scene edited with {SOFTWARE}\n" in header and f'comment "{INSTRUCTION}"\n' in header
 
 
 def test_edits_in_force() -> None:
@@ -304,6 +308,84 @@ def test_grids_have_about_the_number_of_pixels(pixels: float, size: tuple[int, i
 def test_long_comments_are_cut_off() -> None:
     content = ply_file(torch.zeros(0, 3, dtype=torch.float64), torch.zeros(0, 3, dtype=torch.uint8), ["x" * 5000])
     assert max(map(len, content.split(b"\n"))) == 1000
+
+
+# -------------------------------------------------------------------------------------------------------------- COLMAP
+
+
+@pytest.fixture(scope="module")
+def colmap_export(edited_run: Path) -> Path:
+    """The run's data set with a COLMAP model."""
+    folder = edited_run.parent / "colmap-data"
+    with pytest.MonkeyPatch.context() as patch:
+        run_wys(patch, "export", edited_run, "-o", folder, "--format", "colmap", "--points", 200)
+    return folder
+
+
+def test_nerfstudio_reads_the_colmap_model(colmap_export: Path) -> None:
+    options = ColmapDataParserConfig(
+        data=colmap_export, colmap_path=Path("sparse/0"), eval_mode="all", downscale_factor=1
+    )
+    outputs = options.setup().get_dataparser_outputs("train")
+    frames = frames_of(colmap_export)
+    assert [path.stem for path in outputs.image_filenames] == list(frames)
+    poses = original_poses(outputs.cameras, outputs.dataparser_transform, outputs.dataparser_scale)
+    for i, frame in enumerate(frames.values()):
+        np.testing.assert_allclose(poses[i], frame["transform_matrix"], atol=5e-6)
+        for name, key in (("fx", "fl_x"), ("fy", "fl_y"), ("cx", "cx"), ("cy", "cy"), ("width", "w"), ("height", "h")):
+            assert getattr(outputs.cameras, name)[i].item() == pytest.approx(frame[key])
+        expected = [frame[key] for key in ("k1", "k2", "k3", "k4", "p1", "p2")]
+        assert outputs.cameras.distortion_params[i].tolist() == pytest.approx(expected)
+    points, colors = read_ply(colmap_export / "points.ply")
+    transform, scale = outputs.dataparser_transform.numpy(), outputs.dataparser_scale
+    expected = scale * (points @ transform[:, :3].T + transform[:, 3])
+    np.testing.assert_allclose(outputs.metadata["points3D_xyz"], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(outputs.metadata["points3D_rgb"], colors)
+
+
+@pytest.mark.skipif(shutil.which("colmap") is None, reason="needs COLMAP")
+def test_colmap_reads_the_model(colmap_export: Path, tmp_path: Path) -> None:
+    command = ["colmap", "model_converter", "--input_path", colmap_export / "sparse" / "0", "--output_path", tmp_path]
+    subprocess.run([*map(str, command), "--output_type", "TXT"], check=True, capture_output=True)
+    for name, count in (("images", 10), ("cameras", 1), ("points3D", len(read_ply(colmap_export / "points.ply")[0]))):
+        assert f": {count}" in (tmp_path / f"{name}.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("model", "distortion", "expected"),
+    [
+        ("OPENCV", {}, "PINHOLE 20 16 30.0 31.0 10.0 8.0"),
+        ("OPENCV", {"k1": 0.1, "p2": 0.2}, "OPENCV 20 16 30.0 31.0 10.0 8.0 0.1 0.0 0.0 0.2"),
+        (
+            "OPENCV",
+            {"k2": 0.1, "k3": 0.2, "p1": 0.3},
+            "FULL_OPENCV 20 16 30.0 31.0 10.0 8.0 0.0 0.1 0.3 0.0 0.2 0.0 0.0 0.0",
+        ),
+        ("OPENCV_FISHEYE", {"k1": 0.1, "k4": 0.4}, "OPENCV_FISHEYE 20 16 30.0 31.0 10.0 8.0 0.1 0.0 0.0 0.4"),
+    ],
+)
+def test_colmap_cameras(model: str, distortion: dict[str, float], expected: str) -> None:
+    frame = {"fl_x": 30.0, "fl_y": 31.0, "cx": 10.0, "cy": 8.0, "w": 20, "h": 16, **distortion}
+    assert colmap_camera(model, frame) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "distortion"), [("OPENCV", {"k4": 0.1}), ("OPENCV_FISHEYE", {"p1": 0.1}), ("EQUIRECTANGULAR", {})]
+)
+def test_cameras_that_colmap_does_not_have_are_refused(model: str, distortion: dict[str, float]) -> None:
+    with pytest.raises(
+        WysError, match=f"COLMAP has no camera model for {model} cameras .*: leave out --format colmap."
+    ):
+        colmap_camera(model, distortion)
+
+
+def test_cameras_that_colmap_does_not_have_are_refused_before_work(
+    edited_run: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setitem(MODELS, CameraType.PERSPECTIVE.value, "ORTHOPHOTO")
+    arguments = ["export", edited_run, "-o", tmp_path / "data", "--format", "colmap"]
+    assert "COLMAP has no camera model for ORTHOPHOTO" in sentence_of(lambda: run_wys(monkeypatch, *arguments))
+    assert not (tmp_path / "data").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

@@ -4,11 +4,13 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import tyro
+from jaxtyping import Float, UInt8
 from PIL import Image
+from torch import Tensor
 
 from wys_nerfstudio.cli.finished_run import find_config, require_outside
 from wys_nerfstudio.utils.atomic_io import atomic_write, write_json
@@ -18,6 +20,7 @@ from wys_nerfstudio.utils.image_io import ImageFile, provenance, write_image
 from wys_nerfstudio.utils.visualization import SOFTWARE, save_png, to_uint8
 
 if TYPE_CHECKING:
+    from wys_nerfstudio.cli.export_transforms import CaptureFrame
     from wys_nerfstudio.pipeline import WysPipeline
     from wys_nerfstudio.training.run_state import RunState
 
@@ -43,15 +46,19 @@ class Export:
     other, and less sharp."""
     points: int = 100_000
     """Number of rays whose surface points are written to points.ply, from which splatfacto starts."""
+    format: Literal["nerfstudio", "colmap"] = "nerfstudio"
+    """With colmap a COLMAP model in text format is written, too, to sparse/0."""
 
     def main(self) -> None:
         """Write the data set."""
         if self.points < 1:
             raise WysError(f"--points must be at least 1, not {self.points}.")
-        export_run(self.run, self.output, self.renders, self.points)
+        export_run(self.run, self.output, self.renders, self.points, self.format)
 
 
-def export_run(run: Path, output: Path, renders: bool, points: int) -> None:
+def export_run(
+    run: Path, output: Path, renders: bool, points: int, data_format: Literal["nerfstudio", "colmap"] = "nerfstudio"
+) -> None:
     """Write the edited scene of a run as a data set in nerfstudio's format; `transforms.json` is written last.
 
     Args:
@@ -59,15 +66,19 @@ def export_run(run: Path, output: Path, renders: bool, points: int) -> None:
         output: Output folder, new or empty.
         renders: Write renders instead of the edited views.
         points: Number of rays whose surface points are written.
+        data_format: With "colmap" a COLMAP model is written, too.
 
     Raises:
-        WysError: If the run is not a wys run with edited views, or the folder is not empty.
+        WysError: If the run is not a wys run with edited views, or the folder is not empty, or COLMAP has no model
+            for the cameras.
     """
     from nerfstudio.utils.eval_utils import eval_setup
     from nerfstudio.utils.rich_utils import CONSOLE
     from rich.progress import track
 
-    from wys_nerfstudio.cli.export_transforms import CaptureFrame, capture_keys
+    from wys_nerfstudio.cli.export_colmap import MODEL_FOLDER, colmap_camera, write_colmap_model
+    from wys_nerfstudio.cli.export_points import ply_file
+    from wys_nerfstudio.cli.export_transforms import CaptureFrame, camera_keys, capture_keys
     from wys_nerfstudio.demo.scene import require_empty_folder
 
     config = find_config(run, "wys export")
@@ -79,21 +90,24 @@ def export_run(run: Path, output: Path, renders: bool, points: int) -> None:
         data = pipeline.datamanager
         data.load_views_state(state.views)
         frame = CaptureFrame.of(data.dataparser.config, data.train_dataparser_outputs)
+        shared = capture_keys(data.cameras, frame)
+        if data_format == "colmap":
+            colmap_camera(shared["camera_model"], camera_keys(data.cameras[:1], frame))  # may be refused
         edits = edit_records(state, pipeline.config.editor)
         views = track(range(data.num_views), description="Views", console=CONSOLE)
         frames = [write_view(output, pipeline, frame, view, edits, renders) for view in views]
         views = track(range(data.num_views), description="Surface points", console=CONSOLE)
-        count = write_points(output / POINTS_FILE, pipeline, frame, views, points, edits)
-        about = {"software": SOFTWARE, "content": "renders" if renders else "edited views", "edits": edits}
-        transforms = {
-            **capture_keys(data.cameras, frame),
-            "ply_file_path": POINTS_FILE,
-            "wys_nerfstudio": about,
-            "frames": frames,
-        }
+        positions, colors = scene_points(pipeline, frame, views, points)
+        about = f"{'renders' if renders else 'views'} of a scene edited with {SOFTWARE}"
+        comments = [about, *(json.dumps(edit["instruction"]) for edit in edits)]
+        atomic_write(output / POINTS_FILE, ply_file(positions, colors, comments))
+        if data_format == "colmap":
+            write_colmap_model(output / MODEL_FOLDER, shared["camera_model"], frames, positions, colors, about)
+        record = {"software": SOFTWARE, "content": about, "edits": edits}
+        transforms = {**shared, "ply_file_path": POINTS_FILE, "wys_nerfstudio": record, "frames": frames}
         write_json(output / "transforms.json", transforms)
     CONSOLE.print(
-        f"Wrote {data.num_views} views, of which {len(data.edited_views)} are edited, and {count} points. To train on them: "
+        f"Wrote {data.num_views} views, {len(data.edited_views)} of them edited, and {len(positions)} points. To train on them: "
         f"ns-train nerfacto --data {output}, or ns-train splatfacto --data {output}.",
         soft_wrap=True,
         highlight=False,
@@ -140,7 +154,12 @@ def edit_records(state: "RunState", editor: str) -> list[dict[str, Any]]:
 
 
 def write_view(
-    output: Path, pipeline: "WysPipeline", frame: Any, view: int, edits: Sequence[dict[str, Any]], renders: bool
+    output: Path,
+    pipeline: "WysPipeline",
+    frame: "CaptureFrame",
+    view: int,
+    edits: Sequence[dict[str, Any]],
+    renders: bool,
 ) -> dict[str, Any]:
     """Write a training view and its masks.
 
@@ -180,25 +199,21 @@ def write_view(
     }
 
 
-def write_points(
-    file: Path, pipeline: "WysPipeline", frame: Any, views: Iterable[int], count: int, edits: Sequence[dict[str, Any]]
-) -> int:
-    """Write the surface points of a scene and return their number.
+def scene_points(
+    pipeline: "WysPipeline", frame: "CaptureFrame", views: Iterable[int], count: int
+) -> tuple[Float[Tensor, "n 3"], UInt8[Tensor, "n 3"]]:
+    """Return the surface points of a scene in the coordinates of the capture, and their colors.
 
     Args:
-        file: The PLY file.
         pipeline: The run.
         frame: Coordinates of the capture.
         views: Indices of all training views.
         count: Number of rays.
-        edits: Result of `edit_records`.
     """
-    from wys_nerfstudio.cli.export_points import grid_size, ply_file, surface_points
+    from wys_nerfstudio.cli.export_points import grid_size, surface_points
 
     data = pipeline.datamanager
     size = grid_size(*data.view_size, count / data.num_views)
     parts = [surface_points(pipeline.scene_model, data.cameras, view, size) for view in views]
     points, colors = (torch.cat(part) for part in zip(*parts))
-    comments = [f"edited with {SOFTWARE}", *(json.dumps(edit["instruction"]) for edit in edits)]
-    atomic_write(file, ply_file(frame.points(points), colors, comments))
-    return len(points)
+    return frame.points(points), colors
