@@ -52,10 +52,15 @@ class Compare:
     """Folder of comparison.json, contact_sheet.png, chart.png and relevance_A.png, relevance_B.png, ..."""
     masks: Optional[Path] = None
     """Folder with one mask per view, named as the views and white where the edit may change them; adds the PSNR outside."""
+    retrain: Optional[int] = None
+    """Number of steps of a new reconstruction from the edited views of each run; adds its PSNR on edited views that are held out
+    of it, a tenth, which measures how consistent the edited views are."""
 
     def main(self) -> None:
         """Compare the runs."""
-        compare_runs(self.runs, self.output, self.masks)
+        if self.retrain is not None and self.retrain < 1:
+            raise WysError(f"--retrain must be at least 1, not {self.retrain}.")
+        compare_runs(self.runs, self.output, self.masks, self.retrain)
 
 
 @dataclass
@@ -72,13 +77,16 @@ class Column:
     """Images of the views in the contact sheet, by their names in `RENDERS`; of pictures `rgb` only."""
 
 
-def compare_runs(paths: Sequence[Path], output: Path, masks_dir: Optional[Path] = None) -> None:
+def compare_runs(
+    paths: Sequence[Path], output: Path, masks_dir: Optional[Path] = None, retrain_steps: Optional[int] = None
+) -> None:
     """Print the metrics and write `comparison.json`, `contact_sheet.png`, `chart.png` and `relevance_A.png` per run.
 
     Args:
         paths: Folders or config.yml files of finished wys runs on the same views, and folders of pictures of these views.
         output: Output folder.
         masks_dir: Folder with one mask per view, for the PSNR outside the masks.
+        retrain_steps: Training steps for the PSNR of `retrained_psnr`; None omits it.
 
     Raises:
         WysError: If no run is given, a run is of another method, the runs' views differ, a view has no picture or mask, or an input
@@ -86,6 +94,7 @@ def compare_runs(paths: Sequence[Path], output: Path, masks_dir: Optional[Path] 
     """
     from nerfstudio.utils.eval_utils import eval_setup
 
+    from wys_nerfstudio.cli.retrain import require_retrainable, retrained_psnr
     from wys_nerfstudio.utils.view_masks import read_masks
 
     configs = {place: find_config(path, "wys compare") for place, path in enumerate(paths) if not has_pictures(path)}
@@ -96,6 +105,8 @@ def compare_runs(paths: Sequence[Path], output: Path, masks_dir: Optional[Path] 
         )
     for config in configs.values():
         require_outside(output, config)  # a run has a contact_sheet.png as well
+        if retrain_steps is not None:
+            require_retrainable(config.parent)
     folders = [configs[place].parent if place in configs else path for place, path in enumerate(paths)]
     titles = [f"{chr(ord('A') + place)}: {folder.name}" for place, folder in enumerate(folders)]
     columns: dict[int, Column] = {}
@@ -104,7 +115,8 @@ def compare_runs(paths: Sequence[Path], output: Path, masks_dir: Optional[Path] 
     shown: list[int] = []
     masks = None
     for place, config in configs.items():
-        pipeline: Any = eval_setup(config, test_mode="test")[1]
+        loaded: Any = eval_setup(config, test_mode="test")
+        options, pipeline = loaded[:2]
         data = pipeline.datamanager
         if not names:
             names = data.view_names
@@ -120,6 +132,8 @@ def compare_runs(paths: Sequence[Path], output: Path, masks_dir: Optional[Path] 
             first = next(iter(configs.values())).parent
             raise WysError(f'"{config.parent}" and "{first}" have different views: compare runs on the same data.')
         columns[place] = run_column(titles[place], config.parent, pipeline, shown, masks)
+        if retrain_steps is not None:
+            columns[place].metrics["retrained_psnr"] = retrained_psnr(config.parent, options, retrain_steps)
     write_comparison(output, [columns[place] for place in range(len(paths))], captured, [names[view] for view in shown])
 
 

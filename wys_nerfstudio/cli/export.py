@@ -1,6 +1,7 @@
 """`wys export`: the edited scene of a run as a data set in nerfstudio's format, on which any method trains."""
 
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,12 +54,17 @@ class Export:
         """Write the data set."""
         if self.points < 1:
             raise WysError(f"--points must be at least 1, not {self.points}.")
-        export_run(self.run, self.output, self.renders, self.points, self.format)
+        written = export_run(self.run, self.output, self.renders, self.points, self.format)
+        data = shlex.quote(str(self.output))
+        print(
+            f"Wrote {written} to {self.output}. To train on them: ns-train nerfacto --data {data}, or "
+            f"ns-train splatfacto --data {data}."
+        )
 
 
 def export_run(
     run: Path, output: Path, renders: bool, points: int, data_format: Literal["nerfstudio", "colmap"] = "nerfstudio"
-) -> None:
+) -> str:
     """Write the edited scene of a run as a data set in nerfstudio's format; `transforms.json` is written last.
 
     Args:
@@ -67,6 +73,9 @@ def export_run(
         renders: Write renders instead of the edited views.
         points: Number of rays whose surface points are written.
         data_format: With "colmap" a COLMAP model is written, too.
+
+    Returns:
+        What was written, in words.
 
     Raises:
         WysError: If the run is not a wys run with edited views, or the folder is not empty, or COLMAP has no model
@@ -106,13 +115,7 @@ def export_run(
         record = {"software": SOFTWARE, "content": about, "edits": edits}
         transforms = {**shared, "ply_file_path": POINTS_FILE, "wys_nerfstudio": record, "frames": frames}
         write_json(output / "transforms.json", transforms)
-    CONSOLE.print(
-        f"Wrote {data.num_views} views, {len(data.edited_views)} of them edited, and {len(positions)} points. To train on them: "
-        f"ns-train nerfacto --data {output}, or ns-train splatfacto --data {output}.",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
-    )
+    return f"{data.num_views} views, {len(data.edited_views)} of them edited, and {len(positions)} points"
 
 
 def edited_state(run: Path) -> "RunState":
