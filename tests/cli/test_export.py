@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,17 @@ from nerfstudio.data.dataparsers.colmap_dataparser import ColmapDataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.utils.eval_utils import eval_setup
 from PIL import Image
+from test_bad_input import TINY
+from test_entry_points import newest_run, train
 
+from wys_nerfstudio.cli.export import edit_records
 from wys_nerfstudio.cli.export_colmap import colmap_camera
 from wys_nerfstudio.cli.export_points import grid_size, ply_file, surface_points
 from wys_nerfstudio.cli.export_transforms import MODELS, CaptureFrame, camera_keys, capture_keys
 from wys_nerfstudio.model import WysModel
 from wys_nerfstudio.training.checkpoint import read_checkpoint
 from wys_nerfstudio.training.history import HistoryEntry, in_force
+from wys_nerfstudio.training.run_state import RunState
 from wys_nerfstudio.utils.data_checks import check_capture
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.image_io import RECORD
@@ -153,6 +158,7 @@ def test_fisheye_cameras_keep_model_radius_and_distortion() -> None:
     frame = CaptureFrame(torch.eye(4)[:3].double(), 1.0)
     assert capture_keys(cameras, frame) == {"camera_model": "OPENCV_FISHEYE", "fisheye_crop_radius": 7.0}
     keys = camera_keys(cameras, frame)
+    assert (keys["fl_x"], keys["fl_y"], keys["cx"], keys["cy"], keys["w"], keys["h"]) == (30, 31, 10, 8, 20, 16)
     assert [keys[key] for key in ("k1", "k2", "k3", "k4", "p1", "p2")] == pytest.approx(distortion[0].tolist())
     cameras.distortion_params = torch.arange(12.0)[None]
     assert camera_keys(cameras, frame)["distortion_params"] == list(range(12))
@@ -213,6 +219,17 @@ def test_every_file_has_its_provenance(exported: Path) -> None:
                 assert image.info["Software"] == SOFTWARE and "view" in image.info["Description"]
     header = (exported / "points.ply").read_bytes().split(b"end_header\n")[0].decode()
     assert f"comment views of a scene edited with {SOFTWARE}\n" in header and f'comment "{INSTRUCTION}"\n' in header
+
+
+def test_earlier_edits_are_recorded_without_editor(edited_run: Path) -> None:
+    (checkpoint,) = (edited_run / "nerfstudio_models").glob("*.ckpt")
+    state = RunState.from_checkpoint(read_checkpoint(checkpoint), checkpoint)
+    (entry,) = state.history
+    first = {**entry, "instruction": "make it snow", "settings": {**entry["settings"], "instruction": "make it snow"}}
+    on_top = {**entry, "start": "on top", "snapshot": "history/001.ckpt"}
+    earlier, last = edit_records(replace(state, history=[first, on_top]), "timbrooks/instruct-pix2pix")
+    assert earlier["instruction"] == "make it snow" and "editor" not in earlier
+    assert last["instruction"] == INSTRUCTION and last["editor"] == "timbrooks/instruct-pix2pix"
 
 
 def test_edits_in_force() -> None:
@@ -308,6 +325,24 @@ def test_grids_have_about_the_number_of_pixels(pixels: float, size: tuple[int, i
 def test_long_comments_are_cut_off() -> None:
     content = ply_file(torch.zeros(0, 3, dtype=torch.float64), torch.zeros(0, 3, dtype=torch.uint8), ["x" * 5000])
     assert max(map(len, content.split(b"\n"))) == 1000
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("torch_home")
+def test_nerfacto_trains_on_it(exported: Path, tmp_path: Path) -> None:
+    train("nerfacto", exported, tmp_path, "--max-num-iterations=3", "--pipeline.model.implementation=torch",
+          "--pipeline.datamanager.train-num-rays-per-batch=64", "--pipeline.model.num-proposal-samples-per-ray", "8", "8",
+          "--pipeline.model.num-nerf-samples-per-ray=8", TORCH_HOME=os.environ["TORCH_HOME"])  # fmt: skip
+    assert (newest_run(tmp_path) / "nerfstudio_models" / "step-000000002.ckpt").is_file()
+
+
+@pytest.mark.slow
+def test_it_can_be_edited_again(exported: Path, editor_folder: Path, tmp_path: Path) -> None:
+    done = train("wys-tiny", exported, tmp_path, *TINY, "--editor", editor_folder, "--instruction", "make it snow")
+    assert "of 9 views are edited" in " ".join(done.stdout.split())
 
 
 # -------------------------------------------------------------------------------------------------------------- COLMAP
