@@ -90,6 +90,24 @@ def test_intrinsics_are_those_of_the_exported_pixels(exported: Path, edited_scen
         assert pixels(exported / frame["file_path"]).shape == (frame["h"], frame["w"], 3) == (16, 20, 3)
 
 
+def test_learned_pose_corrections_are_exported(edited_run: Path, exported: Path, tmp_path: Path, monkeypatch) -> None:
+    corrected = WysModel.pose_corrected_camera
+
+    def shifted(model: WysModel, cameras: Cameras, view: int) -> Cameras:
+        camera = corrected(model, cameras, view)
+        camera.camera_to_worlds = camera.camera_to_worlds + torch.tensor([[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0.1]])
+        return camera
+
+    monkeypatch.setattr(WysModel, "pose_corrected_camera", shifted)
+    run_wys(monkeypatch, "export", edited_run, "-o", tmp_path / "data", "--points", 1)
+    saved = json.loads((edited_run / "dataparser_transforms.json").read_text())
+    shift = (square(APPLIED) @ np.linalg.inv(square(saved["transform"])))[:3, 2] * 0.1 / saved["scale"]
+    for name, frame in frames_of(tmp_path / "data").items():
+        before = np.array(frames_of(exported)[name]["transform_matrix"])
+        before[:3, 3] += shift
+        np.testing.assert_allclose(frame["transform_matrix"], before, atol=2e-6)
+
+
 def original_poses(cameras: Cameras, transform: Any, scale: float) -> np.ndarray:
     poses = []
     for camera_to_world in cameras.camera_to_worlds.double().numpy():
