@@ -187,6 +187,11 @@ PICTURE_REFUSALS = {
         [],
         '"pictures" contains pictures: wys compare takes one or more runs: wys compare RUN_A',
     ),
+    "output inside": (
+        lambda folder: None,
+        ["run", "-o", "pictures/out"],
+        '-o "pictures/out" is inside the folder of pictures "pictures": give -o another folder.',
+    ),
     "no masks": (
         lambda folder: None,
         ["run", "--masks", "x"],

@@ -103,20 +103,21 @@ def compare_runs(
         raise WysError(
             f"{given}wys compare takes one or more runs: wys compare RUN_A RUN_B, or wys compare RUN PICTURES."
         )
-    for config in configs.values():
-        require_outside(output, config)  # a run has a contact_sheet.png as well
-        if retrain_steps is not None:
-            require_retrainable(config.parent)
     folders = [configs[place].parent if place in configs else path for place, path in enumerate(paths)]
+    for place, folder in enumerate(folders):
+        require_outside(output, folder, "run" if place in configs else "folder of pictures")  # both contain images
+        if retrain_steps is not None and place in configs:
+            require_retrainable(folder)
     titles = [f"{chr(ord('A') + place)}: {folder.name}" for place, folder in enumerate(folders)]
     columns: dict[int, Column] = {}
+    options: dict[int, Any] = {}
     captured: list[Tensor] = []
     names: list[str] = []
     shown: list[int] = []
     masks = None
     for place, config in configs.items():
-        loaded: Any = eval_setup(config, test_mode="test")
-        options, pipeline = loaded[:2]
+        pipeline: Any
+        options[place], pipeline, *_ = eval_setup(config, test_mode="test")
         data = pipeline.datamanager
         if not names:
             names = data.view_names
@@ -132,8 +133,11 @@ def compare_runs(
             first = next(iter(configs.values())).parent
             raise WysError(f'"{config.parent}" and "{first}" have different views: compare runs on the same data.')
         columns[place] = run_column(titles[place], config.parent, pipeline, shown, masks)
-        if retrain_steps is not None:
-            columns[place].metrics["retrained_psnr"] = retrained_psnr(config.parent, options, retrain_steps)
+        del data, pipeline  # their memory is needed
+    if retrain_steps is not None:
+        for place in configs:
+            psnr = retrained_psnr(folders[place], options[place], retrain_steps)
+            columns[place].metrics["retrained_psnr"] = psnr
     write_comparison(output, [columns[place] for place in range(len(paths))], captured, [names[view] for view in shown])
 
 

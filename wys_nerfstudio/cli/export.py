@@ -91,7 +91,7 @@ def export_run(
     from wys_nerfstudio.demo.scene import require_empty_folder
 
     config = find_config(run, "wys export")
-    require_outside(output, config)
+    require_outside(output, config.parent)
     require_empty_folder(output)
     state = edited_state(config.parent)
     with locked_folder(output, "the data set"):

@@ -35,15 +35,16 @@ def find_config(run: Path, command: str) -> Path:
     return config
 
 
-def require_outside(output: Path, config: Path) -> None:
-    """Refuse an output folder inside a run.
+def require_outside(output: Path, folder: Path, kind: str = "run") -> None:
+    """Refuse an output folder inside a folder that is read.
 
     Args:
-        output: The folder.
-        config: The run's config.yml.
+        output: The output folder.
+        folder: The folder that is read.
+        kind: What it is, for the error message.
 
     Raises:
         WysError: If it is inside.
     """
-    if output.resolve().is_relative_to(config.parent.resolve()):
-        raise WysError(f'-o "{output}" is inside the run "{config.parent}": give -o another folder.')
+    if output.resolve().is_relative_to(folder.resolve()):
+        raise WysError(f'-o "{output}" is inside the {kind} "{folder}": give -o another folder.')
