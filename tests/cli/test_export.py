@@ -1,5 +1,6 @@
 """`wys export`: cameras, pixels, masks, points and provenance of the data set, and refusals."""
 
+import errno
 import json
 import os
 import shutil
@@ -26,13 +27,14 @@ from test_bad_input import TINY
 from test_entry_points import newest_run, train
 
 from wys_nerfstudio.cli.export import edit_records
-from wys_nerfstudio.cli.export_colmap import colmap_camera
+from wys_nerfstudio.cli.export_colmap import colmap_camera, require_colmap
 from wys_nerfstudio.cli.export_points import grid_size, ply_file, surface_points
 from wys_nerfstudio.cli.export_transforms import MODELS, CaptureFrame, camera_keys, capture_keys
 from wys_nerfstudio.model import WysModel
 from wys_nerfstudio.training.checkpoint import read_checkpoint
 from wys_nerfstudio.training.history import HistoryEntry, in_force
 from wys_nerfstudio.training.run_state import RunState
+from wys_nerfstudio.utils import atomic_io
 from wys_nerfstudio.utils.data_checks import check_capture
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.image_io import RECORD
@@ -432,6 +434,13 @@ def test_cameras_that_colmap_does_not_have_are_refused(model: str, distortion: d
         colmap_camera(model, distortion)
 
 
+def test_names_with_blanks_are_refused() -> None:
+    frame = {"fl_x": 30.0, "fl_y": 31.0, "cx": 10.0, "cy": 8.0, "w": 20, "h": 16}
+    require_colmap("OPENCV", frame, ["a", "b"])
+    with pytest.raises(WysError, match='The name of the view "my view" has a blank, .* leave out --format colmap.'):
+        require_colmap("OPENCV", frame, ["a", "my view"])
+
+
 def test_cameras_that_colmap_does_not_have_are_refused_before_work(
     edited_run: Path, tmp_path: Path, monkeypatch
 ) -> None:
@@ -480,6 +489,16 @@ def test_refusals(case: str, edited_run: Path, tmp_path: Path, monkeypatch) -> N
     before = sorted(tmp_path.rglob("*"))
     assert message in sentence_of(lambda: run_wys(monkeypatch, "export", "run", "-o", "data", *arguments))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_leaves_no_transforms(edited_run: Path, tmp_path: Path, monkeypatch) -> None:
+    def fail(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(atomic_io.os, "fsync", fail)
+    sentence = sentence_of(lambda: run_wys(monkeypatch, "export", edited_run, "-o", tmp_path / "data"))
+    assert 'images/frame_000.png" could not be written: No space left on device.' in sentence
+    assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
 
 
 def test_a_run_on_other_views_is_refused(edited_run: Path, edited_scene: Path, tmp_path: Path, monkeypatch) -> None:

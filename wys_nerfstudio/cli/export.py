@@ -78,14 +78,14 @@ def export_run(
         What was written, in words.
 
     Raises:
-        WysError: If the run is not a wys run with edited views, or the folder is not empty, or COLMAP has no model
-            for the cameras.
+        WysError: If the run is not a wys run with edited views, or the folder is not empty, or COLMAP cannot
+            describe the views.
     """
     from nerfstudio.utils.eval_utils import eval_setup
     from nerfstudio.utils.rich_utils import CONSOLE
     from rich.progress import track
 
-    from wys_nerfstudio.cli.export_colmap import MODEL_FOLDER, colmap_camera, write_colmap_model
+    from wys_nerfstudio.cli.export_colmap import MODEL_FOLDER, require_colmap, write_colmap_model
     from wys_nerfstudio.cli.export_points import ply_file
     from wys_nerfstudio.cli.export_transforms import CaptureFrame, camera_keys, capture_keys
     from wys_nerfstudio.demo.scene import require_empty_folder
@@ -101,7 +101,7 @@ def export_run(
         frame = CaptureFrame.of(data.dataparser.config, data.train_dataparser_outputs)
         shared = capture_keys(data.cameras, frame)
         if data_format == "colmap":
-            colmap_camera(shared["camera_model"], camera_keys(data.cameras[:1], frame))  # may be refused
+            require_colmap(shared["camera_model"], camera_keys(data.cameras[:1], frame), data.view_names)
         edits = edit_records(state, pipeline.config.editor)
         views = track(range(data.num_views), description="Views", console=CONSOLE)
         frames = [write_view(output, pipeline, frame, view, edits, renders) for view in views]

@@ -42,6 +42,25 @@ def colmap_camera(model: str, frame: dict[str, Any]) -> str:
     return " ".join(map(str, [name, frame["w"], frame["h"], *intrinsics, *distortion]))
 
 
+def require_colmap(model: str, frame: dict[str, Any], names: Sequence[str]) -> None:
+    """Refuse views that COLMAP's text format cannot describe.
+
+    Args:
+        model: As in `colmap_camera`.
+        frame: As in `colmap_camera`.
+        names: Names of the views.
+
+    Raises:
+        WysError: As for `colmap_camera`, or if a name has blanks, which separate the format's values.
+    """
+    colmap_camera(model, frame)
+    for name in names:
+        if len(name.split()) > 1:
+            raise WysError(
+                f'The name of the view "{name}" has a blank, which COLMAP\'s text format does not allow: leave out --format colmap.'
+            )
+
+
 def write_colmap_model(
     folder: Path,
     model: str,
