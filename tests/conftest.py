@@ -38,6 +38,10 @@ FAKES = Path(__file__).parent / "fakes"
 """Folder of stand-ins for packages that need a GPU. It is never on this process's path: nerfstudio would find them."""
 WORDS = "a the make turn paint give it bear ball block hat red blue green panda polar snow night into of photo".split()
 
+EDIT_INSTRUCTION = "make the ball blue"
+APPLIED_TRANSFORM = [[1.0, 0.0, 0.0, 0.2], [0.0, 0.0, 1.0, -0.1], [0.0, -1.0, 0.0, 0.3]]
+"""Instruction and `applied_transform` of `edited_run`."""
+
 
 @pytest.fixture(autouse=True)
 def interruptible() -> None:
@@ -275,6 +279,49 @@ def write_ring_scene(
 def ring_scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Scene of 14 views in landscape format."""
     return write_ring_scene(tmp_path_factory.mktemp("scenes") / "ring")
+
+
+@pytest.fixture(scope="session")
+def edited_scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scene of 11 distorted views of 40x32 with frame masks and an `applied_transform`, and masks for edits in `to-edit`."""
+    folder = write_ring_scene(tmp_path_factory.mktemp("edited") / "scene", views=11, distorted=True)
+    trained = np.full((32, 40), 255, dtype=np.uint8)
+    trained[:4] = 0
+    edited = np.zeros((32, 40), dtype=np.uint8)
+    edited[:, 8:32] = 255
+    meta = json.loads((folder / "transforms.json").read_text())
+    for name, mask in (("masks", trained), ("to-edit", edited)):
+        (folder / name).mkdir()
+        for frame in meta["frames"]:
+            Image.fromarray(mask).save(folder / name / Path(frame["file_path"]).name)
+    for frame in meta["frames"]:
+        frame["mask_path"] = frame["file_path"].replace("images", "masks")
+    (folder / "transforms.json").write_text(json.dumps({**meta, "applied_transform": APPLIED_TRANSFORM}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def edited_run(edited_scene: Path, editor_folder: Path) -> Path:
+    """A short run on the views of `edited_scene`, reduced to a half, in which three of ten training views are edited."""
+    from nerfstudio.scripts import train
+    from nerfstudio.utils import writer
+    from test_bad_input import TINY
+
+    typed = ["ns-train", "wys-tiny", f"--data={edited_scene}", f"--editor={editor_folder}", *TINY, "--timestamp=run"]
+    typed += ["--localization=masks", f"--pipeline.masks-dir={edited_scene / 'to-edit'}"]
+    typed += ["--pipeline.caption-before=a red ball", "--pipeline.caption-after=a blue ball"]
+    typed += [
+        "--pipeline.datamanager.camera-res-scale-factor=0.5",
+        "--pipeline.edit-steps=3",
+        "--pipeline.edit-every=1",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "EVENT_WRITERS", [])
+        patch.setattr(
+            sys, "argv", [*typed, f"--output-dir={edited_scene.parent / 'out'}", f"--instruction={EDIT_INSTRUCTION}"]
+        )
+        train.entrypoint()
+    return edited_scene.parent / "out" / "scene" / "wys-tiny" / "run"
 
 
 def as_blender_scene(ring: Path, folder: Path) -> Path:

@@ -44,6 +44,10 @@ ELSEWHERE = {
     "ns-train nerfacto --help": ("tests/test_benchmarks.py", "startup.main"),
     "ns-viewer": ("tests/test_entry_points.py", "viewer.run_viewer"),
     "wys compare": ("tests/test_entry_points.py", '"compare", finished_run'),
+    "wys export": ("tests/cli/test_export.py", '"export", edited_run'),
+    "ns-train nerfacto --data edited/": ("tests/cli/test_export.py", 'train("nerfacto", exported'),
+    # It needs a GPU; what it reads is tested.
+    "ns-train splatfacto --data edited/": ("tests/cli/test_export.py", "load_3D_points=True"),
     "wys ablate": ("tests/demo/test_ablations.py", '"ablate"'),
     "python -m wys_nerfstudio.demo.sds_sheet": ("tests/demo/test_sds_sheet.py", "sds_sheet.main"),
     **{

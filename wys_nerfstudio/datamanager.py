@@ -201,11 +201,11 @@ class WysDataManager(VanillaDataManager[CaptureDataset]):
 
     def setup_train(self) -> None:
         """Read the captured views."""
-        self._captured, masks = read_images(self.train_dataset)
+        self._captured, self._frame_masks = read_images(self.train_dataset)
         self._picture_hashes = [hashlib.sha256(picture.numpy().data).hexdigest()[:16] for picture in self._captured]
         on_device = self.config.images_on_gpu and torch.device(self.device).type != "cpu"
         self._stack = ImageStack(
-            self._captured.to(self.device) if on_device else self._captured.clone(), masks, self.device
+            self._captured.to(self.device) if on_device else self._captured.clone(), self._frame_masks, self.device
         )
         self._set_reference(self._captured)
         self.edited_views: set[int] = set()
@@ -265,6 +265,10 @@ class WysDataManager(VanillaDataManager[CaptureDataset]):
     def current_views(self, views: Sequence[int]) -> Float[Tensor, "b h w 3"]:
         """Return views as training uses them now, in [0, 1]."""
         return self._to_floats(self._stack.images, views)
+
+    def frame_mask(self, view: int) -> Optional[Bool[Tensor, "h w"]]:
+        """Return the pixels of a captured view that are trained on; None for all."""
+        return None if self._frame_masks is None else self._frame_masks[view, ..., 0]
 
     def _to_floats(self, images: UInt8[Tensor, "n h w c"], views: Sequence[int]) -> Float[Tensor, "b h w 3"]:
         return blend(images[list(views)].to(self.device), self.background).float().div_(255)

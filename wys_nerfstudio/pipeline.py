@@ -5,14 +5,14 @@ without an autograd graph in memory.
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
 import torch
 import tyro
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 from torch import Tensor
@@ -477,19 +477,28 @@ class WysPipeline(VanillaPipeline):
         return results
 
     @torch.no_grad()
-    def evaluate_edit(self) -> evaluate.Metrics:
-        """Render the training views and return the metrics of the edit. Requires eval mode."""
+    def evaluate_edit(
+        self,
+        edited: Optional[Iterable[Float[Tensor, "h w 3"]]] = None,
+        masks: Optional[Bool[Tensor, "n h w"]] = None,
+    ) -> evaluate.Metrics:
+        """Return the metrics of the edit on the training views. Requires eval mode.
+
+        Args:
+            edited: Each view after the edit, in [0, 1]; by default this scene is rendered.
+            masks: As in `evaluation.evaluate_edit`.
+        """
         config, data, model = self.config, self.datamanager, self.scene_model
         with_lpips = lpips_is_cached(config.model.lpips_weights) and min(data.view_size) >= MIN_LPIPS_PATCH
+        views = range(data.num_views)
+        edited = edited or (model.render_colors(data.cameras, view) for view in views)
         return evaluate.evaluate_edit(
-            (
-                (data.captured_views([view])[0], model.render_colors(data.cameras, view))
-                for view in range(data.num_views)
-            ),
+            zip((data.captured_views([view])[0] for view in views), edited),
             [path.name for path in data.train_dataset.image_filenames],
             model.perceptual_distance() if with_lpips else None,
             NiqeParams.read(config.niqe_params) if config.niqe_params is not None else None,
             GroundTruth.find(data.get_datapath(), self.settings.current.instruction),
             (config.caption_before, config.caption_after) if config.caption_after else None,
             config.clip_model,
+            masks,
         )

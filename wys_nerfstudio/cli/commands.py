@@ -1,4 +1,4 @@
-"""Local editing of images and 3D scenes: check of the machine, demo, image edits, sweeps, ablations and comparisons of runs."""
+"""Local editing of images and 3D scenes: check of the machine, demo, image edits, sweeps, ablations, comparisons and exports."""
 
 from typing import Annotated, Union
 
@@ -11,6 +11,7 @@ from wys_nerfstudio.cli.demo import Demo
 from wys_nerfstudio.cli.demo_pictures import DemoPictures
 from wys_nerfstudio.cli.demo_scene import DemoScene
 from wys_nerfstudio.cli.edit_image import EditImage
+from wys_nerfstudio.cli.export import Export
 from wys_nerfstudio.cli.sweep import Sweep
 from wys_nerfstudio.training.interrupts import DISK_ERRORS
 from wys_nerfstudio.utils.errors import WysError
@@ -26,6 +27,7 @@ Command = Union[
     Annotated[Sweep, tyro.conf.subcommand("sweep")],
     Annotated[Ablate, tyro.conf.subcommand("ablate")],
     Annotated[Compare, tyro.conf.subcommand("compare")],
+    Annotated[Export, tyro.conf.subcommand("export")],
 ]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Optional
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import track
 from torch import Tensor
@@ -29,6 +29,7 @@ def evaluate_edit(
     ground_truth: Optional[GroundTruth] = None,
     captions: Optional[tuple[str, str]] = None,
     clip_model: Optional[str] = None,
+    masks: Optional[Bool[Tensor, "n h w"]] = None,
 ) -> Metrics:
     """Compute every available metric of an edited scene on its training views, one view after the other.
 
@@ -41,6 +42,7 @@ def evaluate_edit(
         captions: Descriptions of the scene before and after the edit; by default those of `ground_truth`.
         clip_model: Name of the CLIP model for `clip_metrics`. If it cannot be loaded, a message is printed and the CLIP
             metrics are omitted.
+        masks: Required for `edit_psnr_outside`: the pixels of each view that may change; in main memory.
 
     Returns:
         One list of values per metric.
@@ -49,8 +51,10 @@ def evaluate_edit(
     by_view: list[dict[str, float]] = []
     embeddings: list[tuple[Tensor, Tensor]] = []
     bar = track(zip(names, views), description="Metrics of the edited views", total=len(names), console=CONSOLE)
-    for name, (captured, edited) in bar:
+    for i, (name, (captured, edited)) in enumerate(bar):
         values = edit_metrics(captured, edited, perceptual)
+        if masks is not None:
+            values["edit_psnr_outside"] = metrics.psnr(edited, captured, ~masks[i].to(edited.device))
         if niqe_params is not None:
             values["edit_niqe"] = niqe(edited.cpu(), niqe_params)
         if ground_truth is not None:

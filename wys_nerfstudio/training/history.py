@@ -34,6 +34,21 @@ class HistoryEntry:
     """Checkpoint from the moment before, relative to the `wys` folder; None for the first entry of a captured scene."""
 
 
+def in_force(entries: Sequence[HistoryEntry]) -> list[HistoryEntry]:
+    """Return the entries whose edits the scene shows, oldest first; none after a reset.
+
+    Args:
+        entries: All entries, oldest first.
+    """
+    shown: list[HistoryEntry] = []
+    for entry in entries:
+        if entry.start != "on top":
+            shown = []
+        if entry.start != "reset":
+            shown.append(entry)
+    return shown
+
+
 class History:
     """Entries of a run. They are part of its checkpoints; `history.json` is a readable copy.
 

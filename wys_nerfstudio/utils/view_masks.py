@@ -52,7 +52,12 @@ def check_frame_masks(views: Sequence[Path], masks: Sequence[Path], decode: bool
 
 
 def read_masks(
-    folder: Path, views: Sequence[Path], names: Sequence[str], height: int, width: int
+    folder: Path,
+    views: Sequence[Path],
+    names: Sequence[str],
+    height: int,
+    width: int,
+    source: str = "--pipeline.masks-dir",
 ) -> Bool[Tensor, "n h w"]:
     """Read one mask per view from a folder and its sub-folders; `image_io.load_mask` defines their inside.
 
@@ -63,12 +68,13 @@ def read_masks(
         names: Name of each view in the run's own files.
         height: Height of the views in pixels; masks of other sizes are resized.
         width: Width of the views in pixels.
+        source: Option that the folder came from, for error messages.
 
     Raises:
         WysError: If a view has no mask or not one of its own, a mask is not a scaled view or invalid as in `load_mask`, or nothing is inside any mask.
     """
     masks = []
-    for view, mask_file in zip(views, _match(folder, views, names)):
+    for view, mask_file in zip(views, match_files(folder, views, names, "mask", source)):
         mask = load_mask(mask_file, view)
         if not is_scaled((mask.shape[1], mask.shape[0]), (width, height)):
             raise WysError(
@@ -85,11 +91,26 @@ def read_masks(
     return stack
 
 
-def _match(folder: Path, views: Sequence[Path], names: Sequence[str]) -> list[Path]:
-    """Return the mask file of each view."""
+def match_files(
+    folder: Path, views: Sequence[Path], names: Sequence[str], kind: str, source: str, suffixes: Sequence[str] = ()
+) -> list[Path]:
+    """Return the file of each view in a folder and its sub-folders.
+
+    Args:
+        folder: The folder.
+        views: Files of the views.
+        names: Name of each view in the run's own files.
+        kind: What the files are, for error messages: "mask".
+        source: What requires them, for error messages.
+        suffixes: Suffixes, in lower case, of the files that are considered; by default all.
+
+    Raises:
+        WysError: If a view has no file, several, or not one of its own.
+    """
     files: dict[str, list[Path]] = {}
     for file in sorted(folder.rglob("*")) if os.path.isdir(folder) else []:
-        files.setdefault(file.relative_to(folder).with_suffix("").as_posix(), []).append(file)
+        if not suffixes or file.suffix.lower() in suffixes:
+            files.setdefault(file.relative_to(folder).with_suffix("").as_posix(), []).append(file)
     by_view, by_file = [], {}
     for view, name in zip(views, names):
         parts = view.with_suffix("").parts
@@ -98,17 +119,17 @@ def _match(folder: Path, views: Sequence[Path], names: Sequence[str]) -> list[Pa
         found = [file for file in named if file != view] or named  # a cut-out can be its own mask
         if not found:
             raise WysError(
-                f'There is no mask for the view {view.name} in "{folder}": --pipeline.masks-dir requires one image per view, '
+                f'There is no {kind} for the view {view.name} in "{folder}": {source} requires one image per view, '
                 f"named like the view, for example {name}.png."
             )
         if len(found) > 1:
             raise WysError(
-                f'"{min(found)}" and "{max(found)}" are both masks of the view "{view}": remove or rename one of them.'
+                f'"{min(found)}" and "{max(found)}" are both {kind}s of the view "{view}": remove or rename one of them.'
             )
         other = by_file.setdefault(found[0], view)
         if other != view:
             raise WysError(
-                f'"{found[0]}" is the mask of both "{other}" and "{view}": give each its own, with the view\'s folder, as '
+                f'"{found[0]}" is the {kind} of both "{other}" and "{view}": give each its own, with the view\'s folder, as '
                 f'in "{view.parent.name}/{view.stem}.png", or with its number, as in "{name}.png".'
             )
         by_view.append(found[0])
