@@ -29,6 +29,7 @@ import memory
 import meta_device
 import photographs
 import region
+import sampler
 import scale
 import speed
 import startup
@@ -242,6 +243,19 @@ def test_families_compares_three_parametrizations_of_one_editor(tmp_path: Path) 
     assert [row["map"] for row in rows] == ["A", "B"] * 3
     precisions = [row["AP N=1"] for row in rows if row["map"] == "A"]
     assert min(precisions) > 0.7 and max(precisions) - min(precisions) < 0.01
+
+
+def test_sampler_compares_edits_with_the_truth_and_the_converged_edit(tmp_path: Path) -> None:
+    options = sampler.Options(
+        pictures=2, seeds=1, guidance=((2.0, 1.5),), converged_steps=30, output=tmp_path / "s.json"
+    )
+    sampler.main(options)
+    converged, *rows = json.loads(options.output.read_text("utf8"))
+    assert converged["to the converged edit, dB"] == float("inf") and converged["steps"] == 30
+    assert [(row["order"], row["steps"], row["unconditional every"]) for row in rows] == sampler.CASES
+    distances = {case: row["to the converged edit, dB"] for case, row in zip(sampler.CASES, rows)}
+    assert distances[2, 10, 1] > distances[1, 10, 1] + 1
+    assert all(abs(row["to the truth, dB"] - converged["to the truth, dB"]) < 1 for row in rows)
 
 
 def test_region_counts_operations_and_compares_edits(
