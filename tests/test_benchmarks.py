@@ -223,11 +223,12 @@ def test_flops_adds_up_maps_and_edits_of_a_scene(
     assert "| 8 maps, GB |" in capsys.readouterr().out
     result = json.loads((tmp_path / "flops.json").read_text())
     for editor, row, weights in zip(small_editors, result["rows"], result["weights"]):
-        steps = [len(editor.noise_levels(strength_of_edit(0, i, 0.02, 0.98), 20, (8, 8))) - 1 for i in range(5)]
+        defaults = editor.profile.of_scenes
+        strengths = [strength_of_edit(0, i, 0.02, 0.98) for i in range(5)]
+        steps = [len(editor.noise_levels(strength, defaults.diffusion_steps, (8, 8))) - 1 for strength in strengths]
         assert row["scene_edit_steps"] == sum(steps) / 5
         with meta_device.on_meta_device():
-            settings = EditOptions(diffusion_steps=4).resolve(editor.profile.of_scenes)
-            four_steps = flops.edit_cost(editor, 64, settings).flop / 1e12
+            four_steps = flops.edit_cost(editor, 64, EditOptions(diffusion_steps=4).resolve(defaults)).flop / 1e12
         fixed = four_steps - 4 * row["step_tflop"]
         assert row["edit_tflop"] == pytest.approx(fixed + row["edit_steps"] * row["step_tflop"])
         edits = 5 * fixed + sum(steps) * row["step_tflop"]
@@ -252,9 +253,9 @@ def test_sampler_compares_edits_with_the_truth_and_the_converged_edit(tmp_path: 
     sampler.main(options)
     converged, *rows = json.loads(options.output.read_text("utf8"))
     assert converged["to the converged edit, dB"] == float("inf") and converged["steps"] == 30
-    assert [(row["order"], row["steps"], row["unconditional every"]) for row in rows] == sampler.CASES
+    assert [(row["order"], row["steps"]) for row in rows] == sampler.CASES
     distances = {case: row["to the converged edit, dB"] for case, row in zip(sampler.CASES, rows)}
-    assert distances[2, 10, 1] > distances[1, 10, 1] + 1
+    assert distances[2, 10] > distances[1, 10] + 1
     assert all(abs(row["to the truth, dB"] - converged["to the truth, dB"]) < 1 for row in rows)
 
 

@@ -6,7 +6,6 @@ The images of a batch do not influence each other: a batch gives the same result
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from typing import Literal, Optional
 
 import torch
@@ -33,7 +32,6 @@ from wys_nerfstudio.editing.sampling import (
     needed_branches,
     no_progress,
     seeded_noise,
-    skipping_predictor,
 )
 from wys_nerfstudio.editing.sds import sds_optimize
 from wys_nerfstudio.utils.errors import WysError
@@ -61,9 +59,6 @@ class EditOptions:
     solver_order: Optional[Literal[1, 2]] = None
     """Sampler: 1 is DDIM (of flow matching, Euler), 2 is DPM-Solver++(2M), which needs fewer steps. Default: the editor's
     own, 1 for InstructPix2Pix."""
-    unconditional_every: Optional[int] = None
-    """Denoising steps from one prediction without text and image to the next; in between, its difference to the prediction
-    without text is reused. 1 is exact. Default: the editor's own, 1 for InstructPix2Pix."""
     resolution: Optional[int] = None
     """Longer side in pixels at which the image is edited. Default: the editor's own, 512 for InstructPix2Pix."""
     mask_threshold: float = 0.4
@@ -110,13 +105,7 @@ class EditOptions:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise WysError(f"{flag(name)} must be a finite number of at least 0, not {value}.")
-        for name in (
-            "diffusion_steps",
-            "unconditional_every",
-            "relevance_num_samples",
-            "resolution",
-            "full_pass_every",
-        ):
+        for name in ("diffusion_steps", "relevance_num_samples", "resolution", "full_pass_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise WysError(f"{flag(name)} must be at least 1, not {value}.")
@@ -134,8 +123,6 @@ class EditSettings(EditOptions):
     """Denoising steps."""
     solver_order: Literal[1, 2] = 1
     """Sampler: 1 is DDIM (of flow matching, Euler), 2 is DPM-Solver++(2M)."""
-    unconditional_every: int = 1
-    """Denoising steps from one prediction without text and image to the next."""
     relevance_noise_level: float = 0.8
     """Noise level of the relevance map (t_rel), as a share of the diffusion."""
 
@@ -463,11 +450,11 @@ def guided_denoiser(
     settings: EditSettings,
     region: Optional[Bool[Tensor, "b h w"]] = None,
 ) -> Denoiser:
-    """Denoiser of the successive steps of one edit under the settings' guidance; branches that cancel out are not computed.
+    """Denoiser of a batch of images under the settings' guidance; branches that cancel out are not computed.
 
     Args:
         editor: The editor.
-        encoding: The batch of images.
+        encoding: The images.
         instruction: What to change.
         settings: Guidance, and how often the whole image is computed.
         region: Where latents may change; None is everywhere.
@@ -477,8 +464,7 @@ def guided_denoiser(
         arguments = (encoding.condition, instruction, branches, region, settings.full_pass_every)
         predict = editor.region_predictor(*arguments)
     else:
-        bind = partial(editor.predictor, encoding.condition, instruction)
-        predict = skipping_predictor(bind, branches, settings.unconditional_every)
+        predict = editor.predictor(encoding.condition, instruction, branches)
 
     def denoise(latents: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         return editor.split(apply_guidance(predict(latents, level), branches), latents, level)
