@@ -248,11 +248,11 @@ def test_families_compares_three_parametrizations_of_one_editor(tmp_path: Path) 
 
 def test_sampler_compares_edits_with_the_truth_and_the_converged_edit(tmp_path: Path) -> None:
     options = sampler.Options(
-        pictures=2, seeds=1, guidance=((2.0, 1.5),), converged_steps=30, output=tmp_path / "s.json"
+        pictures=2, seeds=1, guidance=((7.5, 1.5),), converged_steps=40, output=tmp_path / "s.json"
     )
     sampler.main(options)
     converged, *rows = json.loads(options.output.read_text("utf8"))
-    assert converged["to the converged edit, dB"] == float("inf") and converged["steps"] == 30
+    assert converged["to the converged edit, dB"] == float("inf") and converged["steps"] == 40
     assert [(row["order"], row["steps"]) for row in rows] == sampler.CASES
     distances = {case: row["to the converged edit, dB"] for case, row in zip(sampler.CASES, rows)}
     assert distances[2, 10] > distances[1, 10] + 1

@@ -475,7 +475,7 @@ def guided_denoiser(
 def encode_images(
     editor: Editor,
     images: Shaped[Tensor, "b image_h image_w 3"],
-    reference: Shaped[Tensor, "b h w 3"],
+    reference: Shaped[Tensor, "references h w 3"],
     resolution: Optional[int],
 ) -> ImageEncoding:
     """Encode images at the editing size of the reference. That of a render, which has other proportions by up to 2 %, can differ.
