@@ -255,7 +255,7 @@ def test_sampler_compares_edits_with_the_truth_and_the_converged_edit(tmp_path: 
     assert converged["to the converged edit, dB"] == float("inf") and converged["steps"] == 40
     assert [(row["order"], row["steps"]) for row in rows] == sampler.CASES
     distances = {case: row["to the converged edit, dB"] for case, row in zip(sampler.CASES, rows)}
-    assert distances[2, 10] > distances[1, 10] + 1
+    assert distances[1, 20] > distances[1, 10] > 30
     assert all(abs(row["to the truth, dB"] - converged["to the truth, dB"]) < 1 for row in rows)
 
 
