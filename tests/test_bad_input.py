@@ -338,7 +338,6 @@ OPTIONS = [
             "pipeline.min-strength": ["0", "-1"],
             "pipeline.max-strength": ["1", "nan"],
             "pipeline.relevance-num-samples": ["0"],
-            "pipeline.unconditional-every": ["0"],
             "pipeline.relevance-outlier-factor": ["-1", "nan"],
             "pipeline.model.relevance-expectile": ["0", "1", "nan"],
             "pipeline.diffusion-steps": ["0"],

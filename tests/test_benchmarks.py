@@ -30,6 +30,7 @@ import memory
 import meta_device
 import photographs
 import region
+import sampler
 import scale
 import speed
 import startup
@@ -225,20 +226,17 @@ def test_parts_of_an_edit_add_up_to_whole_edits(small_editors: list[Any]) -> Non
         for editor in map(on_meta, small_editors):
             settings = replace(EditOptions().resolve(editor.profile.of_scenes), resolution=64, diffusion_steps=7)
             parts = flops.parts_of_edit(editor, 64, settings)
-            if isinstance(editor, StableDiffusionEditor):
-                assert settings.unconditional_every == 2 and parts.short_step == pytest.approx(parts.step * 2 / 3)
-            every_two = parts.edit(7, settings.unconditional_every, 2)
-            assert flops.edit_cost(editor, 64, settings).flop == every_two
+            assert flops.edit_cost(editor, 64, settings).flop == parts.edit(7, encodings=2)
             encoded, arguments = editor.encode(image), (editor, image, image, mask, flops.INSTRUCTION, settings)
             again = meta_device.count(
                 lambda: edit_images(*arguments, strength=1.0, seeds=[0], encoded_reference=encoded), []
             )
-            assert again.flop == every_two - parts.encoding == parts.edit(7, settings.unconditional_every, 1)
+            assert again.flop == parts.edit(7, encodings=1)
             assert (parts.text > 0) == isinstance(editor, QwenEditor)
             if isinstance(editor, StableDiffusionEditor):
                 states, settings = speed.slow_states(editor, flops.INSTRUCTION), replace(settings, diffusion_steps=20)
                 slow = meta_device.count(lambda: speed.slow_edit(editor, image, image, states, settings, 0.3, 0), [])
-                assert slow.flop == parts.edit(20, 1, 2)
+                assert slow.flop == parts.edit(20, encodings=2)
 
 
 def test_flops_adds_up_maps_and_edits_of_a_scene(small_editors: list[Any]) -> None:
@@ -253,11 +251,11 @@ def test_flops_adds_up_maps_and_edits_of_a_scene(small_editors: list[Any]) -> No
             ]
             assert row.scene_edit_steps == sum(len(run) - 1 for run in levels) / 5
             parts = flops.parts_of_edit(editor, 64, settings)
-            edits = [parts.edit(len(run) - 1, settings.unconditional_every, 1) / 1e12 for run in levels]
+            edits = [parts.edit(len(run) - 1, encodings=1) / 1e12 for run in levels]
             assert row.scene_edit_tflop == pytest.approx(sum(edits) / 5)
             once = 3 * (row.map_tflop + parts.encoding / 1e12)
             assert row.scene_pflop == pytest.approx((once + sum(edits)) / 1000)
-            assert row.edit_tflop == pytest.approx(parts.edit(row.edit_steps, 1, 2) / 1e12)
+            assert row.edit_tflop == pytest.approx(parts.edit(row.edit_steps, encodings=2) / 1e12)
             assert weights.resident_gb < row.edit_gb and row.map_gb < row.maps_gb
             assert weights.gb == pytest.approx(4e-9 * sum(weights.parameters.values()))
             assert (weights.gb > weights.resident_gb) == isinstance(editor, Flux2Editor)  # its text encoder
@@ -302,6 +300,19 @@ def test_families_compares_three_parametrizations_of_one_editor(tmp_path: Path) 
     assert [row["map"] for row in rows] == ["A", "B"] * 3
     precisions = [row["AP N=1"] for row in rows if row["map"] == "A"]
     assert min(precisions) > 0.7 and max(precisions) - min(precisions) < 0.01
+
+
+def test_sampler_compares_edits_with_the_truth_and_the_converged_edit(tmp_path: Path) -> None:
+    options = sampler.Options(
+        pictures=2, seeds=1, guidance=((7.5, 1.5),), converged_steps=40, output=tmp_path / "s.json"
+    )
+    sampler.main(options)
+    converged, *rows = json.loads(options.output.read_text("utf8"))
+    assert converged["to the converged edit, dB"] == float("inf") and converged["steps"] == 40
+    assert [(row["order"], row["steps"]) for row in rows] == sampler.CASES
+    distances = {case: row["to the converged edit, dB"] for case, row in zip(sampler.CASES, rows)}
+    assert distances[1, 20] > distances[1, 10] > 30
+    assert all(abs(row["to the truth, dB"] - converged["to the truth, dB"]) < 1 for row in rows)
 
 
 def test_region_counts_operations_and_compares_edits(

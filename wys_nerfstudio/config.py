@@ -131,7 +131,6 @@ wys_tiny = MethodSpecification(
             relevance_num_samples=4,
             diffusion_steps=4,
             solver_order=1,
-            unconditional_every=1,
             reconstruct_steps=800,
             localize_steps=400,
             edit_steps=600,

@@ -110,12 +110,9 @@ class WysPipelineConfig(VanillaPipelineConfig):
     solver_order: Optional[Literal[1, 2]] = None
     """Sampler of edits: 1 is DDIM (of flow matching, Euler), 2 is DPM-Solver++(2M), which needs fewer steps. Default: the
     editor's own (2 for InstructPix2Pix)."""
-    unconditional_every: Optional[int] = None
-    """Diffusion steps from one prediction without text and image to the next; in between, its difference to the prediction
-    without text is reused. 1 is exact. Default: the editor's own (2 for InstructPix2Pix)."""
     diffusion_steps: Optional[int] = None
     """Diffusion steps of an edit from pure noise; an edit from less noise takes proportionally fewer. Default: the
-    editor's own (10 for InstructPix2Pix)."""
+    editor's own (8 for InstructPix2Pix)."""
     min_strength: float = 0.02
     """Minimum noise that an edit starts from, as a share of the diffusion."""
     max_strength: float = 0.98
@@ -168,7 +165,6 @@ class WysPipelineConfig(VanillaPipelineConfig):
             image_guidance_scale=settings.image_guidance_scale,
             diffusion_steps=self.diffusion_steps,
             solver_order=self.solver_order,
-            unconditional_every=self.unconditional_every,
             resolution=self.edit_resolution,
             mask_threshold=settings.mask_threshold,
             relevance_noise_level=self.relevance_noise_level,

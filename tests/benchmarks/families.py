@@ -63,13 +63,16 @@ class Picture:
     """What to change."""
     mask: Bool[Tensor, "h w"]
     """Pixels that the edit changes."""
+    edited: Float[Tensor, "h w 3"]
+    """The picture after the edit."""
 
 
 def pictures(count: int) -> Iterator[Picture]:
     """Yield held-out toy pictures, each with one of the local edits."""
     for number, view in zip(range(count), held_out_views(LOCAL)):
         edit = LOCAL[number % len(LOCAL)]
-        yield Picture(view[-1].float() / 255, EDITS[edit].wordings[0], (view[edit] != view[-1]).any(-1))
+        before, after = (view[number].float() / 255 for number in (-1, edit))
+        yield Picture(before, EDITS[edit].wordings[0], (before != after).any(-1), after)
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ class Row:
     map_tflop: float
     """TFLOP of a relevance map."""
     step_tflop: float
-    """TFLOP of a denoising step with all branches."""
+    """TFLOP of a denoising step."""
     edit_tflop: float
     """TFLOP of an edit of an image, from pure noise."""
     edit_steps: int
@@ -106,28 +106,20 @@ class EditParts:
     encoding: int
     """Encoding of one image."""
     step: int
-    """Denoising step with all branches."""
-    short_step: int
-    """Denoising step without the unconditional branch."""
+    """Denoising step."""
     text: int
     """States of the texts, where they depend on the image."""
     decoding: int
     """Decoding of the result."""
 
-    def edit(self, steps: int, unconditional_every: int, encodings: int) -> int:
+    def edit(self, steps: float, encodings: int) -> float:
         """Operations of an edit.
 
         Args:
             steps: Denoising steps.
-            unconditional_every: As in `EditSettings`.
             encodings: Images that are encoded.
         """
-        return encodings * self.encoding + self.denoising(steps, unconditional_every) + self.text + self.decoding
-
-    def denoising(self, steps: int, unconditional_every: int) -> int:
-        """Operations of the denoising steps of an edit; arguments as in `edit`."""
-        whole = -(-steps // unconditional_every)
-        return whole * self.step + (steps - whole) * self.short_step
+        return encodings * self.encoding + steps * self.step + self.text + self.decoding
 
 
 @dataclass
@@ -297,20 +289,15 @@ def edit_cost(editor: AnyEditor, side: int, settings: EditSettings) -> Cost:
 
 
 def parts_of_edit(editor: AnyEditor, side: int, settings: EditSettings) -> EditParts:
-    """Count the parts of an edit; arguments as in `edit_cost`. Every step with the same branches is the same work."""
+    """Count the parts of an edit; arguments as in `edit_cost`. Every step is the same work."""
     image = torch.empty(1, side, side, 3, device="meta")
     latents = editor.encode(image).latents
     encoding, decoding = (
         count(work, []).flop for work in (lambda: editor.encode(image), lambda: editor.decode(latents))
     )
-    runs = [(steps, edit_cost(editor, side, replace(settings, diffusion_steps=steps)).flop) for steps in (2, 3, 4)]
-    if settings.unconditional_every == 1:
-        step = short_step = runs[1][1] - runs[0][1]
-    else:  # the third step is whole, the fourth is not
-        step, short_step = runs[1][1] - runs[0][1], runs[2][1] - runs[1][1]
-    parts = EditParts(encoding, step, short_step, 0, decoding)
-    parts.text = runs[0][1] - parts.edit(2, settings.unconditional_every, 2)
-    return parts
+    two, three = (edit_cost(editor, side, replace(settings, diffusion_steps=steps)).flop for steps in (2, 3))
+    step = three - two
+    return EditParts(encoding, step, two - 2 * encoding - 2 * step - decoding, decoding)
 
 
 def map_cost(editor: AnyEditor, side: int, settings: EditSettings, batch: int) -> Cost:
@@ -339,18 +326,18 @@ def row_of(editor: AnyEditor, side: int, options: Options) -> Row:
     """Count the maps and edits of an editor at an image size."""
     of_image, of_scene = (EditOptions().resolve(of) for of in (editor.profile.of_images, editor.profile.of_scenes))
     one_map, maps = (map_cost(editor, side, of_scene, batch) for batch in (1, options.batch))
-    parts, every = parts_of_edit(editor, side, of_scene), of_scene.unconditional_every
-    steps = steps_of_edits(editor, side, of_scene.diffusion_steps, options.edits)
-    scene_edit = mean(parts.edit(number, every, 1) for number in steps)
+    parts = parts_of_edit(editor, side, of_scene)
+    steps = mean(steps_of_edits(editor, side, of_scene.diffusion_steps, options.edits))
+    scene_edit = parts.edit(steps, encodings=1)
     return Row(
         editor=editor.name,
         side=side,
         map_tflop=one_map.flop / 1e12,
         step_tflop=parts.step / 1e12,
-        edit_tflop=parts.edit(of_image.diffusion_steps, of_image.unconditional_every, 2) / 1e12,
+        edit_tflop=parts.edit(of_image.diffusion_steps, encodings=2) / 1e12,
         edit_steps=of_image.diffusion_steps,
         scene_edit_tflop=scene_edit / 1e12,
-        scene_edit_steps=mean(steps),
+        scene_edit_steps=steps,
         scene_pflop=(options.views * (one_map.flop + parts.encoding) + options.edits * scene_edit) / 1e15,
         map_gb=one_map.peak_bytes / 1e9,
         maps_gb=maps.peak_bytes / 1e9,
@@ -415,21 +402,22 @@ def parts_table(editor: AnyEditor, side: int, edits: int) -> list[list[str]]:
     settings = EditOptions().resolve(editor.profile.of_scenes)
     parts = parts_of_edit(editor, side, settings)
     of_ddim, of_wys = (steps_of_edits(editor, side, steps, edits) for steps in (SLOW_STEPS, settings.diffusion_steps))
-    ways = {  # steps of each edit, steps from one unconditional prediction to the next, encodings
-        "Instruct-NeRF2NeRF's way": ([SLOW_STEPS] * edits, 1, 2),
-        "`wys` with 20 steps of DDIM": (of_ddim, 1, 1),
-        "`wys`": (of_wys, settings.unconditional_every, 1),
+    ways = {  # mean steps, encodings
+        "Instruct-NeRF2NeRF's way": (SLOW_STEPS, 2),
+        "`wys` with 20 steps of DDIM": (mean(of_ddim), 1),
+        "`wys`": (mean(of_wys), 1),
     }
-    denoising = [mean(parts.denoising(n, every) for n in steps) for steps, every, _ in ways.values()]
-    encoding = [encodings * parts.encoding for _, _, encodings in ways.values()]
-    total = [mean(parts.edit(n, every, encodings) for n in steps) for steps, every, encodings in ways.values()]
+    total = [parts.edit(*way) for way in ways.values()]
     return [
         ["TFLOP of the mean edit", *ways],
         [
             "denoising (mean steps)",
-            *(f"{rounded(x / 1e12)} ({mean(w[0]):.1f})" for x, w in zip(denoising, ways.values())),
+            *(f"{rounded(steps * parts.step / 1e12)} ({steps:.1f})" for steps, _ in ways.values()),
         ],
-        ["encoding of render and captured view", *(rounded(x / 1e12) for x in encoding)],
+        [
+            "encoding of render and captured view",
+            *(rounded(encodings * parts.encoding / 1e12) for _, encodings in ways.values()),
+        ],
         ["decoding", *[rounded(parts.decoding / 1e12)] * len(ways)],
         ["in all", *(rounded(x / 1e12) for x in total)],
         ["times fewer", *(f"{total[0] / x:.1f}" for x in total)],

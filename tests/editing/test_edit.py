@@ -372,22 +372,6 @@ def test_branches_that_cancel_out_are_not_evaluated(editor, scales, branches, mo
     assert (exact - near).abs().max() < 1e-2
 
 
-@pytest.mark.parametrize("every, expected", [(1, [6] * 6), (2, [6, 4] * 3), (4, [6, 4, 4, 4, 6, 4])])
-def test_the_unconditional_branch_can_be_skipped(editor, every, expected, monkeypatch):
-    images, batches = smooth_images(2), []
-    predict = StableDiffusionEditor.predict
-    monkeypatch.setattr(
-        StableDiffusionEditor, "predict", lambda self, *a: batches.append(len(a[0])) or predict(self, *a)
-    )
-    settings = EditSettings(4.0, 1.5, 6, unconditional_every=every)
-    exact, skipped = (
-        edit(editor, images, full_mask(images), settings=each, strength=1.0)
-        for each in (replace(settings, unconditional_every=1), settings)
-    )
-    assert batches == [6] * 6 + expected
-    assert torch.equal(exact, skipped) == (every == 1)
-
-
 @pytest.mark.parametrize("solver_order", [1, 2])
 def test_edits_take_the_order_of_the_sampler(editor, solver_order, monkeypatch):
     orders, denoise = [], edit_module.masked_denoise
@@ -397,11 +381,11 @@ def test_edits_take_the_order_of_the_sampler(editor, solver_order, monkeypatch):
 
 
 def test_defaults_of_scenes_are_faster_than_those_of_images():
-    def steps(options: Any) -> tuple[int, int, int]:
-        return options.diffusion_steps, options.solver_order, options.unconditional_every
+    def steps(options: Any) -> tuple[int, int]:
+        return options.diffusion_steps, options.solver_order
 
-    assert [steps(PROFILE.of_images), steps(PROFILE.of_scenes)] == [(100, 1, 1), (10, 2, 2)]
-    assert steps(wys_tiny.config.pipeline) == (4, 1, 1)
+    assert [steps(PROFILE.of_images), steps(PROFILE.of_scenes)] == [(100, 1), (8, 2)]
+    assert steps(wys_tiny.config.pipeline) == (4, 1)
 
 
 def test_pixels_are_scaled_before_they_are_rounded_to_half_precision(editor_folder):

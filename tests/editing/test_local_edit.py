@@ -255,7 +255,6 @@ def test_sds_changes_nothing_at_guidance_scale_zero(editor):
         ({"relevance_noise_level": 0.0}, "--relevance-noise-level must be above 0 and below 1"),
         ({"relevance_outlier_factor": -1.0}, "--relevance-outlier-factor must be at least 0"),
         ({"diffusion_steps": 0}, "--diffusion-steps must be at least 1"),
-        ({"unconditional_every": 0}, "--unconditional-every must be at least 1"),
         ({"relevance_num_samples": 0}, "--relevance-num-samples must be at least 1"),
         ({"resolution": 0}, "--resolution must be at least 1"),
     ],

@@ -1,14 +1,13 @@
 """Masked sampling, compared with scalar formulas and on denoisers with known results."""
 
 import math
-from collections.abc import Sequence
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wys_nerfstudio.editing.editor import Branch, NoiseLevel, Predictor
+from wys_nerfstudio.editing.editor import Branch, NoiseLevel
 from wys_nerfstudio.editing.sampling import (
     add_noise,
     apply_guidance,
@@ -17,7 +16,6 @@ from wys_nerfstudio.editing.sampling import (
     masked_denoise,
     needed_branches,
     seeded_noise,
-    skipping_predictor,
 )
 from wys_nerfstudio.editing.stable_diffusion import timesteps
 
@@ -265,50 +263,6 @@ def test_omitted_branches_cancel_out(both, image, unconditional, s_t, s_i):
     assert len(needed) == (3 if s_i != 1 else 2 if s_t != 1 else 1)
     reduced = apply_guidance([tensor(v) for v in (both, image, unconditional)[: len(needed)]], needed)
     assert float(reduced) == pytest.approx(float(guided((both, image, unconditional), s_t, s_i)), abs=1e-9)
-
-
-class BranchPredictors:
-    """Binds branches to predictions that depend on latents, time and conditions, and records which were computed."""
-
-    def __init__(self) -> None:
-        self.computed: list[int] = []
-
-    def bind(self, branches: Sequence[Branch]) -> Predictor:
-        def predict(latents: torch.Tensor, at: NoiseLevel) -> list[torch.Tensor]:
-            self.computed.append(len(branches))
-            return [prediction(latents, at, branch) for branch in branches]
-
-        return predict
-
-
-def prediction(latents: torch.Tensor, at: NoiseLevel, branch: Branch) -> torch.Tensor:
-    return torch.sin(latents * 1.7 + at.time / 300 + 2 * branch.text + branch.image)
-
-
-@pytest.mark.parametrize("every", [1, 2, 3, 9])
-def test_the_unconditional_branch_is_computed_in_its_steps_only(every):
-    predictors, branches = BranchPredictors(), three_branches(7.5, 1.5)
-    predict = skipping_predictor(predictors.bind, branches, every)
-    steps = list(zip(torch.randn(7, 1, 3, 4, 5, dtype=torch.float64), levels_of([900, 800, 650, 500, 400, 200, 100])))
-    with_image = unconditional = torch.zeros(())
-    for i, (latents, at) in enumerate(steps):
-        expected = [prediction(latents, at, branch) for branch in branches]
-        if i % every == 0:
-            with_image, unconditional = expected[1:]
-        else:
-            expected[2] = expected[1] - (with_image - unconditional)
-        torch.testing.assert_close(list(predict(latents, at)), expected, atol=1e-12, rtol=0)
-    assert predictors.computed == [3 if i % every == 0 else 2 for i in range(7)]
-
-
-@pytest.mark.parametrize("scales", [(7.5, 1.0), (1.0, 1.0)])
-def test_conditional_branches_are_computed_in_every_step(scales):
-    predictors, branches = BranchPredictors(), needed_branches(three_branches(*scales))
-    predict = skipping_predictor(predictors.bind, branches, 2)
-    for at in levels_of([900, 700, 400])[:3]:
-        latents = torch.randn(1, 3, 4, 5)
-        assert torch.equal(predict(latents, at)[-1], prediction(latents, at, branches[-1]))
-    assert predictors.computed == [len(branches)] * 3
 
 
 @given(

@@ -36,7 +36,6 @@ def test_options_that_are_not_given_are_the_editors():
         image_guidance_scale=1.0,
         diffusion_steps=20,
         solver_order=1,
-        unconditional_every=1,
         relevance_noise_level=0.8,
     )
     options = SimpleNamespace(**{**VALUES.as_dict(), "guidance_scale": None, "image_guidance_scale": None})

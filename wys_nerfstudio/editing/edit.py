@@ -6,7 +6,6 @@ The images of a batch do not influence each other: a batch gives the same result
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from typing import Literal, Optional
 
 import torch
@@ -32,7 +31,6 @@ from wys_nerfstudio.editing.sampling import (
     needed_branches,
     no_progress,
     seeded_noise,
-    skipping_predictor,
 )
 from wys_nerfstudio.editing.sds import sds_optimize
 from wys_nerfstudio.utils.errors import WysError
@@ -60,9 +58,6 @@ class EditOptions:
     solver_order: Optional[Literal[1, 2]] = None
     """Sampler: 1 is DDIM (of flow matching, Euler), 2 is DPM-Solver++(2M), which needs fewer steps. Default: the editor's
     own, 1 for InstructPix2Pix."""
-    unconditional_every: Optional[int] = None
-    """Denoising steps from one prediction without text and image to the next; in between, its difference to the prediction
-    without text is reused. 1 is exact. Default: the editor's own, 1 for InstructPix2Pix."""
     resolution: Optional[int] = None
     """Longer side in pixels at which the image is edited. Default: the editor's own, 512 for InstructPix2Pix."""
     mask_threshold: float = 0.4
@@ -106,7 +101,7 @@ class EditOptions:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise WysError(f"{flag(name)} must be a finite number of at least 0, not {value}.")
-        for name in ("diffusion_steps", "unconditional_every", "relevance_num_samples", "resolution"):
+        for name in ("diffusion_steps", "relevance_num_samples", "resolution"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise WysError(f"{flag(name)} must be at least 1, not {value}.")
@@ -124,8 +119,6 @@ class EditSettings(EditOptions):
     """Denoising steps."""
     solver_order: Literal[1, 2] = 1
     """Sampler: 1 is DDIM (of flow matching, Euler), 2 is DPM-Solver++(2M)."""
-    unconditional_every: int = 1
-    """Denoising steps from one prediction without text and image to the next."""
     relevance_noise_level: float = 0.8
     """Noise level of the relevance map (t_rel), as a share of the diffusion."""
 
@@ -441,17 +434,16 @@ def check_supported(editor: Editor, instructions: Sequence[str], settings: EditS
 
 
 def guided_denoiser(editor: Editor, encoding: ImageEncoding, instruction: str, settings: EditSettings) -> Denoiser:
-    """Denoiser of the successive steps of one edit under the settings' guidance; branches that cancel out are not computed.
+    """Denoiser of a batch of images under the settings' guidance; branches that cancel out are not computed.
 
     Args:
         editor: The editor.
-        encoding: The batch of images.
+        encoding: The images.
         instruction: What to change.
         settings: Guidance.
     """
     branches = needed_branches(editor.branches(settings.guidance_scale, settings.image_guidance_scale))
-    bind = partial(editor.predictor, encoding.condition, instruction)
-    predict = skipping_predictor(bind, branches, settings.unconditional_every)
+    predict = editor.predictor(encoding.condition, instruction, branches)
 
     def denoise(latents: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         return editor.split(apply_guidance(predict(latents, level), branches), latents, level)
@@ -462,7 +454,7 @@ def guided_denoiser(editor: Editor, encoding: ImageEncoding, instruction: str, s
 def encode_images(
     editor: Editor,
     images: Shaped[Tensor, "b image_h image_w 3"],
-    reference: Shaped[Tensor, "b h w 3"],
+    reference: Shaped[Tensor, "references h w 3"],
     resolution: Optional[int],
 ) -> ImageEncoding:
     """Encode images at the editing size of the reference. That of a render, which has other proportions by up to 2 %, can differ.

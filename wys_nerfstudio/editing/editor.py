@@ -37,8 +37,6 @@ class EditDefaults:
     """Denoising steps from pure noise."""
     solver_order: int
     """Order of the sampler, as in `EditSettings`."""
-    unconditional_every: int
-    """Steps from one prediction without text and image to the next."""
     relevance_noise_level: float
     """Noise level of relevance maps (t_rel), as a share of the diffusion."""
 

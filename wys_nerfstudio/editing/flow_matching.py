@@ -203,7 +203,7 @@ def unpack(tokens: Float[Tensor, "b tokens c"], height: int, width: int) -> Floa
 
 def edit_defaults(guidance_scale: float, diffusion_steps: int) -> EditDefaults:
     """Defaults of an edit; there is no image guidance."""
-    return EditDefaults(guidance_scale, 1.0, diffusion_steps, 1, 1, RELEVANCE_NOISE_LEVEL)
+    return EditDefaults(guidance_scale, 1.0, diffusion_steps, 1, RELEVANCE_NOISE_LEVEL)
 
 
 # ------------------------------------------------------------------------------------------------------------------ loading

@@ -8,7 +8,6 @@ DPM-Solver++(2M) (Lu et al., 2022).
 import math
 import random
 from collections.abc import Callable, Sequence
-from itertools import count
 from typing import Optional
 
 import torch
@@ -16,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from wys_nerfstudio.editing.editor import Branch, NoiseLevel, Predictor
+from wys_nerfstudio.editing.editor import Branch, NoiseLevel
 
 Denoiser = Callable[[Tensor, NoiseLevel], tuple[Tensor, Tensor]]
 """From noisy latents (b, c, h, w) and their level to clean latents and noise, each of the latents' shape."""
@@ -53,36 +52,6 @@ def needed_branches(branches: Sequence[Branch]) -> list[Branch]:
     while len(needed) > 1 and needed[-2].scale == 1:
         needed.pop()
     return needed
-
-
-def skipping_predictor(
-    bind: Callable[[Sequence[Branch]], Predictor], branches: Sequence[Branch], unconditional_every: int
-) -> Predictor:
-    """Predictor of the successive steps of one run that computes the unconditional branch in some of them only.
-
-    In between, the difference of the branch before it to the unconditional one is that of the last step that computed both.
-
-    Args:
-        bind: Binds the conditions of the run for given branches.
-        branches: All branches.
-        unconditional_every: Steps from one prediction of the branch with neither text nor image to the next.
-    """
-    if unconditional_every == 1 or branches[-1].text or branches[-1].image:
-        return bind(branches)
-    predict_all, predict_conditional = bind(branches), bind(branches[:-1])
-    steps = count()
-    difference = torch.zeros(())  # until the first step
-
-    def predict(latents: Tensor, level: NoiseLevel) -> Sequence[Tensor]:
-        nonlocal difference
-        if next(steps) % unconditional_every == 0:
-            predictions = predict_all(latents, level)
-            difference = predictions[-2] - predictions[-1]
-            return predictions
-        conditional = predict_conditional(latents, level)
-        return [*conditional, conditional[-1] - difference]
-
-    return predict
 
 
 def apply_guidance(
