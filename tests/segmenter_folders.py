@@ -66,14 +66,8 @@ def build_segmenter_folder(folder: Path, *, video: bool = False, seed: int = 0) 
         video: Write the network that also segments videos, as the public repositories contain it.
         seed: Seed of the weights.
     """
-    from transformers import (
-        Sam2Config,
-        Sam2ImageProcessorFast,
-        Sam2Model,
-        Sam2Processor,
-        Sam2VideoConfig,
-        Sam2VideoModel,
-    )
+    import transformers
+    from transformers import Sam2Config, Sam2Model, Sam2Processor, Sam2VideoConfig, Sam2VideoModel
 
     torch.manual_seed(seed)
     channels = [8, 16, 32, 64]
@@ -106,9 +100,14 @@ def build_segmenter_folder(folder: Path, *, video: bool = False, seed: int = 0) 
         network = Sam2VideoModel(Sam2VideoConfig(**parts, **memory))
     else:
         network = Sam2Model(Sam2Config(**parts))
+    with torch.no_grad():  # untrained weights would predict 0.5 everywhere
+        for weights in network.mask_decoder.parameters():
+            weights.mul_(4)
+        shared = network.shared_image_embedding.positional_embedding  # one matrix in SAM 2
+        network.prompt_encoder.shared_embedding.positional_embedding.copy_(shared)
     network.save_pretrained(folder)
-    image_processor = Sam2ImageProcessorFast(
-        size={"height": SIDE, "width": SIDE}, mask_size={"height": SIDE // 4, "width": SIDE // 4}
-    )
-    Sam2Processor(image_processor).save_pretrained(folder)
+    before_5 = hasattr(transformers, "TFPreTrainedModel")
+    processor = transformers.Sam2ImageProcessorFast if before_5 else transformers.Sam2ImageProcessor
+    sizes = {"size": {"height": SIDE, "width": SIDE}, "mask_size": {"height": SIDE // 4, "width": SIDE // 4}}
+    Sam2Processor(processor(**sizes)).save_pretrained(folder)
     return folder

@@ -42,7 +42,17 @@ PARSERS: dict[str, Any] = {
     "ns-process-data": process_data.Commands,
     "wys": Command,
 }
-WYS_COMMANDS = ("check", "demo", "demo-scene", "demo-pictures", "edit-image", "sweep", "compare", "ablate")
+WYS_COMMANDS = (
+    "check",
+    "demo",
+    "demo-scene",
+    "demo-pictures",
+    "edit-image",
+    "make-masks",
+    "sweep",
+    "compare",
+    "ablate",
+)
 COMMANDS = sorted({command for text in PAGES.values() for command in commands(text)})
 
 

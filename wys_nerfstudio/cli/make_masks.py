@@ -167,7 +167,8 @@ def make_masks(
             for view, file in not_found:
                 _write(file, torch.zeros(image_size(view)[::-1], dtype=torch.bool), text)
         masks = (load_mask(file, view) for view, file in zip(views, files))
-        height, width = limited_size(*image_size(views[0])[::-1], SHEET_SIDE)
+        width, height = image_size(views[0])
+        height, width = limited_size(height, width, SHEET_SIDE)
         black, cells = [], []
         for view, name, mask in zip(views, names, masks):
             if not mask.any():

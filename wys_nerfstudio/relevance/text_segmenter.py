@@ -7,6 +7,7 @@ its own and requires transformers 5.
 
 import math
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from wys_nerfstudio.utils.memory_errors import is_memory_error
 DETECTOR_TYPES = ("grounding-dino",)
 SEGMENTER_TYPES = ("sam2", "sam2_video")
 """The supported `model_type` of config.json; the public repositories of SAM 2 contain the network for videos, too."""
+SHARED_EMBEDDING = "prompt_encoder.shared_embedding.positional_embedding"
+"""SAM 2's second name of `shared_image_embedding.positional_embedding`, which files of transformers 4 do not have."""
 
 
 @dataclass
@@ -76,7 +79,9 @@ class TextSegmenter:
         logits = outputs.pred_masks.float()
         for box in range(len(boxes)):  # one after the other: each has the size of the image
             (inside,) = self.segmenter_processor.post_process_masks(
-                logits[:, box : box + 1], inputs.original_sizes, mask_threshold=math.log(pixel_threshold / (1 - pixel_threshold))
+                logits[:, box : box + 1],
+                inputs.original_sizes,
+                mask_threshold=math.log(pixel_threshold / (1 - pixel_threshold)),
             )
             mask |= inside[0, 0].cpu()
         return mask
@@ -116,13 +121,14 @@ def load_text_segmenter(
 
     with _loading_errors("detector", detector, detector_source):
         _check_type("detector", detector, detector_source, DETECTOR_TYPES, "IDEA-Research/grounding-dino-base")
-        # Its attention has an implementation of its own only.
+        # In transformers 4, its attention has no other implementation.
         detecting = _load(GroundingDinoForObjectDetection, detector_source, torch.float32, "eager")
-        detector_processor = GroundingDinoProcessor.from_pretrained(detector_source)
+        detector_processor = GroundingDinoProcessor.from_pretrained(detector_source, trust_remote_code=False)
     with _loading_errors("segmenter", segmenter, segmenter_source):
         _check_type("segmenter", segmenter, segmenter_source, SEGMENTER_TYPES, "facebook/sam2.1-hiera-large")
-        segmenting = _load(Sam2Model, segmenter_source, dtype, "sdpa")
-        segmenter_processor = Sam2Processor.from_pretrained(segmenter_source)
+        segmenting = _load(Sam2Model, segmenter_source, dtype, "sdpa", {SHARED_EMBEDDING})
+        segmenting.prompt_encoder.shared_embedding = segmenting.shared_image_embedding
+        segmenter_processor = Sam2Processor.from_pretrained(segmenter_source, trust_remote_code=False)
     return TextSegmenter(detecting.to(device), detector_processor, segmenting.to(device), segmenter_processor)
 
 
@@ -131,13 +137,15 @@ def _check_type(kind: str, name: str, source: str, types: tuple[str, ...], examp
 
     model_type = PretrainedConfig.get_config_dict(source)[0].get("model_type")
     if model_type not in types:
+        found = f"the model_type {model_type}" if model_type else "no model_type"
         raise WysError(
-            f'The {kind} "{name}" is of the type {model_type}, which is not supported. Supported: {", ".join(types)}, for '
-            f"example {example}."
+            f'The {kind} "{name}" has {found} in its config.json. Supported: {", ".join(types)}, for example {example}.'
         )
 
 
-def _load(network: Any, source: str, dtype: torch.dtype, attention: str) -> Any:
+def _load(
+    network: Any, source: str, dtype: torch.dtype, attention: str, optional: AbstractSet[str] = frozenset()
+) -> Any:
     # The config's own implementation of attention may be one that transformers downloads as code.
     loaded, info = network.from_pretrained(
         source,
@@ -147,7 +155,7 @@ def _load(network: Any, source: str, dtype: torch.dtype, attention: str) -> Any:
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    unset = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    unset = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])} - optional
     if unset:
         raise ValueError(f"its weights lack {min(unset)} or have another size")
     return loaded.eval().requires_grad_(False)
