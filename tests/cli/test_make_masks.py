@@ -247,6 +247,9 @@ def test_folders_with_other_files_or_other_masks_are_refused(tmp_path, monkeypat
         assert refusal(monkeypatch, scene, *other, "-o", tmp_path / "masks", *models) == (
             f'wys: "{tmp_path}/masks" contains masks of another text or with other settings: give -o another folder, or delete it.'
         )
+    for mask in (tmp_path / "masks").glob("*.png"):
+        mask.unlink()
+    run(monkeypatch, scene, "the ball", "-o", tmp_path / "masks", *models)  # without masks, the settings may change
     with FileLock(tmp_path / "masks" / LOCK_FILE):
         sentence = refusal(monkeypatch, scene, TEXT, "-o", tmp_path / "masks", *models)
     assert sentence.startswith(f'wys: Another process is writing the masks in "{tmp_path}/masks"')

@@ -184,7 +184,7 @@ def test_cut_outs_are_their_own_masks(tmp_path, views):
 
 
 def test_a_missing_mask_is_reported_with_the_views_name(tmp_path, views):
-    sentence = "There is no mask for the view {}.png in .*--pipeline.masks-dir requires one image per view.*{}.png"
+    sentence = "There is no mask for the view {}.png in .*--pipeline.masks-dir requires one image per view.*{}.png; wys make-masks makes"
     with pytest.raises(WysError, match=sentence.format(*NAMES[:1] * 2)):
         read(tmp_path / "no folder", views)
     with pytest.raises(WysError, match=sentence.format(*NAMES[:1] * 2)):

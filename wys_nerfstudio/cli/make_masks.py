@@ -13,6 +13,7 @@ from jaxtyping import Bool, UInt8
 from nerfstudio.configs.dataparser_configs import AnnotatedDataParserUnion
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -166,29 +167,14 @@ def make_masks(
                 )
             for view, file in not_found:
                 _write(file, torch.zeros(image_size(view)[::-1], dtype=torch.bool), text)
-        masks = (load_mask(file, view) for view, file in zip(views, files))
-        width, height = image_size(views[0])
-        height, width = limited_size(height, width, SHEET_SIDE)
-        black, cells = [], []
-        for view, name, mask in zip(views, names, masks):
-            if not mask.any():
-                black.append(name)
-            small, small_mask = (
-                resize_images(to_float(pixels)[None], height, width)[0]
-                for pixels in (_read(view), mask[..., None].float())
-            )
-            cells.append(overlay(small, small_mask))
-        rows = [
-            (", ".join(names[first : first + SHEET_COLUMNS]), cells[first : first + SHEET_COLUMNS])
-            for first in range(0, len(cells), SHEET_COLUMNS)
-        ]
-        save_png(output / SHEET, contact_sheet([""] * SHEET_COLUMNS, rows), f'masks of "{text}"')
+        save_png(output / SHEET, _draw_sheet(views, names, files), f'masks of "{text}"')
+        black = [name for name, view, file in zip(names, views, files) if not load_mask(file, view).any()]
         return MadeMasks(len(views), black)
 
 
 def _check_folder(folder: Path, request: dict[str, Any]) -> None:
     """Refuse a folder that has other files than the masks of the same request."""
-    if not {path.name for path in folder.iterdir()} - {LOCK_FILE}:
+    if not {path.name for path in folder.iterdir()} - {LOCK_FILE, REQUEST}:
         return
     try:
         stored = json.loads((folder / REQUEST).read_bytes())
@@ -230,6 +216,29 @@ def _segment(
                 not_found.append((view, file))
             bar.advance(task)
     return not_found
+
+
+def _draw_sheet(views: Sequence[Path], names: Sequence[str], files: Sequence[Path]) -> Image.Image:
+    """Arrange all views, reduced and tinted inside their masks, in rows.
+
+    Args:
+        views: Files of the views, of one size.
+        names: Name of each mask.
+        files: File of each mask.
+    """
+    width, height = image_size(views[0])
+    size = limited_size(height, width, SHEET_SIDE)
+    cells = []
+    for view, file in zip(views, files):
+        mask = load_mask(file, view).float()
+        cells.append(
+            overlay(
+                resize_images(to_float(_read(view))[None], *size)[0], resize_images(mask[None, ..., None], *size)[0]
+            )
+        )
+    starts = range(0, len(cells), SHEET_COLUMNS)
+    rows = [(", ".join(names[start : start + SHEET_COLUMNS]), cells[start : start + SHEET_COLUMNS]) for start in starts]
+    return contact_sheet([""] * SHEET_COLUMNS, rows)
 
 
 def _read(view: Path) -> UInt8[Tensor, "h w 3"]:
