@@ -94,7 +94,7 @@ def test_masks_are_those_of_the_models_in_the_format_of_training(tmp_path, monke
 
 
 def test_the_sheet_shows_all_views_tinted_inside_their_masks(tmp_path, monkeypatch, scene, models):
-    find_in(monkeypatch, 0, 1, 2, 3)
+    find_in(monkeypatch, 0, 2)
     run(monkeypatch, scene, TEXT, "-o", tmp_path / "masks", *models)
     with Image.open(tmp_path / "masks" / "contact_sheet.png") as image:
         sheet = np.array(image).astype(float)
@@ -103,9 +103,10 @@ def test_the_sheet_shows_all_views_tinted_inside_their_masks(tmp_path, monkeypat
             view = np.array(image).astype(float)
         left = 4 + number * (40 * 5 + 4)  # views of 40x32 pixels are enlarged five times
         cell = sheet[18 : 18 + 160, left : left + 200][2::5, 2::5]
-        assert np.abs(cell[3:] - 0.4 * view[3:]).max() < 1
-        tint = 2 * cell[:3] - view[:3]
-        assert tint.std(axis=(0, 1)).max() < 1 and tint.mean(axis=(0, 1)).min() > 150
+        inside = 3 if number in (0, 2) else 0
+        assert np.abs(cell[inside:] - 0.4 * view[inside:]).max() < 1
+        tint = 2 * cell[:inside] - view[:inside]
+        assert not inside or (tint.std(axis=(0, 1)).max() < 1 and tint.mean(axis=(0, 1)).min() > 150)
 
 
 def test_views_are_read_as_training_reads_them(tmp_path, monkeypatch, models):

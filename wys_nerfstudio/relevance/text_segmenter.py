@@ -97,8 +97,8 @@ class TextSegmenter:
 
 
 def _as_label(text: str) -> str:
-    # Grounding DINO was trained on lower-case labels that end with a full stop.
-    return f"{text.strip().rstrip('.').lower()}."
+    # Grounding DINO was trained on labels that end with a full stop.
+    return f"{text.strip().rstrip('.')}."
 
 
 def load_text_segmenter(
