@@ -202,6 +202,22 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def detector_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an untrained Grounding DINO."""
+    from segmenter_folders import build_detector_folder
+
+    return build_detector_folder(tmp_path_factory.mktemp("detectors") / "untrained")
+
+
+@pytest.fixture(scope="session")
+def segmenter_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an untrained SAM 2."""
+    from segmenter_folders import build_segmenter_folder
+
+    return build_segmenter_folder(tmp_path_factory.mktemp("segmenters") / "untrained")
+
+
+@pytest.fixture(scope="session")
 def alexnet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """File with AlexNet's state dict: random weights in the real shapes."""
     from torchvision.models import alexnet

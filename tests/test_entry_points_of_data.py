@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import as_blender_scene, as_colmap_scene, write_ring_scene
+from conftest import as_blender_scene, as_colmap_scene, run_wys, write_ring_scene
+from page_tables import CONFIGS
 from pages import PAGES, commands
 from PIL import Image
 from test_entry_points import QUIET, SHORT, SMALL_MODEL, command, newest_run, records, tensors, train, weights
@@ -132,6 +133,29 @@ def test_other_localizations_run_to_the_end(
         assert fractions == {1.0}
     if localization in ("masks", "none"):
         assert (run / "nerfstudio_models" / "step-000000028.ckpt").is_file(), "there is no localize phase"
+
+
+def test_masks_of_make_masks_confine_the_edits(
+    ring_scene: Path, editor_folder: Path, detector_folder: Path, segmenter_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    scene, masks = shutil.copytree(ring_scene, tmp_path / "scene"), tmp_path / "masks"
+    models = ["--detector", detector_folder, "--segmenter", segmenter_folder, "--device", "cpu"]
+    thresholds = ["--box-threshold", "0.9999", "--pixel-threshold", "0.53"]
+    run_wys(monkeypatch, "make-masks", scene, "the red ball", "-o", masks, *models, *thresholds)
+    inside = {path.stem: np.array(Image.open(path)) > 0 for path in masks.glob("frame_*.png")}
+    assert len(inside) == 13 and 0 < sum(mask.any() for mask in inside.values()) < 13
+    train("wys-tiny", scene, tmp_path / "out", *SMALL_MODEL, *SHORT, "--editor", editor_folder, "--instruction",
+          "make the ball blue", "--recipe", CONFIGS / "masks.yaml", "--pipeline.masks-dir", masks, "--pipeline.edit-every=1")  # fmt: skip
+    run = newest_run(tmp_path / "out")
+    edits = records(run)
+    assert {edit["view"] for edit in edits} == set(inside)
+    assert [edit["mask_fraction"] for edit in edits] == [round(float(inside[edit["view"]].mean()), 5) for edit in edits]
+    for edit in edits:
+        view = np.array(Image.open(scene / "images" / f"{edit['view']}.png"))
+        edited = run / "wys" / "edits" / f"{edit['view']}.png"
+        assert edited.is_file() == bool(inside[edit["view"]].any())
+        if edited.is_file():
+            assert np.array_equal(np.array(Image.open(edited))[~inside[edit["view"]]], view[~inside[edit["view"]]])
 
 
 NO_NETWORK = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}

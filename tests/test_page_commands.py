@@ -99,7 +99,7 @@ LEFT = """
     wys-demo/contact_sheet.png wys-demo/turntable.mp4 wys-demo/metrics.json
     outputs/scene/wys/DATE/wys/contact_sheet.png outputs/bear/wys/*/wys/contact_sheet.png
     panda.png panda_relevance.png panda_mask.png panda_side_by_side.png snowed/frame_000.png try.png
-    sweep/sweep.csv sweep/curves.png toy/list.csv toy-edited/*.png toy-sweep/sweep.csv toy-sweep/curves.png
+    masks/frame_000.png masks/contact_sheet.png sweep/sweep.csv sweep/curves.png toy/list.csv toy-edited/*.png toy-sweep/sweep.csv toy-sweep/curves.png
     check.json eval.json exports/point_cloud.ply my-scene/transforms.json DIR/contact_sheet.png
     outputs/toy-scene/wys-tiny/*/config.yml outputs/SCENE/wys-tiny/*/config.yml
 """.split()
@@ -161,7 +161,15 @@ def in_hub_cache(cache: Path, name: str, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(ring_scene: Path, editor_folder: Path, clip_folder: Path, torch_home: object, tmp_path_factory) -> Path:
+def folder(
+    ring_scene: Path,
+    editor_folder: Path,
+    clip_folder: Path,
+    detector_folder: Path,
+    segmenter_folder: Path,
+    torch_home: object,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """The folder in which the commands were run, with the files that they need."""
     folder = tmp_path_factory.mktemp("readme")
     for name in ("scene", "bear"):
@@ -170,9 +178,6 @@ def folder(ring_scene: Path, editor_folder: Path, clip_folder: Path, torch_home:
     (folder / "photos").mkdir()
     for picture in sorted((ring_scene / "images").iterdir())[:2]:
         shutil.copy2(picture, folder / "photos")
-    (folder / "masks").mkdir()
-    for picture in (ring_scene / "images").iterdir():
-        Image.new("L", Image.open(picture).size, 255).save(folder / "masks" / picture.name)
     for name in ("bear.jpg", "view.png"):
         Image.open(folder / "photos" / "frame_000.png").save(folder / name)
     with (folder / "edits.csv").open("w", newline="") as file:
@@ -180,6 +185,8 @@ def folder(ring_scene: Path, editor_folder: Path, clip_folder: Path, torch_home:
         rows.writerow(["image", "instruction", "caption_before", "caption_after"])
         rows.writerow(["bear.jpg", "turn the bear into a panda", "a bear", "a panda"])
     in_hub_cache(folder / "hub", "timbrooks/instruct-pix2pix", editor_folder)
+    in_hub_cache(folder / "hub", "IDEA-Research/grounding-dino-base", detector_folder)
+    in_hub_cache(folder / "hub", "facebook/sam2.1-hiera-large", segmenter_folder)
     in_hub_cache(folder / "hub", "openai/clip-vit-large-patch14", clip_folder)
     (folder / "short.yaml").write_text("".join(f"{k[2:]}: {v}\n" for k, v in zip(SHORT[::2], SHORT[1::2])))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

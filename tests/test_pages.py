@@ -31,6 +31,8 @@ from wys_nerfstudio.demo.training.evaluate_editor import write_card
 
 EDITOR = ROOT / "wys_nerfstudio" / "demo" / "editor"
 CONTRIBUTING = ".github/CONTRIBUTING.md"
+CHANGELOG = ".github/CHANGELOG.md"
+KINDS_OF_CHANGES = ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")
 FOR_NERFSTUDIO = ".github/nerfstudio/wys.md"
 """A page for nerfstudio's documentation, where this repository's other pages are not at hand."""
 PARSERS: dict[str, Any] = {
@@ -42,7 +44,18 @@ PARSERS: dict[str, Any] = {
     "ns-process-data": process_data.Commands,
     "wys": Command,
 }
-WYS_COMMANDS = ("check", "demo", "demo-scene", "demo-pictures", "edit-image", "sweep", "compare", "ablate", "export")
+WYS_COMMANDS = (
+    "check",
+    "demo",
+    "demo-scene",
+    "demo-pictures",
+    "edit-image",
+    "make-masks",
+    "sweep",
+    "compare",
+    "ablate",
+    "export",
+)
 COMMANDS = sorted({command for text in PAGES.values() for command in commands(text)})
 
 
@@ -216,6 +229,21 @@ def test_contributing_names_every_room_from_top_to_bottom() -> None:
     assert sorted(rooms, key=level) == rooms
 
 
-def test_the_newest_change_is_of_this_version() -> None:
-    changes = PAGES[CONTRIBUTING].split("\n## Changes\n")[1]
-    assert changes.strip().startswith(f"- **{wys_nerfstudio.__version__}**")
+def test_the_changelog_is_kept_as_keep_a_changelog_describes() -> None:
+    _, *versions = re.split(r"^## ", PAGES[CHANGELOG], flags=re.MULTILINE)
+    numbers, dates = zip(
+        *(re.findall(r"^\[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d|unreleased)\n", text)[0] for text in versions)
+    )
+    assert numbers[0] == wys_nerfstudio.__version__
+    ordered = [tuple(map(int, number.split("."))) for number in numbers]
+    assert ordered == sorted(set(ordered), reverse=True)
+    assert "unreleased" not in dates[1:] and list(dates[1:]) == sorted(dates[1:], reverse=True)
+    for text in versions:
+        _, *groups = re.split(r"^### ", text, flags=re.MULTILINE)
+        assert groups and {group.split("\n")[0] for group in groups} <= set(KINDS_OF_CHANGES)
+        assert all(re.match(r"\w+\n\n- ", group) for group in groups)
+
+
+def test_the_changelog_names_every_command_and_method() -> None:
+    named = {word for code in re.findall(r"`([^`]+)`", PAGES[CHANGELOG]) for word in code.split()}
+    assert {*WYS_COMMANDS, "wys", "wys-small", "wys-tiny"} - {"demo-scene", "demo-pictures"} <= named

@@ -25,10 +25,15 @@ def shipped() -> set[str]:
     return {path.relative_to(ROOT).as_posix() for path in files}
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Wheel and source distribution, built in a copy because building leaves files behind."""
-    folder = tmp_path_factory.mktemp("release")
+def build(folder: Path) -> Path:
+    """Build wheel and source distribution, in a copy because building leaves files behind.
+
+    Args:
+        folder: Folder of the copy.
+
+    Returns:
+        Folder of both.
+    """
     shutil.copytree(PACKAGE, folder / "wys_nerfstudio", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, folder / name)
@@ -37,6 +42,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wheel and source distribution."""
+    return build(tmp_path_factory.mktemp("release"))
 
 
 def test_the_wheel_holds_only_the_package_and_its_data(built: Path) -> None:

@@ -7,7 +7,6 @@ reconstruction; edited views and what edits are conditioned on are opaque.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -41,12 +40,11 @@ from wys_nerfstudio.training.held_out import FewCameras
 from wys_nerfstudio.training.image_stack import ImageStack, blend, read_images, to_device
 from wys_nerfstudio.training.scene import EditInput
 from wys_nerfstudio.training.validation import flag, minimum, validate_positive, validate_ranges, validate_share
-from wys_nerfstudio.utils.cameras import ONE_PLACE, check_cameras, check_positions, fit_cameras
-from wys_nerfstudio.utils.data_checks import check_image, check_names, parser_error
+from wys_nerfstudio.utils.cameras import check_cameras, check_positions, fit_cameras
+from wys_nerfstudio.utils.data_checks import check_image, check_names, parsing
 from wys_nerfstudio.utils.errors import WysError
-from wys_nerfstudio.utils.image_io import MIN_SIDE, enable_heic
+from wys_nerfstudio.utils.image_io import MIN_SIDE
 from wys_nerfstudio.utils.log_filters import ignore_warnings
-from wys_nerfstudio.utils.memory_errors import is_memory_error
 from wys_nerfstudio.utils.view_masks import check_frame_masks
 from wys_nerfstudio.utils.visualization import SOFTWARE, apply_colormap, save_png, to_uint8, write_png
 
@@ -121,20 +119,8 @@ class WysDataManager(VanillaDataManager[CaptureDataset]):
         self._rescaled: Optional[str] = None
         """What was printed about cameras that were rescaled."""
         ignore_warnings()  # in ns-eval and other commands nothing of this package is built earlier
-        with suppress(ImportError):
-            enable_heic()  # parsers read the size of the first image themselves
-        if hasattr(config.dataparser, "load_3D_points"):
-            config.dataparser.load_3D_points = False  # type: ignore # only Gaussian splatting uses them
-        try:
+        with parsing(config.dataparser):
             super().__init__(config, *arguments, **named)
-        except ZeroDivisionError as error:  # parsers divide by the extent of the camera positions
-            raise WysError(ONE_PLACE) from error
-        except WysError:
-            raise
-        except Exception as error:  # nerfstudio's parsers raise errors of many kinds on data that they cannot read
-            if is_memory_error(error):
-                raise
-            raise parser_error(config.dataparser.data, config.dataparser, error) from error
 
     def create_train_dataset(self) -> CaptureDataset:
         """Build the dataset of the training views, with cameras that agree with the images."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import run_wys, sentence_of
 
-from wys_nerfstudio.cli import compare, main, sweep
+from wys_nerfstudio.cli import compare, main, make_masks, sweep
 from wys_nerfstudio.demo import ablations, run
 
 
@@ -24,6 +24,7 @@ def interrupt(*_: object, **__: object) -> None:
         (compare, "compare_runs", ["compare", "run"], "Stopped."),
         (run, "run_demo", ["demo"], "Stopped."),
         (sweep, "run_sweep", ["sweep", "list.csv", "-o", "out"], "Stopped; the same wys command continues."),
+        (make_masks, "make_masks", ["make-masks", "s", "a", "-o", "out"], "Stopped; the same wys command continues."),
         (ablations, "run_ablations", ["ablate"], "Stopped; the same wys command continues."),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 from PIL import ExifTags, Image
 
 from wys_nerfstudio.utils.errors import WysError
-from wys_nerfstudio.utils.view_masks import read_masks
+from wys_nerfstudio.utils.view_masks import mask_names, read_masks
 
 HEIGHT, WIDTH = 12, 20
 NAMES = [f"view_{number}" for number in range(5)]
@@ -184,7 +184,7 @@ def test_cut_outs_are_their_own_masks(tmp_path, views):
 
 
 def test_a_missing_mask_is_reported_with_the_views_name(tmp_path, views):
-    sentence = "There is no mask for the view {}.png in .*--pipeline.masks-dir requires one image per view.*{}.png"
+    sentence = "There is no mask for the view {}.png in .*--pipeline.masks-dir requires one image per view.*{}.png; wys make-masks makes"
     with pytest.raises(WysError, match=sentence.format(*NAMES[:1] * 2)):
         read(tmp_path / "no folder", views)
     with pytest.raises(WysError, match=sentence.format(*NAMES[:1] * 2)):
@@ -194,3 +194,35 @@ def test_a_missing_mask_is_reported_with_the_views_name(tmp_path, views):
         Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / "masks" / f"{name}.png")
     with pytest.raises(WysError, match=sentence.format(*NAMES[3:4] * 2)):
         read(tmp_path / "masks", views)
+
+
+@pytest.mark.parametrize(
+    ("views", "names"),
+    [
+        (["s/images/0.jpg", "s/images/1.2.png"], ["0", "1.2"]),
+        (["s/images/a/0.jpg", "s/images/b/0.jpg", "s/images/b/1.jpg"], ["a/0", "b/0", "b/1"]),
+        (["s/train/0.png", "s/test/0.png"], ["train/0", "test/0"]),
+    ],
+)
+def test_masks_are_named_by_what_views_do_not_share(tmp_path, views, names):
+    files = [tmp_path / view for view in views]
+    assert mask_names(files) == names
+    for file, name in zip(files, names):
+        (tmp_path / "masks" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (WIDTH, HEIGHT), 255).save(tmp_path / "masks" / f"{name}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (WIDTH, HEIGHT)).save(file)
+    run_names = [f"{i:05d}_{view.stem}" for i, view in enumerate(files)]
+    assert read_masks(tmp_path / "masks", files, run_names, HEIGHT, WIDTH).all()
+
+
+@pytest.mark.parametrize(
+    ("views", "name"), [(["images/0.jpg", "images/0.png"], "0"), (["images/0.png", "images/a/0.png"], "0")]
+)
+def test_views_that_would_find_one_mask_are_refused(views, name):
+    with pytest.raises(WysError) as error:
+        mask_names([Path(view) for view in views])
+    first, second = sorted(views, key=lambda view: str(error.value).index(view))
+    assert (
+        str(error.value) == f'"{name}" would name the mask of both "{first}" and "{second}": rename one of these views.'
+    )

@@ -12,8 +12,8 @@ from wys_nerfstudio.utils.folder_lock import locked_folder
 @dataclass
 class Ablate:
     """Run the paper's ablations on the demo scene and compare them with its ground truth. Edits of one reconstruction are
-    confined by the relevance field, by 2D relevance maps, by ground-truth masks, or not at all. An
-    interrupted command continues with the same command."""
+    confined by the relevance field, by 2D relevance maps, by ground-truth masks (for other scenes, wys make-masks makes
+    masks), or not at all. An interrupted command continues with the same command."""
 
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("wys-ablations")
     """Folder of the scene, the runs, ablations.json and contact_sheet.png."""

@@ -1,4 +1,4 @@
-"""Local editing of images and 3D scenes: check of the machine, demo, image edits, sweeps, ablations, comparisons and exports."""
+"""Local editing of images and 3D scenes: check of the machine, demo, image edits, masks, sweeps, ablations, comparisons, exports."""
 
 from typing import Annotated, Union
 
@@ -12,10 +12,10 @@ from wys_nerfstudio.cli.demo_pictures import DemoPictures
 from wys_nerfstudio.cli.demo_scene import DemoScene
 from wys_nerfstudio.cli.edit_image import EditImage
 from wys_nerfstudio.cli.export import Export
+from wys_nerfstudio.cli.make_masks import MakeMasks
 from wys_nerfstudio.cli.sweep import Sweep
 from wys_nerfstudio.training.interrupts import DISK_ERRORS
 from wys_nerfstudio.utils.errors import WysError
-from wys_nerfstudio.utils.log_filters import ignore_warnings
 from wys_nerfstudio.utils.memory_errors import convert_memory_errors
 
 Command = Union[
@@ -24,6 +24,7 @@ Command = Union[
     Annotated[DemoScene, tyro.conf.subcommand("demo-scene")],
     Annotated[DemoPictures, tyro.conf.subcommand("demo-pictures")],
     Annotated[EditImage, tyro.conf.subcommand("edit-image")],
+    Annotated[MakeMasks, tyro.conf.subcommand("make-masks")],
     Annotated[Sweep, tyro.conf.subcommand("sweep")],
     Annotated[Ablate, tyro.conf.subcommand("ablate")],
     Annotated[Compare, tyro.conf.subcommand("compare")],
@@ -38,7 +39,6 @@ def run() -> None:
         SystemExit: With a sentence, for errors that the user can correct.
         KeyboardInterrupt: After Ctrl-C; the message says how to continue.
     """
-    ignore_warnings()
     command = tyro.cli(Command, prog="wys", description=__doc__)  # type: ignore
     try:
         with convert_memory_errors("in this command", lambda: "end other programs that use its memory."):
@@ -51,6 +51,6 @@ def run() -> None:
         file = f'"{error.filename}"' if error.filename else "A file"
         raise SystemExit(f"wys: {file} could not be written: {error.strerror}.") from error
     except KeyboardInterrupt as error:
-        if isinstance(command, (Sweep, Ablate)):
+        if isinstance(command, (MakeMasks, Sweep, Ablate)):
             raise KeyboardInterrupt("Stopped; the same wys command continues.") from error
         raise

@@ -22,6 +22,9 @@ def entrypoint() -> None:
         signal.signal(signal.SIGINT, interrupt)
     try:
         try:
+            from wys_nerfstudio.utils.log_filters import ignore_warnings
+
+            ignore_warnings()  # the commands' imports warn, too
             from wys_nerfstudio.cli.commands import run
 
             run()

@@ -51,6 +51,26 @@ def resize_cameras(cameras: Cameras, width: int, height: int) -> None:
         setattr(cameras, side, torch.full_like(given, pixels))
 
 
+def check_one_size(files: Sequence[Path]) -> list[Size]:
+    """Return the sizes of image files, which are equal.
+
+    Args:
+        files: Files of the views.
+
+    Raises:
+        WysError: If they differ.
+    """
+    sizes = [image_size(path) for path in files]
+    odd = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
+    if odd is not None:
+        swapped = sizes[odd] == sizes[0][::-1] and (orientation(files[0]) >= 5) != (orientation(files[odd]) >= 5)
+        raise WysError(
+            f"All views must have one size, and {files[0].name} is {_text(sizes[0])} while {files[odd].name} is "
+            f"{_text(sizes[odd])}: {EXIF_REMEDY if swapped else 'crop them to one size before their poses are computed.'}"
+        )
+    return sizes
+
+
 def fit_cameras(cameras: Cameras, files: Sequence[Path], downscaled: bool) -> Optional[str]:
     """Make cameras agree with their image files: if all differ by one scale, rescale the cameras in place.
 
@@ -65,14 +85,7 @@ def fit_cameras(cameras: Cameras, files: Sequence[Path], downscaled: bool) -> Op
     Raises:
         WysError: If the images differ in size among themselves, or from their cameras by anything but one scale.
     """
-    sizes = [image_size(path) for path in files]
-    odd = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
-    if odd is not None:
-        swapped = sizes[odd] == sizes[0][::-1] and (orientation(files[0]) >= 5) != (orientation(files[odd]) >= 5)
-        raise WysError(
-            f"All views must have one size, and {files[0].name} is {_text(sizes[0])} while {files[odd].name} is "
-            f"{_text(sizes[odd])}: {EXIF_REMEDY if swapped else 'crop them to one size before their poses are computed.'}"
-        )
+    sizes = check_one_size(files)
     camera_sizes = [(int(width), int(height)) for width, height in zip(cameras.width, cameras.height)]
     wrong = next((i for i, size in enumerate(camera_sizes) if size != sizes[0]), None)
     if wrong is None:

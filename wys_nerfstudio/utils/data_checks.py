@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from nerfstudio.data.dataparsers.instant_ngp_dataparser import InstantNGPDataPar
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from PIL import UnidentifiedImageError
 
-from wys_nerfstudio.utils.cameras import TOLERANCE, rotation_fault
+from wys_nerfstudio.utils.cameras import ONE_PLACE, TOLERANCE, check_one_size, rotation_fault
 from wys_nerfstudio.utils.errors import WysError
-from wys_nerfstudio.utils.image_io import open_image
+from wys_nerfstudio.utils.image_io import enable_heic, open_image
+from wys_nerfstudio.utils.memory_errors import is_memory_error
 
 INTRINSICS = ("fl_x", "fl_y", "cx", "cy", "w", "h")
 DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
@@ -82,6 +84,60 @@ def check_names(files: Sequence[Path]) -> None:
             path.name.encode()
         except UnicodeEncodeError as error:
             raise WysError(f"The file name {ascii(path.name)} is not valid UTF-8: rename the file.") from error
+
+
+def training_images(data: Path, options: DataParserConfig) -> list[Path]:
+    """Return the files of a capture's training views, as a run with the same options of the parser finds them.
+
+    Args:
+        data: Folder of the scene, or its .json file.
+        options: The parser's options; they receive `data`.
+
+    Raises:
+        WysError: If a run would refuse the capture's files, or if no view is left for training.
+    """
+    if not os.path.exists(data):
+        raise WysError(f'There is no data at "{data}": give a folder of captured views.')
+    check_capture(data, options)
+    options.data = data
+    with parsing(options):
+        files = options.setup().get_dataparser_outputs(split="train").image_filenames
+    if not files:
+        raise WysError(
+            f'No view of "{data}" is left for training: change its train_filenames, --eval-mode, --train-split-fraction or '
+            "--eval-interval."
+        )
+    check_names(files)
+    for file in files:
+        check_image(file, "the capture")
+    check_one_size(files)
+    return files
+
+
+@contextmanager
+def parsing(options: DataParserConfig) -> Iterator[None]:
+    """Context in which one of nerfstudio's parsers reads a capture for a run.
+
+    Args:
+        options: The parser's options.
+
+    Raises:
+        WysError: For any error of the parser.
+    """
+    with suppress(ImportError):
+        enable_heic()  # parsers read the size of the first image themselves
+    if hasattr(options, "load_3D_points"):
+        options.load_3D_points = False  # type: ignore # only Gaussian splatting uses them
+    try:
+        yield
+    except ZeroDivisionError as error:  # parsers divide by the extent of the camera positions
+        raise WysError(ONE_PLACE) from error
+    except WysError:
+        raise
+    except Exception as error:  # nerfstudio's parsers raise errors of many kinds on data that they cannot read
+        if is_memory_error(error):
+            raise
+        raise parser_error(options.data, options, error) from error
 
 
 def parser_error(data: Path, options: DataParserConfig, error: Exception) -> WysError:

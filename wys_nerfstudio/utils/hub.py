@@ -8,12 +8,13 @@ TIMEOUT = 5.0
 """Seconds to wait for the hub."""
 
 
-def local_if_offline(source: str, kind: str) -> str:
+def local_if_offline(source: str, kind: str, remedy: str = 'give a local folder or "embedded"') -> str:
     """Replace a hub id by its downloaded folder if the hub cannot be reached.
 
     Args:
         source: Folder or hub id.
         kind: What it is, for the error.
+        remedy: What to do without a network, for the error.
 
     Raises:
         WysError: If it is neither downloaded nor reachable.
@@ -27,7 +28,7 @@ def local_if_offline(source: str, kind: str) -> str:
     except (OSError, ValueError) as error:
         raise WysError(
             f'The {kind} "{source}" is not downloaded, and the Hugging Face hub cannot be reached: connect to the network '
-            '(and unset HF_HUB_OFFLINE), or give a local folder or "embedded".'
+            f"(and unset HF_HUB_OFFLINE), or {remedy}."
         ) from error
 
 

@@ -91,6 +91,37 @@ def read_masks(
     return stack
 
 
+def mask_names(views: Sequence[Path]) -> list[str]:
+    """Return the name, without suffix, under which `read_masks` finds the mask of each view, whatever other views there are.
+
+    Args:
+        views: Files of the views.
+
+    Returns:
+        The path of each view below the folder that all views share: its stem, or `a/0` for `images/a/0.jpg` beside
+        `images/b/0.jpg`.
+
+    Raises:
+        WysError: If two views would find the same mask.
+    """
+    shared = os.path.commonpath([view.parent for view in views])
+    names = [view.relative_to(shared).with_suffix("").as_posix() for view in views]
+    owners = dict(zip(names, views))
+    for view in views:
+        for name in _path_ends(view) & owners.keys():
+            if owners[name] != view:
+                raise WysError(
+                    f'"{name}" would name the mask of both "{view}" and "{owners[name]}": rename one of these views.'
+                )
+    return names
+
+
+def _path_ends(view: Path) -> set[str]:
+    """Return the ends of a view's path without its suffix, of all lengths."""
+    parts = view.with_suffix("").parts
+    return {"/".join(parts[-length:]) for length in range(1, len(parts))}
+
+
 def match_files(
     folder: Path, views: Sequence[Path], names: Sequence[str], kind: str, source: str, suffixes: Sequence[str] = ()
 ) -> list[Path]:
@@ -107,20 +138,20 @@ def match_files(
     Raises:
         WysError: If a view has no file, several, or not one of its own.
     """
+    maker = "; wys make-masks makes those that are missing" if kind == "mask" else ""
     files: dict[str, list[Path]] = {}
     for file in sorted(folder.rglob("*")) if os.path.isdir(folder) else []:
         if not suffixes or file.suffix.lower() in suffixes:
             files.setdefault(file.relative_to(folder).with_suffix("").as_posix(), []).append(file)
     by_view, by_file = [], {}
     for view, name in zip(views, names):
-        parts = view.with_suffix("").parts
-        keys = {name, *("/".join(parts[-length:]) for length in range(1, len(parts)))}
+        keys = {name, *_path_ends(view)}
         named = [file for key in keys for file in files.get(key, []) if file.is_file()]
         found = [file for file in named if file != view] or named  # a cut-out can be its own mask
         if not found:
             raise WysError(
                 f'There is no {kind} for the view {view.name} in "{folder}": {source} requires one image per view, '
-                f"named like the view, for example {name}.png."
+                f"named like the view, for example {name}.png{maker}."
             )
         if len(found) > 1:
             raise WysError(

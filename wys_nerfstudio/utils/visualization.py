@@ -127,6 +127,17 @@ def reduce(image: Float[Tensor, "h w c"], longer_side: int) -> Float[Tensor, "so
     return F.interpolate(image.permute(2, 0, 1)[None], size=size, mode="area")[0].permute(1, 2, 0)
 
 
+def overlay(image: Float[Tensor, "h w 3"], mask: Float[Tensor, "h w 1"]) -> Float[Tensor, "h w 3"]:
+    """Tint an image inside a mask and dim it outside, as `relevance_overlay` does.
+
+    Args:
+        image: RGB values in [0, 1].
+        mask: 1 inside, 0 outside, and values between them at the border of a reduced mask.
+    """
+    tint = torch.tensor(matplotlib_colormaps["inferno"](1.0)[:3], dtype=image.dtype)
+    return torch.lerp(0.4 * image, 0.5 * image + 0.5 * tint, mask)
+
+
 def printable(text: str) -> str:
     """Return text in which unprintable characters and those that `FONT` lacks are escaped as in Python's string literals."""
     known = FT2Font(FONT).get_charmap()
