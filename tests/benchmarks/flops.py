@@ -23,6 +23,7 @@ import architectures
 import torch
 import tyro
 from meta_device import Cost, count, on_meta_device
+from speed import SLOW_STEPS
 
 from wys_nerfstudio.config import wys
 from wys_nerfstudio.editing import (
@@ -45,8 +46,6 @@ INSTRUCTION = "turn the bear into a panda"
 
 AnyEditor = StableDiffusionEditor | Flux2Editor | QwenEditor
 
-SLOW_STEPS = 20
-"""Denoising steps of Instruct-NeRF2NeRF's edits, whatever the noise level that they start from."""
 QWEN_TEMPLATE_TOKENS = 64
 """First tokens of Qwen-Image-Edit's prompt, whose states diffusers leaves out (`prompt_template_encode_start_idx`)."""
 QWEN_TEXT_TOKENS = 24

@@ -30,6 +30,7 @@ import architectures
 import torch
 import tyro
 from jaxtyping import Float
+from meta_device import operation_counter
 from nerfstudio.field_components.encodings import HashEncoding
 from nerfstudio.models.base_model import Model
 from torch import Tensor
