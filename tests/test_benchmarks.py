@@ -465,8 +465,9 @@ def test_views_measures_every_action_in_main_memory(tmp_path: Path, capsys: pyte
     assert result["stack_gib"] == pytest.approx(36 * 800 * 450 * 3 / 2**30)
     peaks = {row["action"]: row["peak_gib"] for row in result["rows"]}
     assert 0 < peaks["read"] and min(peaks.values()) >= 0
-    # A save copies the edited views and serializes them.
-    assert peaks["save, all views edited"] >= peaks["read"] + result["stack_gib"]
+    # A save copies the edited views and serializes them. (The peak of reading includes modules that are imported then.)
+    kept = {row["action"]: row["kept_gib"] for row in result["rows"]}
+    assert peaks["save, all views edited"] >= kept["edit every view"] + result["stack_gib"]
 
 
 @pytest.mark.slow

@@ -238,21 +238,18 @@ def main() -> None:
         folder, log = output / f"case-{case:03d}", output / f"case-{case:03d}.json"
         command = [*start, "--output-dir", str(folder)]
         moments: list[tuple[str, str]] = []
-        kills_of_case = 2 if case % 3 == 2 else 1
+        kills_of_case, at_random = 2 if case % 3 == 2 else 1, case % 4 == 3
         while len(moments) < kills_of_case:
-            if case % 4 == 3:
+            if at_random:
                 code = run(command, log, kill_after=rng.uniform(0.1, 1.0) * seconds)
-                moment = ("any", "random time")
             else:
                 # Sample a kind first, then an event of it: most events are image files.
                 kind = rng.choice(kinds)
                 number = rng.choice([i for i, event in enumerate(events) if tuple(event) == kind])
                 code = run(command, log, kill_at=number if not moments else rng.randrange(len(events) // 4))
-                moment = tuple(json.loads(log.read_text())[-1])
-            if code == 0:
-                break
-            assert code == -signal.SIGKILL, log.with_suffix(".txt").read_text()
-            moments.append(moment)
+            if code != -signal.SIGKILL:
+                break  # it ended before that moment
+            moments.append(("any", "random time") if at_random else tuple(json.loads(log.read_text())[-1]))
             for captured in folder.glob("*/*/run/wys/captured.ckpt"):
                 if not any(captured.parent.parent.glob("nerfstudio_models/*")):
                     # A run does not replace this scene; without a checkpoint only its folder's removal starts it again.
