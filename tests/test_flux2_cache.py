@@ -134,3 +134,29 @@ def test_attention_of_the_transformer_is_restored(editor, condition, region):
     with pytest.raises(RuntimeError):
         regional(condition[:, :5], level)
     assert processors() == before
+
+
+@pytest.mark.slow
+def test_region_is_exact_and_close_at_full_width(tmp_path: Path):
+    from diffusers import Flux2Transformer2DModel
+
+    torch.manual_seed(0)
+    editor = load_editor(str(build_flux2_folder(tmp_path)))
+    assert isinstance(editor, Flux2Editor)
+    editor.transformer = Flux2Transformer2DModel(
+        patch_size=1, in_channels=128, num_layers=1, num_single_layers=2, attention_head_dim=128, num_attention_heads=24,
+        joint_attention_dim=7680, guidance_embeds=False,
+    ).eval().requires_grad_(False)  # fmt: skip
+    editor._texts = {text: torch.randn(1, 64, 7680) for text in (INSTRUCTION, "")}
+    condition, noise = torch.randn(2, 1, 128, 16, 16)
+    region = torch.zeros(1, 16, 16, dtype=torch.bool)
+    region[:, 4:12, 4:12] = True
+    whole, regional = predictors(editor, condition, region, 9)
+    levels, inside = editor.noise_levels(1.0, 20, (16, 16)), region[:, None].expand_as(condition)
+    regional(levels[4].signal * condition + levels[4].noise * noise, levels[4])
+    errors = []
+    for level in (levels[4], levels[5], levels[8]):
+        latents = level.signal * condition + level.noise * noise
+        exact, approximate = whole(latents, level)[0][inside], regional(latents, level)[0][inside]
+        errors.append(float((approximate - exact).norm() / exact.norm()))
+    assert errors[0] < 1e-5 and all(1e-5 < error < 2e-3 for error in errors[1:]), errors
