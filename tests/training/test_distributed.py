@@ -176,6 +176,7 @@ def test_the_launcher_ends_with_a_sentence_instead_of_a_traceback(monkeypatch, c
     distributed.shorten_launcher_errors()
     with pytest.raises(multiprocessing.ProcessExitedException) as lost:
         multiprocessing.start_processes(os._exit, nprocs=2, start_method="fork")  # rank 1 exits with code 1
+    capsys.readouterr()  # PyTorch names the ranks that it still had to terminate
     sys.excepthook(lost.type, lost.value, lost.tb)
     message = (
         "wys: The run has ended, because process 1 terminated with exit code 1: see the last lines of its output.\n"
