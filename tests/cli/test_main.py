@@ -82,7 +82,7 @@ def test_ctrl_c_at_any_time_leaves_no_traceback(arguments: list[str], seconds: f
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=120)[1].decode()
     assert "Traceback" not in errors
-    assert process.returncode in (0, 1, 130)
+    assert process.returncode in (0, 1, 130, -signal.SIGINT)  # the last during Python's own exit
     assert errors == "wys: Stopped.\n" or process.returncode != 130
 
 

@@ -29,7 +29,9 @@ def entrypoint() -> None:
 
             run()
         finally:
-            sys.stdout.flush()  # at exit, Python prints a traceback if the output is closed
+            if signal.getsignal(signal.SIGINT) is interrupt:  # at exit, Python prints a traceback if it is interrupted
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+            sys.stdout.flush()  # and if the output is closed
     except BrokenPipeError as error:  # as in `wys compare RUN | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from error
