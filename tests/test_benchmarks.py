@@ -32,6 +32,8 @@ import photographs
 import region
 import sampler
 import scale
+import schedule
+import shortcuts
 import speed
 import startup
 import views
@@ -315,6 +317,78 @@ def test_sampler_compares_edits_with_the_truth_and_the_converged_edit(tmp_path: 
     assert all(abs(row["to the truth, dB"] - converged["to the truth, dB"]) < 1 for row in rows)
 
 
+def test_shortcuts_compare_with_the_full_edit(tmp_path: Path) -> None:
+    options = shortcuts.Options(pictures=2, seeds=1, strengths=(0.98,), steps=4, output=tmp_path / "shortcuts.json")
+    shortcuts.main(options)
+    full, *rows = json.loads(options.output.read_text("utf8"))
+    assert [row["shortcut"] for row in rows] == list(shortcuts.CASES)[1:]
+    assert full["to the truth, dB"] > full["before, dB"] and full["to the full edit, dB"] == ""
+    distances = {row["shortcut"]: row["to the full edit, dB"] for row in rows}
+    assert distances["encoder: box with 4 latents"] > distances["third prediction every second step"] > 20
+    assert distances["third prediction only at signal < noise"] < distances["third prediction every second step"]
+
+
+@torch.no_grad()
+def test_the_full_edit_of_shortcuts_is_that_of_the_package() -> None:
+    editor = load_editor("embedded")
+    (picture,) = families.pictures(1)
+    edit = shortcuts.Edit(editor, picture, (2.0, 1.5), steps=4, strength=0.9, seed=3)
+    expected = edit_images(
+        editor,
+        picture.image[None],
+        picture.image[None],
+        picture.mask[None],
+        picture.instruction,
+        EditSettings(2.0, 1.5, diffusion_steps=4, solver_order=2, resolution=max(picture.mask.shape)),
+        strength=0.9,
+        seeds=[3],
+    )[0]
+    torch.testing.assert_close(shortcuts.run(edit), expected, atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def panda_scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five views of a toy scene, with the ground truth of an edit."""
+    scene = tmp_path_factory.mktemp("schedule") / "scene"
+    write_demo_scene(scene, width=40, height=40, num_views=5)
+    return scene
+
+
+@pytest.mark.slow
+def test_schedule_measures_every_variant_from_one_state(
+    panda_scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(schedule, "VARIANTS", [(2, 1, 64), (2, 1, 64), (4, 2, 64)])
+    options = schedule.Options(panda_scene, seeds=(0,), output=tmp_path / "schedule.json")
+    options.reconstruct_steps, options.localize_steps, options.edit_steps, options.measure_every = 4, 2, 12, 6
+    options.views = 2
+    schedule.main(options)
+    rows = json.loads(options.output.read_text("utf8"))
+    assert [(row["edit_every"], row["steps"], row["edits"]) for row in rows] == [
+        (2, 6, 3), (2, 12, 6), (2, 6, 3), (2, 12, 6), (4, 6, 4), (4, 12, 6)
+    ]  # fmt: skip
+    measures = [(row["inside"], row["outside"], row["edit change"], row["render change"]) for row in rows]
+    assert measures[:2] == measures[2:4] != measures[4:]
+    assert capsys.readouterr().out.count("| turn the bear into a panda | ") == 2
+
+
+def test_schedule_tables_compare_at_equal_cost_and_end_by_change() -> None:
+    def row(seed: int, steps: int, seconds: float, inside: float, change: "float | None") -> dict[str, Any]:
+        variant = {"instruction": "red", "edit_every": 5, "edit_count": 1, "rays": 64, "seed": seed, "steps": steps}
+        kinds = {"render change": change, "edit change": None}
+        return {**variant, "edits": steps // 5, "CPU seconds": seconds, "inside": inside, "outside": 30.0, **kinds}
+
+    rows = [row(0, 10, 5.0, 10.0, None), row(0, 20, 10.0, 14.0, 0.04), row(0, 40, 20.0, 15.0, 0.02)]
+    rows += [row(1, 10, 6.0, 11.0, None), row(1, 20, 12.0, 12.0, 0.2), row(1, 40, 24.0, 16.0, 0.2)]
+    _, cheap = schedule.equal_cost_table(rows, 9.0)
+    assert cheap == [
+        "red", "5", "1", "64", "20", "4", "11", "13.00 (12.00 to 14.00)", "30.00 (30.00 to 30.00)"
+    ]  # fmt: skip
+    lines = {(line[0], line[1]): line[2:] for line in schedule.convergence_table(rows)[1:]}
+    assert lines["render change", "0.05"] == ["25%", "0.50", "1.00"]  # one run of two ends at half of its steps
+    assert lines["edit change", "0.09"] == ["0%", "0.00", "0.00"]
+
+
 def test_region_counts_operations_and_compares_edits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,6 +449,10 @@ def test_scale_measures_memory_by_count_and_size_of_views(
     # Captured and edited view in 8 bits; the maps are small.
     assert few == many == pytest.approx(32 * 40 * 6 / 2**20, rel=0.1) and same <= few
     assert wide == pytest.approx(4 * few, rel=0.1)
+    for row in rows:
+        assert min(row[name] for name in ("maps", "hull", "localize_step", "round")) > 0
+        localization = row["hull"] + 400 * row["localize_step"]  # and 600 edit steps, five per round
+        assert row["localization_share"] == pytest.approx(localization / (120 * row["round"]))
 
 
 def test_the_scripted_editor_recolors_inside_the_mask_only(images: torch.Tensor) -> None:

@@ -52,7 +52,7 @@ ELSEWHERE = {
     "python -m wys_nerfstudio.demo.sds_sheet": ("tests/demo/test_sds_sheet.py", "sds_sheet.main"),
     **{
         f"python tests/benchmarks/{name}.py": ("tests/test_benchmarks.py", f"{name}.main(")
-        for name in "compat edit_phase families field flops full_size localization memory photographs region sampler scale speed startup views".split()
+        for name in "compat edit_phase families field flops full_size localization memory photographs region sampler scale schedule shortcuts speed startup views".split()
     },
     "python tests/page_tables.py": ("tests/test_pages.py", "with_tables(PAGES[page])"),
     "python tests/benchmarks/kills.py": ("tests/training/test_interrupts.py", '"kills.py"'),

@@ -1,10 +1,10 @@
-"""Time and memory by size of the scene: relevance maps and edit loop over the number of views and over their resolution.
+"""Time and memory by size of the scene: localization and edit loop over the number of views and over their resolution.
 
     wys demo-scene SCENE && OMP_NUM_THREADS=1 python tests/benchmarks/scale.py SCENE --output DIR
 
-The scene's views are repeated or enlarged as needed; the model is `wys-tiny`'s, the editor the embedded one. One round of the edit
-loop is five training steps and an edit of a whole view. Times are CPU seconds, for rounds the median. Memory is that of the views,
-their relevance and their edits. Writes `scale.json` and `scale.png`.
+The scene's views are repeated or enlarged as needed; the editor is the embedded one. One round of the edit loop is the method's
+steps between two edits, five for `wys-tiny`, and an edit of a whole view. Times are CPU seconds, for steps and rounds the median.
+Memory is that of the views, their relevance and their edits. Writes `scale.json` and `scale.png`.
 """
 
 import copy
@@ -14,7 +14,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -23,10 +23,10 @@ from typing import Any, Optional
 import torch
 import tyro
 from matplotlib.figure import Figure
+from nerfstudio.configs.method_configs import all_methods
 from PIL import Image
 from speed import train_steps
 
-from wys_nerfstudio.config import wys_tiny
 from wys_nerfstudio.editing import load_editor
 from wys_nerfstudio.trainer import WysTrainer, WysTrainerConfig
 from wys_nerfstudio.training.schedule import Phase
@@ -45,7 +45,11 @@ class Options:
     editing_sides: tuple[int, ...] = (80, 128, 192, 256)
     """Longer sides in pixels at which views of the first of `sides` are edited."""
     rounds: int = 5
-    """Measured rounds of the edit loop, after one for warmup."""
+    """Measured steps of the localize phase and rounds of the edit loop, each after one for warmup."""
+    method: str = "wys-tiny"
+    """Method that is trained."""
+    lpips_loss_mult: Optional[float] = None
+    """Weight of the perceptual loss. Default: the method's; 0 needs no AlexNet."""
     instruction: str = "turn the bear into a panda"
     """What to change."""
     editor: str = "embedded"
@@ -66,8 +70,14 @@ class Row:
     """Longer side at which they are edited."""
     maps: float
     """CPU seconds of all relevance maps."""
+    hull: float
+    """CPU seconds of free-space relevance."""
+    localize_step: float
+    """CPU seconds of a step of the localize phase."""
     round: float
-    """CPU seconds of five training steps and an edit."""
+    """CPU seconds of the training steps between two edits and an edit."""
+    localization_share: float
+    """CPU seconds of hull and localize phase, relative to those of the edit phase, with the method's numbers of steps."""
     mib_per_view: float
     """Memory in MiB of a view, its relevance and its edit."""
 
@@ -104,12 +114,14 @@ def write_scene(source: Path, folder: Path, views: int, side: Optional[int] = No
 
 
 def build_trainer(scene: Path, options: Options, editing_side: int) -> WysTrainer:
-    """Return a trainer of wys-tiny whose edits change whole views; no step precedes localization."""
-    config: WysTrainerConfig = copy.deepcopy(wys_tiny.config)  # type: ignore
+    """Return a trainer whose edits change whole views; no step precedes localization."""
+    config: WysTrainerConfig = copy.deepcopy(all_methods[options.method])  # type: ignore
     config.vis, config.machine.device_type, config.output_dir = "tensorboard", "cpu", scene.parent / "runs"  # type: ignore
     config.pipeline.datamanager.data = scene
     config.pipeline.instruction, config.pipeline.editor = options.instruction, options.editor
-    config.pipeline.reconstruct_steps, config.pipeline.localize_steps = 0, 1
+    config.pipeline.reconstruct_steps, config.pipeline.localize_steps = 0, options.rounds + 1
+    if options.lpips_loss_mult is not None:
+        config.pipeline.model.lpips_loss_mult = options.lpips_loss_mult
     config.pipeline.mask_threshold, config.pipeline.edit_resolution = 0.0, editing_side
     config.set_timestamp()
     torch.manual_seed(0)
@@ -119,7 +131,7 @@ def build_trainer(scene: Path, options: Options, editing_side: int) -> WysTraine
 
 
 def measure(scene: Path, options: Options, views: int, side: int, editing_side: int) -> Row:
-    """Measure the relevance maps of all views, then rounds of the edit loop.
+    """Measure the relevance maps of all views, steps of the localize phase, the hull, and rounds of the edit loop.
 
     Args:
         scene: Folder of the scene.
@@ -130,33 +142,47 @@ def measure(scene: Path, options: Options, views: int, side: int, editing_side: 
     """
     trainer = build_trainer(scene, options, editing_side)
     session, every = trainer.pipeline.session, trainer.config.pipeline.edit_every
-    started = time.process_time()
-    with trainer.train_lock:
-        session.enter_phase(Phase.LOCALIZE)
-        maps = time.process_time() - started
-        session.enter_phase(Phase.EDIT)
-    rounds = []
-    for number in range(options.rounds + 1):
+
+    def seconds(work: Callable[..., None], *arguments: Any) -> float:
         started = time.process_time()
-        train_steps(trainer, session.schedule.edit_start + number * every, every)
-        rounds.append(time.process_time() - started)
+        with trainer.train_lock:
+            work(*arguments)
+        return time.process_time() - started
+
+    maps = seconds(session.enter_phase, Phase.LOCALIZE)
+    first, repeats = session.schedule.edit_start, range(options.rounds + 1)
+    steps = [seconds_of_steps(trainer, number, 1) for number in repeats]
+    hull = seconds(session.edit_loop.build_visual_hull)
+    seconds(session.enter_phase, Phase.EDIT)
+    rounds = [seconds_of_steps(trainer, first + number * every, every) for number in repeats]
+    step, of_round = statistics.median(steps[1:]), statistics.median(rounds[1:])
+    method: Any = all_methods[options.method].pipeline
+    share = (hull + method.localize_steps * step) / (method.edit_steps / every * of_round)
     data = trainer.pipeline.datamanager
     assert data.relevance_maps is not None and data.unclamped_maps is not None
     stacks = [data._captured, data._stack.images, data.relevance_maps, data.unclamped_maps]
     mib_per_view = sum(stack.numel() * stack.element_size() for stack in stacks) / data.num_views / 2**20
-    return Row(views, side, editing_side, maps, statistics.median(rounds[1:]), mib_per_view)
+    return Row(views, side, editing_side, maps, hull, step, of_round, share, mib_per_view)
+
+
+def seconds_of_steps(trainer: WysTrainer, first: int, count: int) -> float:
+    """CPU seconds of training steps, with the edits that are due."""
+    started = time.process_time()
+    train_steps(trainer, first, count)
+    return time.process_time() - started
 
 
 def table(rows: Sequence[Row]) -> str:
     """Return the rows as Markdown."""
     lines = [
-        "| views | longer side | edited at | maps, s | maps, s per view | five steps and an edit, s | MiB per view |",
-        "|---|---|---|---|---|---|---|",
+        "| views | longer side | edited at | maps, s | hull, s | localize step, s | steps and an edit, s | "
+        "hull and localize phase / edit phase | MiB per view |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         lines.append(
-            f"| {r.views} | {r.side} | {r.editing_side} | {r.maps:.1f} | {r.maps / r.views:.2f} | {r.round:.1f} | "
-            f"{r.mib_per_view:.2f} |"
+            f"| {r.views} | {r.side} | {r.editing_side} | {r.maps:.1f} | {r.hull:.1f} | {r.localize_step:.3f} | {r.round:.1f} | "
+            f"{r.localization_share:.1%} | {r.mib_per_view:.2f} |"
         )
     return "\n".join(lines)
 
@@ -179,7 +205,7 @@ def plot(by_count: Sequence[Row], by_side: Sequence[Row], by_editing_side: Seque
     ]
     for axis, (rows, label, values) in zip(axes, panels):
         axis.loglog(values, [r.maps for r in rows], "o-", label="all relevance maps")
-        axis.loglog(values, [r.round for r in rows], "s-", label="five steps and an edit")
+        axis.loglog(values, [r.round for r in rows], "s-", label="steps and an edit")
         axis.set_xlabel(label)
         axis.set_xticks(values, [str(value) for value in values], minor=False)
         axis.minorticks_off()
@@ -206,7 +232,8 @@ def main(options: Options) -> None:
         for editing_side in options.editing_sides:
             write_scene(options.scene, scene, views, options.sides[0])
             by_editing_side.append(measure(scene, options, views, options.sides[0], editing_side))
-    plot(by_count, by_side, by_editing_side, options.output / "scale.png")
+    if by_side and by_editing_side:
+        plot(by_count, by_side, by_editing_side, options.output / "scale.png")
     rows = [*by_count, *by_side, *by_editing_side]
     print(table(rows))
     result = {

@@ -311,12 +311,13 @@ def hash_encoding_row(device: str, repeats: int) -> Row:
     return measure_alternately("hash encoding of 24,576 samples", passes[0], passes[1], repeats, views=1)
 
 
-def build_trainer(options: Options, run: Path, localized: bool) -> WysTrainer:
-    """Return a trainer of wys-tiny at the first step of its edit phase.
+def build_trainer(options: Options, run: Path, method: WysPipelineConfig, localized: bool) -> WysTrainer:
+    """Return a trainer of wys-tiny's scene at the first step of its edit phase.
 
     Args:
         options: Options of the benchmark.
         run: Base run.
+        method: Options of the method whose edits, and steps from one edit to the next, are measured.
         localized: Whether relevance maps confine the edits.
     """
     config: WysTrainerConfig = copy.deepcopy(wys_tiny.config)  # type: ignore
@@ -326,7 +327,9 @@ def build_trainer(options: Options, run: Path, localized: bool) -> WysTrainer:
     config.pipeline.instruction, config.pipeline.base_run = options.instruction, run
     config.pipeline.localize_steps = 1
     config.pipeline.localization = "relevance-map" if localized else "none"  # the field would need training
-    config.pipeline.edit_every, config.pipeline.edit_count = 5 * options.batch, options.batch
+    for name in ("guidance_scale", "image_guidance_scale", "diffusion_steps", "solver_order", "min_strength"):
+        setattr(config.pipeline, name, getattr(method, name))
+    config.pipeline.edit_every, config.pipeline.edit_count = method.edit_every * options.batch, options.batch
     config.set_timestamp()
     torch.manual_seed(0)
     trainer: WysTrainer = config.setup(local_rank=0, world_size=1)
@@ -353,22 +356,30 @@ def train_steps(trainer: WysTrainer, first: int, count: int) -> None:
 
 
 def edit_phase_row(
-    options: Options, run: Path, editor: StableDiffusionEditor, slow: StableDiffusionEditor, localized: bool
+    options: Options,
+    run: Path,
+    method: WysPipelineConfig,
+    editor: StableDiffusionEditor,
+    slow: StableDiffusionEditor,
+    localized: bool,
 ) -> Row:
-    """Measure the edit phase per edited view: five steps and an edit. The slow reference has no masks.
+    """Measure the edit phase of wys-tiny's scene per edited view: the steps from one edit to the next, and an edit. The slow
+    reference has no masks.
 
     Args:
         options: Options of the benchmark.
         run: Base run.
+        method: As for `build_trainer`.
         editor: This package's editor.
         slow: Result of `slow_editor`.
         localized: Whether relevance maps confine this package's edits.
     """
-    ours, other = build_trainer(options, run, localized), build_trainer(options, run, localized=False)
+    ours, other = build_trainer(options, run, method, localized), build_trainer(options, run, method, localized=False)
     for module in other.pipeline.modules():
         if isinstance(module, FastHashEncoding):
             module.__class__ = HashEncoding  # nerfstudio's own
     settings = other.config.pipeline.edit_settings(other.pipeline.settings.current, PROFILE)
+    settings = replace(settings, diffusion_steps=method.diffusion_steps or SLOW_STEPS)
     states = slow_states(slow, options.instruction)
     steps = ours.config.pipeline.edit_every
     first_step = ours.pipeline.session.schedule.edit_start
@@ -383,8 +394,8 @@ def edit_phase_row(
             other.pipeline.train()
             other.optimizers.zero_grad_all()
             losses = other.pipeline.get_train_loss_dict(step)[1]
-            if i % 5 == 0:
-                number = (repeat * steps + i) // 5
+            if i % method.edit_every == 0:
+                number = (repeat * steps + i) // method.edit_every
                 view = schedule.view_of_edit(0, number, data.num_views)
                 camera = data.train_dataset.cameras[view : view + 1].to(model.device)
                 with torch.no_grad():
@@ -393,7 +404,9 @@ def edit_phase_row(
                     render = Model.get_outputs_for_camera_ray_bundle(model, rays)["rgb"][None].clamp(0, 1)
                     model.phase = Phase.EDIT
                     captured = data.captured_views([view])
-                    level = schedule.strength_of_edit(0, number // options.batch, 0.5, 0.98)
+                    level = schedule.strength_of_edit(
+                        0, number // options.batch, method.min_strength, method.max_strength
+                    )
                     slow_map(slow, render, captured, states, settings, number)
                     data.set_view(view, slow_edit(slow, render, captured, states, settings, level, number)[0])
             torch.stack(list(losses.values())).sum().backward()
@@ -401,7 +414,8 @@ def edit_phase_row(
             other.optimizers.scheduler_step_all(step)
 
     ours.pipeline._editor = editor
-    work = f"edit phase of wys-tiny, {'masked' if localized else 'whole'} views"
+    scales = f"S_T {settings.guidance_scale:g}, {method.edit_every} steps and an edit"
+    work = f"edit phase, {scales} of a {'masked' if localized else 'whole'} view"
     return measure_alternately(work, train_slow, train_ours, options.repeats, options.batch)
 
 
@@ -473,7 +487,11 @@ def measure(options: Options) -> dict[str, Any]:
         rows += editing_rows(editor, slow, images, options, tiny)[:1]  # type: ignore
     rows.append(hash_encoding_row(options.device, options.repeats))
     if options.run is not None:
-        rows += [edit_phase_row(options, options.run, editor, slow, localized) for localized in (False, True)]
+        rows += [
+            edit_phase_row(options, options.run, method, editor, slow, localized)  # type: ignore
+            for method in (default, tiny)
+            for localized in (False, True)
+        ]
     if torch.cuda.is_available():
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else f"{torch.get_num_threads()} threads"
