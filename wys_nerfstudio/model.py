@@ -160,7 +160,7 @@ class WysModel(NerfactoModel):
         self.phase = Phase.EDIT
         """Phase of the run, set by the edit session. A finished run stays in the last one."""
         self._colors_only = False
-        """Whether eval outputs are colors alone, for `render_colors`."""
+        """Whether eval outputs are colors alone; see `colors_only`."""
         self.proposals_pretrained = False
         """Whether the proposal networks come from a base run, so that their annealing is over from the start."""
         self.set_edit_mask(mask_threshold=0.5, localized=True)
@@ -369,18 +369,24 @@ class WysModel(NerfactoModel):
                 resize_cameras(camera, size[1], size[0])
             return self.get_outputs_for_camera(camera)
 
+    @contextmanager
+    def colors_only(self) -> Iterator[None]:
+        """Context manager: eval outputs are `rgb` alone, which takes three quarters of the time."""
+        self._colors_only = True
+        try:
+            yield
+        finally:
+            self._colors_only = False
+
     def render_colors(self, cameras: Cameras, view: int) -> Float[Tensor, "h w 3"]:
-        """Render the colors of a training view in [0, 1], as `render_view` does, without computing the other outputs.
+        """Render the colors of a training view in [0, 1], as `render_view` does.
 
         Args:
             cameras: The training cameras.
             view: Index of the view among them.
         """
-        self._colors_only = True
-        try:
+        with self.colors_only():
             return self.render_view(cameras, view)["rgb"].clamp(0, 1)
-        finally:
-            self._colors_only = False
 
     @torch.no_grad()
     def render_pixels(

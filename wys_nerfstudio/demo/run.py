@@ -60,7 +60,8 @@ def run_demo(output: Path, instruction: str, recipe: Path | None) -> None:
     # `eval_setup` can execute code in config.yml, which is safe here: the file has just been written.
     pipeline = eval_setup(run / "config.yml", test_mode="test")[1]
     assert isinstance(pipeline, WysPipeline)
-    after = _render_scored(pipeline, "Rendering the edited scene")
+    with pipeline.scene_model.colors_only():  # localization is evaluated in the captured scene
+        after = _render_scored(pipeline, "Rendering the edited scene")
     turntable_after = _turntable(pipeline, "Turntable of the edited scene")
     load_captured_scene(pipeline, run)
     before = _render_scored(pipeline, "Rendering the captured scene")
@@ -145,7 +146,8 @@ def orbit(cameras: Cameras, count: int) -> Cameras:
 def _turntable(pipeline: WysPipeline, description: str) -> list[np.ndarray]:
     cameras = orbit(pipeline.datamanager.train_dataset.cameras, FRAMES)
     indices = track(range(FRAMES), description=description, console=CONSOLE)
-    images = [to_uint8(render_views(pipeline, cameras[i : i + 1])[0]["rgb"]) for i in indices]
+    with pipeline.scene_model.colors_only():
+        images = [to_uint8(render_views(pipeline, cameras[i : i + 1])[0]["rgb"]) for i in indices]
     return [image.repeat(ENLARGEMENT, axis=0).repeat(ENLARGEMENT, axis=1) for image in images]
 
 

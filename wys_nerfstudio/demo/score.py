@@ -23,12 +23,13 @@ def load_captured_scene(pipeline: WysPipeline, run: Path) -> None:
 
 @torch.no_grad()
 def render_views(pipeline: WysPipeline, cameras: Cameras) -> list[dict[str, Tensor]]:
-    """Render RGB and relevance of cameras in eval mode, with the mean appearance embedding."""
+    """Render `rgb` of cameras in eval mode, with the mean appearance embedding, and `relevance_value` unless only colors are
+    rendered."""
     pipeline.eval()
     outputs = []
     for i in range(len(cameras)):
         render = pipeline.model.get_outputs_for_camera(cameras[i : i + 1].to(pipeline.device))
-        outputs.append({key: render[key].cpu() for key in ("rgb", "relevance_value")})
+        outputs.append({key: render[key].cpu() for key in ("rgb", "relevance_value") if key in render})
     return outputs
 
 
