@@ -685,6 +685,15 @@ def test_edit_rays_are_single_pixels_without_patches(data):
     assert_pixels_of_current_views(data, batch)
 
 
+@pytest.mark.parametrize(("given", "rays"), [(None, 256), (48, 48)])
+def test_localize_rays_are_those_of_reconstruction_unless_given(ring_scene, given, rays):
+    data = load(ring_scene, localize_num_rays_per_batch=given)
+    data.use_localize_rays()
+    assert len(data.next_train(0)[1]["image"]) == rays == data.get_train_rays_per_batch()
+    data.use_reconstruction_rays()
+    assert len(data.next_train(0)[1]["image"]) == 256
+
+
 @pytest.mark.parametrize(
     "options", [{"edit_patch_size": 33}, {"edit_patch_size": 25}, {"edit_num_rays_per_batch": 255}]
 )

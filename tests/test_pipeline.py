@@ -219,6 +219,16 @@ def test_the_hull_is_built_with_corrected_poses(trained: WysTrainer, monkeypatch
         assert float(((depths[view] >= low - 0.05) & (depths[view] <= high + 0.05)).float().mean()) > 0.9
 
 
+def test_every_phase_draws_its_own_number_of_rays(ring_scene: Path, editor_folder: Path, tmp_path: Path) -> None:
+    config = small_config(ring_scene, editor_folder, tmp_path, reconstruct_steps=1, localize_steps=1)
+    config.pipeline.datamanager.localize_num_rays_per_batch = 64
+    trainer, drawn = build_trainer(config), []
+    for number in range(3):
+        step(trainer, number)
+        drawn.append(trainer.pipeline.datamanager.get_train_rays_per_batch())
+    assert drawn == [512, 64, 128]
+
+
 def test_the_hull_is_built_once_per_instruction(ring_scene: Path, editor_folder: Path, tmp_path: Path) -> None:
     trainer = build_trainer(small_config(ring_scene, editor_folder, tmp_path, reconstruct_steps=0, localize_steps=1))
     pipeline, hull = trainer.pipeline, trainer.pipeline.scene_model.field.relevance_hull

@@ -89,6 +89,7 @@ wys_tiny = MethodSpecification(
         pipeline=WysPipelineConfig(
             datamanager=WysDataManagerConfig(
                 train_num_rays_per_batch=1024,
+                localize_num_rays_per_batch=512,
                 eval_num_rays_per_batch=1024,
                 edit_num_rays_per_batch=1024,
             ),

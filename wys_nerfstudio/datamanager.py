@@ -56,6 +56,7 @@ MAX_NAME_BYTES = 255 - len("00000_") - len(".png.partial")
 
 MINIMA = {
     **minimum(1, "train_num_rays_per_batch", "eval_num_rays_per_batch", "edit_num_rays_per_batch"),
+    **minimum(1, "localize_num_rays_per_batch"),
     **minimum(1, "edit_patch_size", "patch_size"),
 }
 """Smallest allowed values of options."""
@@ -69,7 +70,9 @@ class WysDataManagerConfig(VanillaDataManagerConfig):
     dataparser: AnnotatedDataParserUnion = field(default_factory=NerfstudioDataParserConfig)
     """Format of the captured data."""
     train_num_rays_per_batch: int = 4096
-    """Rays per step of the reconstruct and localize phases."""
+    """Rays per step of the reconstruct phase."""
+    localize_num_rays_per_batch: Optional[int] = None
+    """Rays per step of the localize phase. Default: as many as in the reconstruct phase."""
     eval_num_rays_per_batch: int = 4096
     """Rays per evaluation step."""
     edit_num_rays_per_batch: int = 16384
@@ -78,6 +81,11 @@ class WysDataManagerConfig(VanillaDataManagerConfig):
     """Side in pixels of the patches for the perceptual loss in the edit phase."""
     images_on_gpu: bool = True
     """Keep the stack of training views on the training device."""
+
+    @property
+    def localize_rays(self) -> int:
+        """Rays per step of the localize phase."""
+        return self.localize_num_rays_per_batch or self.train_num_rays_per_batch
 
     def check(self) -> None:
         """Refuse options that cannot work.
@@ -197,8 +205,8 @@ class WysDataManager(VanillaDataManager[CaptureDataset]):
         self.edited_views: set[int] = set()
         """Views that differ from the captured ones."""
         self.forget_relevance()
-        rays = max(self.config.train_num_rays_per_batch, self.config.edit_num_rays_per_batch)
-        self._stack.check_drawable(rays, "training")
+        rays = self.config.train_num_rays_per_batch, self.config.localize_rays, self.config.edit_num_rays_per_batch
+        self._stack.check_drawable(max(rays), "training")
         self.use_reconstruction_rays()
         self.train_ray_generator = RayGenerator(self.train_dataset.cameras.to(self.device))
         # `ns-render spiral` starts at a view of it. Without held-out views, `setup_eval` is not called.
@@ -291,6 +299,10 @@ class WysDataManager(VanillaDataManager[CaptureDataset]):
             self.train_pixel_sampler = sampler.setup(num_rays_per_batch=rays)
         else:
             self.train_pixel_sampler = self._get_pixel_sampler(self.train_dataset, rays)
+
+    def use_localize_rays(self) -> None:
+        """Draw ray batches of the localize phase's size."""
+        self.train_pixel_sampler = self._get_pixel_sampler(self.train_dataset, self.config.localize_rays)
 
     def use_reconstruction_rays(self) -> None:
         """Draw ray batches of the reconstruct phase's size."""

@@ -53,6 +53,8 @@ class Options:
     """Expectile of the relevance loss: the share of views that must agree that a surface is relevant."""
     steps: int = wys_tiny.config.pipeline.localize_steps  # type: ignore
     """Training steps of the relevance head."""
+    rays: int = wys_tiny.config.pipeline.datamanager.localize_rays  # type: ignore
+    """Rays per step."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of maps and heads."""
     edits: tuple[str, ...] = EDITS
@@ -72,6 +74,7 @@ def build(options: Options, relevance_input: RelevanceInput, seed: int) -> WysPi
     config.editor = options.editor
     config.model.relevance_input = relevance_input
     config.model.relevance_expectile = options.expectile
+    config.datamanager.localize_num_rays_per_batch = options.rays
     torch.manual_seed(seed)
     pipeline = config.setup(device="cpu", test_mode="val")
     load_base(pipeline.scene_model, options.run)
@@ -97,6 +100,7 @@ def train_head(pipeline: WysPipeline, steps: int) -> None:
     model = pipeline.scene_model
     model.phase = Phase.LOCALIZE
     model.train()
+    pipeline.datamanager.use_localize_rays()
     optimizer = wys_tiny.config.optimizers["relevance"]["optimizer"].setup(model.field.relevance_parameters())
     for _ in range(steps):
         bundle, batch = pipeline.datamanager.next_train(0)

@@ -1,7 +1,9 @@
 """Shortcuts of an edit that this package does not take: what they save and what they cost, on toy pictures with known edits.
 
 - The prediction without image and text only in every second step, or only at high noise levels. In between, its difference from the
-  prediction with the image, in eps, is that of the step before, or zero.
+  prediction with the image alone, in eps, is that of the step before, or zero.
+- The prediction with the image alone only in every second step. In between, its difference from the one with text and image is that of
+  the step before.
 - No last step: the clean latents of the step before are the result.
 - The VAE sees only the mask's box and a margin, at the start (encoder) or at the end (decoder). Its normalization is over the
   picture, so that a crop is not exact.
@@ -80,7 +82,9 @@ def in_pixels(box: Box, side: int) -> Box:
     return slice(box[0].start * side, box[0].stop * side), slice(box[1].start * side, box[1].stop * side)
 
 
-def guided(edit: Edit, condition: Tensor, needs_third: Callable[[int, NoiseLevel], Optional[bool]]) -> Denoiser:
+def guided(
+    edit: Edit, condition: Tensor, needs_third: Callable[[int, NoiseLevel], Optional[bool]], second_every: int
+) -> Denoiser:
     """Denoiser under both guidance scales.
 
     Args:
@@ -88,22 +92,30 @@ def guided(edit: Edit, condition: Tensor, needs_third: Callable[[int, NoiseLevel
         condition: The picture's encoding.
         needs_third: From number and level of a step: compute the prediction without conditions (True), keep the last difference
             (False), or leave it out (None).
+        second_every: Steps from one prediction without text to the next.
     """
     editor, (text_scale, image_scale) = edit.editor, edit.guidance
     branches = editor.branches(7.5, 1.5)  # three, whatever the scales here
     predictors = [editor.predictor(condition, edit.picture.instruction, [branch]) for branch in branches]
-    count, kept = 0, torch.zeros(())
+    count, kept, kept_text = 0, torch.zeros(()), torch.zeros(())
 
     def denoise(latents: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        nonlocal count, kept
+        nonlocal count, kept, kept_text
+
+        def predicted(branch: int) -> Tensor:
+            return editor.split(predictors[branch](latents, level)[0], latents, level)[1]
+
+        both = predicted(0)
+        if count % second_every == 0:
+            kept_text = both - predicted(1)
+        image = both - kept_text
         needed = needs_third(count, level)
         count += 1
-        both, image = (editor.split(p(latents, level)[0], latents, level)[1] for p in predictors[:2])
         if needed:
-            kept = image - editor.split(predictors[2](latents, level)[0], latents, level)[1]
+            kept = image - predicted(2)
         elif needed is None:
             kept = torch.zeros_like(image)
-        noise = image + (image_scale - 1) * kept + text_scale * (both - image)
+        noise = image + (image_scale - 1) * kept + text_scale * kept_text
         return (latents - level.noise * noise) / level.signal, noise
 
     return denoise
@@ -113,6 +125,7 @@ def guided(edit: Edit, condition: Tensor, needs_third: Callable[[int, NoiseLevel
 def run(
     edit: Edit,
     needs_third: Callable[[int, NoiseLevel], Optional[bool]] = lambda step, level: True,
+    second_every: int = 1,
     skip_last: bool = False,
     encoder_margin: Optional[int] = None,
     decoder_margin: Optional[int] = None,
@@ -138,7 +151,7 @@ def run(
         mask=mask,
         noise=seeded_noise([edit.seed], start.shape[1:], editor.device),
         levels=levels,
-        denoise=guided(edit, encoding.condition, needs_third),
+        denoise=guided(edit, encoding.condition, needs_third, second_every),
         solver_order=2,
     )
     result = picture.image.clone()
@@ -153,6 +166,7 @@ CASES: dict[str, dict[str, Any]] = {
     "third prediction only at signal < noise": {
         "needs_third": lambda step, level: True if level.signal < level.noise else None
     },
+    "second prediction every second step": {"second_every": 2},
     "no last step": {"skip_last": True},
     "encoder: box with 1 latent": {"encoder_margin": 1},
     "encoder: box with 4 latents": {"encoder_margin": 4},

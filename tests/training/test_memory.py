@@ -31,6 +31,8 @@ def options(method: str, **changes: object):
         ("edits", Phase.EDIT, "wys", {"edit_count": 2}, [LESS, "--pipeline.edit-count 1", CHUNK.format(16384), IMAGES, EDITOR, RESOLUTION]),
         ("training", Phase.RECONSTRUCT, "wys", {}, [LESS, RAYS.format("train", 2048), IMAGES]),
         ("training", Phase.EDIT, "wys", {}, [LESS, RAYS.format("edit", 8192), IMAGES, EDITOR]),
+        ("training", Phase.LOCALIZE, "wys", {}, [LESS, RAYS.format("train", 2048), IMAGES]),
+        ("training", Phase.LOCALIZE, "wys-tiny", {}, [RAYS.format("localize", 256), IMAGES]),
         ("renders", Phase.LOCALIZE, "wys-small", {}, [CHUNK.format(4096)]),
     ],
 )  # fmt: skip

@@ -60,7 +60,11 @@ def measure_training(config: WysTrainerConfig, device: torch.device) -> tuple[Ta
     if options.lpips_loss_mult > 0 and not lpips_is_cached(options.lpips_weights):
         options.lpips_loss_mult = 0.0
         table["perceptual loss"] = f"not measured: {NOT_DOWNLOADED}"
-    rays = dict.fromkeys(Phase, data.train_num_rays_per_batch) | {Phase.EDIT: data.edit_num_rays_per_batch}
+    rays = {
+        Phase.RECONSTRUCT: data.train_num_rays_per_batch,
+        Phase.LOCALIZE: data.localize_rays,
+        Phase.EDIT: data.edit_num_rays_per_batch,
+    }
     seconds: dict[Phase, float] = {}
 
     def remedy() -> str:

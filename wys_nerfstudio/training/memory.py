@@ -35,7 +35,8 @@ def memory_remedies(
     if activity == "edits" and options.edit_count > 1:
         found.append("--pipeline.edit-count 1")
     if activity == "training":
-        name = "edit" if phase is Phase.EDIT else "train"
+        own = phase is Phase.LOCALIZE and data.localize_num_rays_per_batch
+        name = "edit" if phase is Phase.EDIT else "localize" if own else "train"
         rays = getattr(data, f"{name}_num_rays_per_batch")
         found.append(f"--pipeline.datamanager.{name}-num-rays-per-batch {max(1, rays // 2)}")
     if activity in ("edits", "renders"):

@@ -169,8 +169,12 @@ class EditableViews(TrainingViews, Protocol):
         """Draw ray batches of the edit phase's size."""
         ...
 
+    def use_localize_rays(self) -> None:
+        """Draw ray batches of the localize phase's size."""
+        ...
+
     def use_reconstruction_rays(self) -> None:
-        """Draw ray batches of the other phases' size."""
+        """Draw ray batches of the reconstruct phase's size."""
         ...
 
     def set_relevance(self, maps: Tensor, unclamped_maps: Optional[Tensor] = None) -> None:

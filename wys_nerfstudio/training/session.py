@@ -211,6 +211,8 @@ class EditSession:
             self._views.use_edit_rays(self.run.use_patches)
             self._save_captured_scene()
             self._lr_warmup_start = max(self._lr_warmup_start, self.schedule.edit_start)
+        elif phase is Phase.LOCALIZE:
+            self._views.use_localize_rays()
         else:
             self._views.use_reconstruction_rays()
         self._phase = phase
