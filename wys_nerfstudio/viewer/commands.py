@@ -20,6 +20,7 @@ from wys_nerfstudio.training.settings import Settings
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.memory_errors import MemoryExhaustedError
 from wys_nerfstudio.viewer.panel import ON_TOP, ViewerCommand, ViewerPanel
+from wys_nerfstudio.viewer.speed import RecentSteps
 
 STATUS_SECONDS = 0.5
 """Minimum time between two updates of the status line."""
@@ -102,8 +103,8 @@ class CommandHandler:
         self._trainer = trainer
         self._message = ""
         self._shown_at = 0.0
-        self._step_seconds: Optional[float] = None
-        self._latest: Optional[tuple[int, float]] = None
+        self._recent = RecentSteps()
+        self._latest: Optional[tuple[int, float, int]] = None
         self._applied_after: Optional[int] = None
         self.pipeline.report = self._show
 
@@ -129,6 +130,7 @@ class CommandHandler:
             step: The last trained step.
         """
         panel, settings = self.pipeline.panel, self.pipeline.settings
+        self._measure(step)
         while (command := broadcast_from_main(panel.take)) is not None:
             # A large render holds the lock for seconds; interrupting it lets the command in.
             self._trainer.redraw()
@@ -149,9 +151,9 @@ class CommandHandler:
             panel.show_settings(settings.current)
             self._trainer.redraw()
             self._shown_at = 0.0
-        self._measure(step)
         if time.monotonic() - self._shown_at > STATUS_SECONDS:
             self._show(self._progress(step))
+        self._latest = (step, time.monotonic(), self._edited)
 
     def _refuse(self, error: WysError) -> None:
         self._message = str(error)
@@ -256,26 +258,37 @@ class CommandHandler:
 
     # ------------------------------------------------------------------------------------------------------- the status
 
+    @property
+    def _edited(self) -> int:
+        """Number of edits so far, without skipped ones."""
+        return self.session.edit_loop.edits - self.session.edit_loop.skipped
+
     def _measure(self, step: int) -> None:
-        now = time.monotonic()
-        if self._latest is not None and step == self._latest[0] + 1:
-            seconds = now - self._latest[1]
-            self._step_seconds = 0.95 * (self._step_seconds or seconds) + 0.05 * seconds
-        self._latest = (step, now)
+        """Record the step that was trained since the last call, if there was one. Commands and pauses do not count."""
+        if self._latest is None or step != self._latest[0] + 1:
+            return
+        schedule = self.session.schedule
+        if schedule.phase(step) is not schedule.phase(step - 1):
+            self._recent.clear()
+        _, began, edited = self._latest
+        self._recent.add(time.monotonic() - began, self._edited - edited, self.pipeline.settings.current.edit_every)
 
     def _progress(self, step: int) -> str:
         loop, last = self.session.edit_loop, self._trainer.last_step
-        phase = self.session.schedule.phase(step).value
+        phase = self.session.schedule.phase(step)
         left = last - step
-        parts = ["finished" if left <= 0 else f"{phase}, step {step + 1} of {last + 1}"]
+        parts = ["finished" if left <= 0 else f"{phase.value}, step {step + 1} of {last + 1}"]
         if self._trainer.training_state == "paused":
             parts[0] += " (paused)"
-        parts.append(f"{loop.edits - loop.skipped} edits, {loop.skipped} skipped")
-        if loop.seconds_per_edit is not None:
-            parts.append(f"{loop.seconds_per_edit:.2f} s per edit")
-        if left > 0 and self._step_seconds is not None:
-            minutes, seconds = divmod(round(left * self._step_seconds), 60)
-            parts.append(f"{minutes}:{seconds:02d} left")
+        parts.append(f"{self._edited} edits, {loop.skipped} skipped")
+        if left > 0:
+            rate = self._recent.edits_per_minute(self.pipeline.settings.current.edit_every)
+            if phase is Phase.EDIT and rate is not None and not loop.paused:
+                parts.append(f"{rate:.1f} edits/min")
+            step_seconds = self._recent.seconds_per_step()
+            if step_seconds is not None:
+                minutes, seconds = divmod(round(left * step_seconds), 60)
+                parts.append(f"{minutes}:{seconds:02d} left")
         return ", ".join(parts)
 
     def _show(self, progress: str) -> None:
