@@ -7,23 +7,29 @@ from threading import Lock
 from typing import Optional, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from nerfstudio.utils.rich_utils import CONSOLE
+from torch import Tensor
 
 from wys_nerfstudio.editing import Editor
 from wys_nerfstudio.training.distributed import broadcast_from_main, rank, world_size
 from wys_nerfstudio.training.history import ApplyMode
 from wys_nerfstudio.training.memory import RunActivity
-from wys_nerfstudio.training.scene import EditableViews
+from wys_nerfstudio.training.scene import EditableViews, Scene
 from wys_nerfstudio.training.schedule import Phase
 from wys_nerfstudio.training.session import EditSession
 from wys_nerfstudio.training.settings import Settings
+from wys_nerfstudio.utils.cameras import nearest_camera
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.memory_errors import MemoryExhaustedError
+from wys_nerfstudio.utils.visualization import overlay
 from wys_nerfstudio.viewer.panel import ON_TOP, ViewerCommand, ViewerPanel
 from wys_nerfstudio.viewer.speed import RecentSteps
 
 STATUS_SECONDS = 0.5
 """Minimum time between two updates of the status line."""
+READ_ONLY = ("preview", "view")
+"""Commands that only the main process carries out and that change nothing."""
 
 
 @runtime_checkable
@@ -43,6 +49,11 @@ class PipelineProtocol(Protocol):
     @property
     def panel(self) -> ViewerPanel:
         """The panel."""
+        ...
+
+    @property
+    def scene_model(self) -> Scene:
+        """The scene."""
         ...
 
     @property
@@ -141,7 +152,7 @@ class CommandHandler:
                     with self._trainer.convert_memory_errors("edits"):
                         self._message = self._run(command, step)
                 except MemoryExhaustedError as error:
-                    if command.action == "undo" or (world_size() > 1 and command.action != "preview"):
+                    if command.action == "undo" or (world_size() > 1 and command.action not in READ_ONLY):
                         raise  # the scene, or another process, may be in an unknown state
                     self._refuse(error)
                     if len(self.session.history.entries) > entries:
@@ -191,6 +202,8 @@ class CommandHandler:
         if command.action == "pause":
             session.edit_loop.paused = bool(command.value)
             return "No further views are edited until Pause editing is off." if command.value else ""
+        if command.action == "view":
+            return self._show_view(command, step)
         editing = session.schedule.phase(step) is Phase.EDIT
         # An instruction applied by mistake can be undone while it is being localized, but not the run's first one.
         if not (editing or (session.has_captured_scene and command.action != "preview")):
@@ -243,18 +256,44 @@ class CommandHandler:
     def _preview(self, command: ViewerCommand) -> str:
         if rank() > 0:
             return ""
-        views = self.pipeline.datamanager
-        poses = views.cameras.camera_to_worlds.cpu()
-        camera = torch.tensor(command.value)
-        # A distance of the scene's size counts as much as a rotation by one radian.
-        distance = (poses[:, :, 3] - camera[:3]).norm(dim=-1) + (-poses[:, :, 2] - camera[3:]).norm(dim=-1)
-        view = int(distance.argmin())
+        views, view = self.pipeline.datamanager, self._nearest_view(command)
         self._show("editing a view for the preview")
         instruction = command.name.strip() or self.pipeline.settings.current.instruction
         before, mask, edited = self.session.edit_loop.preview(view, instruction)
         images = [before, mask[..., None].expand(-1, -1, 3).float(), edited]
-        self.pipeline.panel.show_preview(f'"{instruction}" in {views.view_names[view]}: before, mask, edited', images)
+        self.pipeline.panel.show_images(f'"{instruction}" in {views.view_names[view]}: before, mask, edited', images)
         return ""
+
+    def _show_view(self, command: ViewerCommand, step: int) -> str:
+        if rank() > 0:
+            return ""
+        pipeline, views, view = self.pipeline, self.pipeline.datamanager, self._nearest_view(command)
+        if command.client is not None:
+            pipeline.panel.move_camera(command.client, pipeline.scene_model.pose_corrected_camera(views.cameras, view))
+        images = self._images_of(view)
+        missing = {1: " (not edited yet)", 2: " (not edited by this instruction yet)"}.get(len(images), "")
+        caption = f"{views.view_names[view]} at step {step + 1}: {', '.join(images)}{missing}"
+        pipeline.panel.show_images(caption, list(images.values()))
+        return ""
+
+    def _images_of(self, view: int) -> dict[str, Float[Tensor, "h w 3"]]:
+        """Return the images of a view by name: captured, edited if it is, and what the current instruction has edited, tinted."""
+        views = self.pipeline.datamanager
+        captured, reference, current = (
+            images([view])[0].cpu() for images in (views.captured_views, views.reference_views, views.current_views)
+        )
+        images = {"captured": captured}
+        if view in views.edited_views:
+            images["edited"] = current
+        # The reference is what an edit keeps outside its mask.
+        edited_pixels = (current != reference).any(dim=-1, keepdim=True)
+        if edited_pixels.any():
+            images["edited pixels"] = overlay(current, edited_pixels.float())
+        return images
+
+    def _nearest_view(self, command: ViewerCommand) -> int:
+        camera = torch.tensor(command.value)
+        return nearest_camera(self.pipeline.datamanager.cameras, camera[:3], camera[3:])
 
     # ------------------------------------------------------------------------------------------------------- the status
 
