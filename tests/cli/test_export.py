@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,10 @@ from PIL import Image
 from test_bad_input import TINY
 from test_entry_points import newest_run, train
 
-from wys_nerfstudio.cli.export import edit_records
-from wys_nerfstudio.cli.export_colmap import colmap_camera, require_colmap
-from wys_nerfstudio.cli.export_points import grid_size, ply_file, surface_points
-from wys_nerfstudio.cli.export_transforms import MODELS, CaptureFrame, camera_keys, capture_keys
+from wys_nerfstudio.export.colmap import colmap_camera, require_colmap
+from wys_nerfstudio.export.data_set import edit_records
+from wys_nerfstudio.export.points import grid_size, ply_file, surface_points
+from wys_nerfstudio.export.transforms import MODELS, CaptureFrame, camera_keys, capture_keys
 from wys_nerfstudio.model import WysModel
 from wys_nerfstudio.training.checkpoint import read_checkpoint
 from wys_nerfstudio.training.history import HistoryEntry, in_force
@@ -245,9 +244,10 @@ def test_earlier_edits_are_recorded_without_editor(edited_run: Path) -> None:
     (checkpoint,) = (edited_run / "nerfstudio_models").glob("*.ckpt")
     state = RunState.from_checkpoint(read_checkpoint(checkpoint), checkpoint)
     (entry,) = state.history
-    first = {**entry, "instruction": "make it snow", "settings": {**entry["settings"], "instruction": "make it snow"}}
+    before = {**entry, "instruction": "make it snow", "settings": {**entry["settings"], "instruction": "make it snow"}}
     on_top = {**entry, "start": "on top", "snapshot": "history/001.ckpt"}
-    earlier, last = edit_records(replace(state, history=[first, on_top]), "timbrooks/instruct-pix2pix")
+    history = [HistoryEntry(**before), HistoryEntry(**on_top)]
+    earlier, last = edit_records(history, state.settings, "timbrooks/instruct-pix2pix")
     assert earlier["instruction"] == "make it snow" and "editor" not in earlier
     assert last["instruction"] == INSTRUCTION and last["editor"] == "timbrooks/instruct-pix2pix"
 

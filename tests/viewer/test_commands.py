@@ -1,6 +1,8 @@
 """Commands of the viewer in a live run: while it trains and after it has finished."""
 
+import errno
 import json
+import os
 import random
 import threading
 import time
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import run_wys
 from flux2_folder import build_flux2_folder
 from nerfstudio.utils.eval_utils import eval_setup
 from test_pipeline import small_config
@@ -396,6 +399,43 @@ def test_the_nearest_training_view_is_shown_and_the_client_moved_there(
         pass
 
 
+def test_an_export_equals_that_of_wys_export(
+    ring_scene: Path, editor_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    def then(trainer: WysTrainer) -> None:
+        wait(lambda: trainer.step > 0)
+        assert "There is nothing to export yet: no view is edited." in send(trainer, "export")
+        wait(lambda: finished(trainer))
+        before, folder = observe(trainer), trainer.base_dir / "export-34"
+
+        def fail(*_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patch:
+            patch.setattr("wys_nerfstudio.export.data_set.ply_file", fail)
+            status = send(trainer, "export")
+        assert f'The data set could not be written to "{folder}": No space left on device.' in status
+        assert not folder.exists() and finished(trainer)
+        edited = len(trainer.pipeline.datamanager.edited_views)
+        status = send(trainer, "export")
+        assert f"Wrote 13 views, {edited} of them edited, and " in status and f'to "{folder}".' in status
+        assert f'move or remove "{folder}" to write it again' in send(trainer, "export")
+        assert same(observe(trainer), before)
+
+    with running(small_config(ring_scene, editor_folder, tmp_path / "out", **OPTIONS), then) as trainer:
+        folder = trainer.base_dir / "export-34"
+    run_wys(monkeypatch, "export", trainer.base_dir, "-o", tmp_path / "data")
+    files = {path.relative_to(tmp_path / "data") for path in (tmp_path / "data").rglob("*") if path.is_file()}
+    assert files == {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    for file in files:
+        if file.suffix == ".png":
+            assert (folder / file).read_bytes() == (tmp_path / "data" / file).read_bytes()
+    live, later = (json.loads((path / "transforms.json").read_text()) for path in (folder, tmp_path / "data"))
+    poses = [[frame.pop("transform_matrix") for frame in meta["frames"]] for meta in (live, later)]
+    assert live == later
+    torch.testing.assert_close(*map(torch.tensor, poses))
+
+
 def test_apply_resumes_paused_training(ring_scene: Path, editor_folder: Path, tmp_path: Path) -> None:
     def then(trainer: WysTrainer) -> None:
         wait(lambda: trainer.pipeline.session.phase is Phase.EDIT and trainer.step > 26)
@@ -477,7 +517,7 @@ def test_300_random_commands_leave_a_consistent_run(
     draw = random.Random(seed)
 
     def random_command() -> ViewerCommand:
-        action = draw.choice(["set"] * 8 + ["pause", "apply", "undo", "reset", "preview"])
+        action = draw.choice(["set"] * 8 + ["pause", "apply", "undo", "reset", "preview", "view", "export"])
         if action == "set":
             name, values = draw.choice(
                 [("mask_threshold", [0.0, 0.3, 1.0, 2.0]), ("guidance_scale", [0.5, 7.5]), ("edit_every", [0, 1, 3]),
@@ -490,7 +530,9 @@ def test_300_random_commands_leave_a_consistent_run(
                 "apply", draw.choice([ON_TOP, INSTEAD]), draw.choice(["make the bear red", "", "make it red"])
             )
         camera = tuple(draw.uniform(-1, 1) for _ in range(6))
-        return ViewerCommand(action, value={"pause": draw.random() < 0.5, "preview": camera}.get(action))
+        return ViewerCommand(
+            action, value={"pause": draw.random() < 0.5, "preview": camera, "view": camera}.get(action)
+        )
 
     def then(trainer: WysTrainer) -> None:
         panel = trainer.pipeline.panel

@@ -150,8 +150,8 @@ def edits(run: Path) -> int:
 
 
 def test_the_panel_lists_its_controls_in_order(page: Any) -> None:
-    labels = ["finished", "Instruction", "Apply on top", "Apply instead", "Undo", "Reset", "Mask threshold",
-              "Guidance scale", "Image guidance scale", "Localization", "Edit every", "Edit count", "Pause editing",
+    labels = ["finished", "Instruction", "Apply on top", "Apply instead", "Undo", "Reset", "Export data set",
+              "Mask threshold", "Guidance scale", "Image guidance scale", "Localization", "Edit every", "Edit count", "Pause editing",
               "Preview", "Nearest training view"]  # fmt: skip
 
     def positions() -> list[int]:

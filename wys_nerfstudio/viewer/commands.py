@@ -1,8 +1,10 @@
 """Carries out the panel's commands, between two training steps and never within one."""
 
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from threading import Lock
 from typing import Optional, Protocol, runtime_checkable
 
@@ -28,8 +30,8 @@ from wys_nerfstudio.viewer.speed import RecentSteps
 
 STATUS_SECONDS = 0.5
 """Minimum time between two updates of the status line."""
-READ_ONLY = ("preview", "view")
-"""Commands that only the main process carries out and that change nothing."""
+READ_ONLY = ("preview", "view", "export")
+"""Commands that only the main process carries out and that change nothing in the run."""
 
 
 @runtime_checkable
@@ -65,6 +67,10 @@ class PipelineProtocol(Protocol):
 
     def editor(self) -> Editor:
         """Return the editor, loading it on first use."""
+        ...
+
+    def export(self, folder: Path) -> str:
+        """Write the training views as they are now as a data set, and return what was written, in words."""
         ...
 
 
@@ -204,6 +210,8 @@ class CommandHandler:
             return "No further views are edited until Pause editing is off." if command.value else ""
         if command.action == "view":
             return self._show_view(command, step)
+        if command.action == "export":
+            return self._export(step)
         editing = session.schedule.phase(step) is Phase.EDIT
         # An instruction applied by mistake can be undone while it is being localized, but not the run's first one.
         if not (editing or (session.has_captured_scene and command.action != "preview")):
@@ -275,6 +283,22 @@ class CommandHandler:
         caption = f"{views.view_names[view]} at step {step + 1}: {', '.join(images)}{missing}"
         pipeline.panel.show_images(caption, list(images.values()))
         return ""
+
+    def _export(self, step: int) -> str:
+        if rank() > 0:
+            return ""
+        if not self.pipeline.datamanager.edited_views:
+            raise WysError("There is nothing to export yet: no view is edited.")
+        folder = self.session.run.folder.parent / f"export-{step}"
+        if folder.exists():
+            raise WysError(f'The data set of this step is there already: move or remove "{folder}" to write it again.')
+        try:
+            return f'Wrote {self.pipeline.export(folder)} to "{folder}".'
+        except OSError as error:
+            raise WysError(f'The data set could not be written to "{folder}": {error.strerror}.') from error
+        finally:
+            if not (folder / "transforms.json").exists():  # it is written last
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _images_of(self, view: int) -> dict[str, Float[Tensor, "h w 3"]]:
         """Return the images of a view by name: captured, edited if it is, and what the current instruction has edited, tinted."""

@@ -32,7 +32,7 @@ ON_TOP, INSTEAD = "on top", "instead"
 IMAGE_SIDE = 384
 """Largest longer side in pixels of an image in the panel, which is 250 to 350 pixels wide."""
 
-Action = Literal["set", "pause", "apply", "preview", "view", "undo", "reset"]
+Action = Literal["set", "pause", "apply", "preview", "view", "undo", "reset", "export"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,10 @@ class ViewerPanel(ViewerElement[None]):
             undo.on_click(lambda event: self._put(event, "undo"))
             reset = gui.add_button("Reset", hint="Return to the captured scene")
             reset.on_click(lambda event: self._put(event, "reset"))
+            export = gui.add_button(
+                "Export data set", hint="Write the views as they are now into the run's folder, as wys export does"
+            )
+            export.on_click(lambda event: self._put(event, "export"))
             self._add_threshold(gui)
             for name in ("guidance_scale", "image_guidance_scale"):
                 self._add(name, gui.add_number(label(name), getattr(settings, name), min=0.0, step=0.1))
