@@ -72,7 +72,7 @@ def test_the_status_line_shows_edits_per_minute_and_the_remaining_time(monkeypat
     status(-1, 0)
     for step in range(20):
         assert "edits/min" not in status(step, 1)
-    assert shown[-1] == "reconstruct, step 20 of 60, 0 edits, 0 skipped, 0:40 left"
+    assert shown[-1] == "reconstruct, step 20 of 60, 0 edits, 0:40 left"
     for step in range(20, 35):
         begins = step % 5 == 0
         loop.edits += 2 * begins

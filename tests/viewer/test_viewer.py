@@ -203,8 +203,8 @@ def test_a_preview_appears_and_an_invalid_value_is_refused(page: Any) -> None:
 
 def test_the_nearest_training_view_is_rendered_and_shown(page: Any) -> None:
     choose_output(page, "rgb")
-    if page.get_by_text("Hide Train Cams").is_visible():
-        page.get_by_text("Hide Train Cams").click()
+    if page.get_by_text("Show Train Cams").is_visible():
+        page.get_by_text("Show Train Cams").click()
     page.get_by_role("button", name="Nearest training view").click()
     image = page.locator("img[alt='training view']")
     wait(lambda: image.count() and "at step" in panel_text(page))

@@ -104,6 +104,10 @@ class TrainerProtocol(Protocol):
         """Make the viewer render the scene again, interrupting the current render."""
         ...
 
+    def hide_cameras(self) -> None:
+        """Hide the training cameras in the viewer."""
+        ...
+
     def set_total_steps(self, steps: int, paused: bool = False) -> None:
         """Move the end of the run."""
         ...
@@ -277,6 +281,7 @@ class CommandHandler:
             return ""
         pipeline, views, view = self.pipeline, self.pipeline.datamanager, self._nearest_view(command)
         if command.client is not None:
+            self._trainer.hide_cameras()  # the image of this one would cover the render
             pipeline.panel.move_camera(command.client, pipeline.scene_model.pose_corrected_camera(views.cameras, view))
         images = self._images_of(view)
         missing = {1: " (not edited yet)", 2: " (not edited by this instruction yet)"}.get(len(images), "")
@@ -343,7 +348,7 @@ class CommandHandler:
         parts = ["finished" if left <= 0 else f"{phase.value}, step {step + 1} of {last + 1}"]
         if self._trainer.training_state == "paused":
             parts[0] += " (paused)"
-        parts.append(f"{self._edited} edits, {loop.skipped} skipped")
+        parts.append(f"{self._edited} edits" + (f", {loop.skipped} skipped" if loop.skipped else ""))
         if left > 0:
             rate = self._recent.edits_per_minute(self.pipeline.settings.current.edit_every)
             if phase is Phase.EDIT and rate is not None and not loop.paused:
