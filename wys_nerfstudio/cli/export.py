@@ -3,7 +3,7 @@
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import tyro
 
@@ -32,6 +32,9 @@ class Export:
     renders: bool = False
     """Write renders of the edited scene from the training cameras instead of the edited views: they are consistent with each
     other, and less sharp."""
+    camera_path: Optional[Path] = None
+    """With --renders, render the perspective cameras of a camera path that nerfstudio's viewer has saved, instead of the training
+    cameras. There are no edit_masks/ and masks/ then."""
     points: int = 100_000
     """Number of rays whose surface points are written to points.ply, from which splatfacto starts."""
     format: Literal["nerfstudio", "colmap"] = "nerfstudio"
@@ -41,7 +44,9 @@ class Export:
         """Write the data set."""
         if self.points < 1:
             raise WysError(f"--points must be at least 1, not {self.points}.")
-        written = export_run(self.run, self.output, self.renders, self.points, self.format)
+        if self.camera_path is not None and not self.renders:
+            raise WysError("The cameras of --camera-path are rendered: add --renders.")
+        written = export_run(self.run, self.output, self.renders, self.points, self.format, self.camera_path)
         data = shlex.quote(str(self.output))
         print(
             f"Wrote {written} to {self.output}. To train on them: ns-train nerfacto --data {data}, or "
@@ -50,7 +55,12 @@ class Export:
 
 
 def export_run(
-    run: Path, output: Path, renders: bool, points: int, data_format: Literal["nerfstudio", "colmap"] = "nerfstudio"
+    run: Path,
+    output: Path,
+    renders: bool,
+    points: int,
+    data_format: Literal["nerfstudio", "colmap"] = "nerfstudio",
+    camera_path: Optional[Path] = None,
 ) -> str:
     """Write the edited scene of a run as a data set in nerfstudio's format; `transforms.json` is written last.
 
@@ -60,23 +70,26 @@ def export_run(
         renders: Write renders instead of the edited views.
         points: Number of rays whose surface points are written.
         data_format: With "colmap" a COLMAP model is written, too.
+        camera_path: Camera path whose renders are written instead of the views.
 
     Returns:
         What was written, in words.
 
     Raises:
         WysError: If the run is not a wys run with edited views, or the folder is not empty, or COLMAP cannot
-            describe the views.
+            describe the views, or the camera path is not one that can be rendered.
     """
     from nerfstudio.utils.eval_utils import eval_setup
 
     from wys_nerfstudio.demo.scene import require_empty_folder
+    from wys_nerfstudio.export.camera_path import read_camera_path
     from wys_nerfstudio.export.data_set import edit_records, write_data_set
     from wys_nerfstudio.training.history import HistoryEntry
 
     config = find_config(run, "wys export")
     require_outside(output, config.parent)
     require_empty_folder(output)
+    path = None if camera_path is None else read_camera_path(camera_path)
     state = edited_state(config.parent)
     with locked_folder(output, "the data set"):
         pipeline: Any = eval_setup(config, test_mode="test")[1]
@@ -84,7 +97,7 @@ def export_run(
         data.load_views_state(state.views)
         history = [HistoryEntry(**entry) for entry in state.history]
         edits = edit_records(history, state.settings, pipeline.config.editor)
-        return write_data_set(output, data, pipeline.scene_model, edits, renders, points, data_format)
+        return write_data_set(output, data, pipeline.scene_model, edits, renders, points, data_format, path)
 
 
 def edited_state(run: Path) -> "RunState":

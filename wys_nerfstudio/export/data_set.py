@@ -3,10 +3,11 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Optional
 
 import torch
 from jaxtyping import Float, UInt8
+from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image
 from rich.progress import track
@@ -34,6 +35,7 @@ def write_data_set(
     renders: bool = False,
     points: int = 100_000,
     data_format: Literal["nerfstudio", "colmap"] = "nerfstudio",
+    path: Optional[Cameras] = None,
     report: Callable[[str], None] = lambda text: None,
 ) -> str:
     """Write the edited scene of a run as a data set in nerfstudio's format; `transforms.json` is written last.
@@ -46,6 +48,7 @@ def write_data_set(
         renders: Write renders instead of the edited views.
         points: Number of rays whose surface points are written.
         data_format: With "colmap" a COLMAP model is written, too.
+        path: Cameras whose renders are written instead of the views.
         report: Receives the progress.
 
     Returns:
@@ -56,18 +59,25 @@ def write_data_set(
         OSError: If a file cannot be written.
     """
 
-    def views(what: str) -> Iterator[int]:
-        for view in track(range(data.num_views), description=what, console=CONSOLE):
-            report(f"export: {what.lower()}, view {view + 1} of {data.num_views}")
-            yield view
+    def each(what: str, count: int) -> Iterator[int]:
+        for number in track(range(count), description=what, console=CONSOLE):
+            report(f"export: {what.lower()}, view {number + 1} of {count}")
+            yield number
 
     frame = CaptureFrame.of(data.dataparser.config, data.train_dataparser_outputs)
-    shared = capture_keys(data.cameras, frame)
+    cameras = data.cameras if path is None else path
+    shared = capture_keys(cameras, frame)
     if data_format == "colmap":
-        require_colmap(shared["camera_model"], camera_keys(data.cameras[:1], frame), data.view_names)
-    frames = [write_view(output, data, model, frame, view, edits, renders) for view in views("Images")]
-    positions, colors = scene_points(data, model, frame, views("Surface points"), points)
-    about = f"{'renders' if renders else 'views'} of a scene edited with {SOFTWARE}"
+        require_colmap(shared["camera_model"], camera_keys(cameras[:1], frame), data.view_names if path is None else [])
+    numbers = each("Images", len(cameras))
+    if path is None:
+        frames = [write_view(output, data, model, frame, view, edits, renders) for view in numbers]
+        written = f"{len(frames)} views, {len(data.edited_views)} of them edited,"
+    else:
+        frames = [write_render(output, model, frame, path, number, edits) for number in numbers]
+        written = f"{len(frames)} renders along the camera path"
+    positions, colors = scene_points(data, model, frame, each("Surface points", data.num_views), points)
+    about = f"{'renders' if renders or path is not None else 'views'} of a scene edited with {SOFTWARE}"
     comments = [about, *(json.dumps(edit["instruction"]) for edit in edits)]
     atomic_write(output / POINTS_FILE, ply_file(positions, colors, comments))
     if data_format == "colmap":
@@ -75,7 +85,7 @@ def write_data_set(
     record = {"software": SOFTWARE, "content": about, "edits": edits}
     transforms = {**shared, "ply_file_path": POINTS_FILE, "wys_nerfstudio": record, "frames": frames}
     write_json(output / "transforms.json", transforms)
-    return f"{data.num_views} views, {len(data.edited_views)} of them edited, and {len(positions)} points"
+    return f"{written} and {len(positions)} points"
 
 
 def edit_records(history: Sequence[HistoryEntry], settings: RunSettings, editor: str) -> list[dict[str, Any]]:
@@ -120,7 +130,7 @@ def write_view(
     image = output / keys["file_path"]
     if renders or view in data.edited_views:
         pixels = torch.from_numpy(to_uint8(model.render_colors(data.cameras, view)) if renders else current)
-        write_image(image, pixels, ImageFile(pixels, edits=tuple(edits[:-1])), edits[-1])
+        write_edited(image, pixels, edits)
     else:
         save_png(image, Image.fromarray(current), f"captured view {name}, not edited")
     edited = Image.fromarray((captured != current).any(axis=-1))
@@ -134,6 +144,38 @@ def write_view(
         "edited": view in data.edited_views,
         **camera_keys(model.pose_corrected_camera(data.cameras, view), frame),
     }
+
+
+def write_render(
+    output: Path, model: WysModel, frame: CaptureFrame, path: Cameras, number: int, edits: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Write the render of a camera of a path and return its frame of `transforms.json`. As in the viewer, it has no training view's
+    appearance.
+
+    Args:
+        output: Folder of the data set.
+        model: The scene, in eval mode.
+        frame: Coordinates of the capture.
+        path: The cameras.
+        number: Index of the camera among them.
+        edits: Result of `edit_records`.
+    """
+    camera = path[number : number + 1].to(model.device)
+    pixels = torch.from_numpy(to_uint8(model.get_outputs_for_camera(camera)["rgb"]))
+    file = f"images/path_{number:05d}.png"
+    write_edited(output / file, pixels, edits)
+    return {"file_path": file, **camera_keys(camera, frame)}
+
+
+def write_edited(file: Path, pixels: UInt8[Tensor, "h w 3"], edits: Sequence[dict[str, Any]]) -> None:
+    """Write an image of the edited scene with the records of its edits.
+
+    Args:
+        file: The file.
+        pixels: The image.
+        edits: Result of `edit_records`.
+    """
+    write_image(file, pixels, ImageFile(pixels, edits=tuple(edits[:-1])), edits[-1])
 
 
 def scene_points(
