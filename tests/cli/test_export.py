@@ -505,6 +505,9 @@ def broken_pose(**changes: Any) -> list[dict[str, Any]]:
     return [{"camera_to_world": torch.eye(4).flatten().tolist(), "fov": 40.0, **changes}]
 
 
+AT_NAN = [1.0, 0.0, 0.0, float("nan"), 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+"""The first three rows of a pose."""
+
 CAMERA_PATHS: dict[str, tuple[dict[str, Any], str]] = {
     "no cameras": (
         {"camera_path": []},
@@ -521,6 +524,8 @@ CAMERA_PATHS: dict[str, tuple[dict[str, Any], str]] = {
         for name, changes in {
             "a short pose": {"camera_path": broken_pose(camera_to_world=[1.0])},
             "no rotation": {"camera_path": broken_pose(camera_to_world=[0.0] * 16)},
+            "a place that is NaN": {"camera_path": broken_pose(camera_to_world=[*AT_NAN, *[0.0] * 3, 1.0])},
+            "a field of view of zero": {"camera_path": broken_pose(fov=0.0)},
             "NaN": {"camera_path": broken_pose(fov=float("nan"))},
             "no field of view": {"camera_path": broken_pose(fov=180.0000001)},
             "no number": {"camera_path": broken_pose(fov="wide")},
