@@ -18,6 +18,7 @@ ROOMS = [
     {"config"},
     {"trainer"},
     {"pipeline"},
+    {"export"},
     {"viewer", "datamanager", "model"},
     {"training", "field"},
     {"evaluation"},

@@ -28,6 +28,7 @@ from wys_nerfstudio.evaluation import evaluate
 from wys_nerfstudio.evaluation.ground_truth import GroundTruth
 from wys_nerfstudio.evaluation.lpips import MIN_LPIPS_PATCH, lpips_is_cached
 from wys_nerfstudio.evaluation.niqe import NiqeParams, check_niqe
+from wys_nerfstudio.export.data_set import edit_records, write_data_set
 from wys_nerfstudio.model import WysModel, WysModelConfig
 from wys_nerfstudio.relevance.cache import RelevanceRequest
 from wys_nerfstudio.relevance.localizer import Localization, available_localizations, trains_field
@@ -438,6 +439,11 @@ class WysPipeline(VanillaPipeline):
         """Restore the result of `get_extra_state`."""
         self.settings.load(RunSettings(**state["settings"]))
         self.session.localized = state["localized"]
+
+    def export(self, folder: Path) -> str:
+        """Write the training views as they are now as a data set, as `wys export` does, and return what was written, in words."""
+        edits = edit_records(self.session.history.entries, self.settings.current, self.config.editor)
+        return write_data_set(folder, self.datamanager, self.scene_model, edits, report=self.report)
 
     # ---------------------------------------------------------------------------------------------------- evaluation
 

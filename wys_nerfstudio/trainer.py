@@ -530,6 +530,12 @@ class WysTrainer(Trainer):
             with suppress(KeyError):  # as below
                 self.viewer_state._trigger_rerender()
 
+    def hide_cameras(self) -> None:
+        """Hide the training cameras in the viewer, as its button does."""
+        if isinstance(self.viewer_state, Viewer):
+            self.viewer_state.set_camera_visibility(False)
+            self.viewer_state.hide_images.visible, self.viewer_state.show_images.visible = False, True
+
     def _update_viewer_state(self, step: int) -> None:
         # nerfstudio iterates over a copy of its clients; one that has left since raises KeyError.
         with suppress(KeyError):

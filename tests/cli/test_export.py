@@ -2,12 +2,13 @@
 
 import errno
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from PIL import Image
 from test_bad_input import TINY
 from test_entry_points import newest_run, train
 
-from wys_nerfstudio.cli.export import edit_records
-from wys_nerfstudio.cli.export_colmap import colmap_camera, require_colmap
-from wys_nerfstudio.cli.export_points import grid_size, ply_file, surface_points
-from wys_nerfstudio.cli.export_transforms import MODELS, CaptureFrame, camera_keys, capture_keys
+from wys_nerfstudio.export.camera_path import read_camera_path
+from wys_nerfstudio.export.colmap import colmap_camera, require_colmap
+from wys_nerfstudio.export.data_set import edit_records
+from wys_nerfstudio.export.points import grid_size, ply_file, surface_points
+from wys_nerfstudio.export.transforms import MODELS, CaptureFrame, camera_keys, capture_keys
 from wys_nerfstudio.model import WysModel
 from wys_nerfstudio.training.checkpoint import read_checkpoint
 from wys_nerfstudio.training.history import HistoryEntry, in_force
@@ -245,9 +247,10 @@ def test_earlier_edits_are_recorded_without_editor(edited_run: Path) -> None:
     (checkpoint,) = (edited_run / "nerfstudio_models").glob("*.ckpt")
     state = RunState.from_checkpoint(read_checkpoint(checkpoint), checkpoint)
     (entry,) = state.history
-    first = {**entry, "instruction": "make it snow", "settings": {**entry["settings"], "instruction": "make it snow"}}
+    before = {**entry, "instruction": "make it snow", "settings": {**entry["settings"], "instruction": "make it snow"}}
     on_top = {**entry, "start": "on top", "snapshot": "history/001.ckpt"}
-    earlier, last = edit_records(replace(state, history=[first, on_top]), "timbrooks/instruct-pix2pix")
+    history = [HistoryEntry(**before), HistoryEntry(**on_top)]
+    earlier, last = edit_records(history, state.settings, "timbrooks/instruct-pix2pix")
     assert earlier["instruction"] == "make it snow" and "editor" not in earlier
     assert last["instruction"] == INSTRUCTION and last["editor"] == "timbrooks/instruct-pix2pix"
 
@@ -448,6 +451,113 @@ def test_cameras_that_colmap_does_not_have_are_refused_before_work(
     arguments = ["export", edited_run, "-o", tmp_path / "data", "--format", "colmap"]
     assert "COLMAP has no camera model for ORTHOPHOTO" in sentence_of(lambda: run_wys(monkeypatch, *arguments))
     assert not (tmp_path / "data").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- camera path
+
+
+def write_camera_path(file: Path, **changes: Any) -> torch.Tensor:
+    """Write a camera path as nerfstudio's viewer does and return its poses."""
+    turn = torch.linalg.qr(torch.tensor([[1.0, 0.2, 0.1], [0.3, -1.0, 0.4], [0.2, 0.5, 1.0]]))[0]
+    turn[:, 0] *= torch.linalg.det(turn).sign()
+    poses = torch.eye(4).repeat(3, 1, 1)
+    poses[:, :3, :3] = turn
+    poses[:, :3, 3] = turn[:, 2] * torch.tensor([0.7, 0.8, 0.9])[:, None]
+    cameras = [{"camera_to_world": pose.flatten().tolist(), "fov": 40.0, "aspect": 4 / 3} for pose in poses]
+    content = {"camera_type": "perspective", "render_height": 18, "render_width": 24, "camera_path": cameras}
+    file.write_text(json.dumps({**content, **changes}))
+    return poses
+
+
+@pytest.mark.parametrize("data_format", ["nerfstudio", "colmap"])
+def test_renders_along_a_camera_path(
+    data_format: str, edited_run: Path, pipeline: Any, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    file, data = tmp_path / "path.json", tmp_path / "data"
+    poses = write_camera_path(file)
+    arguments = ["--renders", "--camera-path", file, "--points", 50, "--format", data_format]
+    run_wys(monkeypatch, "export", edited_run, "-o", data, *arguments)
+    assert "Wrote 3 renders along the camera path and " in " ".join(capsys.readouterr().out.split())
+    options = NerfstudioDataParserConfig(data=data, eval_mode="all")
+    check_capture(data, options)
+    outputs = options.setup().get_dataparser_outputs("train")
+    assert outputs.mask_filenames is None and not (data / "edit_masks").exists() and not (data / "masks").exists()
+    saved = json.loads((edited_run / "dataparser_transforms.json").read_text())
+    in_capture = np.linalg.inv(square(saved["transform"])) @ np.stack(
+        [square(np.hstack([pose[:3, :3], pose[:3, 3:] / saved["scale"]])) for pose in poses.double().numpy()]
+    )
+    np.testing.assert_allclose(
+        original_poses(outputs.cameras, outputs.dataparser_transform, outputs.dataparser_scale), in_capture, atol=5e-6
+    )
+    focal = 9 / math.tan(math.radians(20))
+    for number, path in enumerate(outputs.image_filenames):
+        camera = Cameras(poses[number : number + 1, :3], focal, focal, 12.0, 9.0)
+        for name in ("fx", "fy", "cx", "cy", "width", "height", "camera_type"):
+            torch.testing.assert_close(getattr(outputs.cameras, name)[number], getattr(camera, name)[0])
+        render = to_uint8(pipeline.scene_model.get_outputs_for_camera(camera)["rgb"])
+        np.testing.assert_array_equal(pixels(path), render)
+        with Image.open(path) as image:
+            assert INSTRUCTION in image.info["Description"]
+    assert (data / "sparse" / "0" / "images.txt").exists() is (data_format == "colmap")
+
+
+def broken_pose(**changes: Any) -> list[dict[str, Any]]:
+    return [{"camera_to_world": torch.eye(4).flatten().tolist(), "fov": 40.0, **changes}]
+
+
+AT_NAN = [1.0, 0.0, 0.0, float("nan"), 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+"""The first three rows of a pose."""
+
+CAMERA_PATHS: dict[str, tuple[dict[str, Any], str]] = {
+    "no cameras": (
+        {"camera_path": []},
+        '"path.json" has no cameras under "camera_path": nerfstudio\'s viewer saves one',
+    ),
+    "equirectangular": (
+        {"camera_type": "equirectangular"},
+        'The cameras of "path.json" are equirectangular cameras: choose Perspective in the viewer\'s Render tab.',
+    ),
+    "orthographic": ({"camera_type": "orthographic"}, 'The cameras of "path.json" are orthographic cameras'),
+    "a crop": ({"crop": {}}, 'The camera path "path.json" crops the scene: save it again without Crop Viewport.'),
+    **{
+        name: (changes, 'The camera path "path.json" has a camera without a valid pose, "fov" or size: save it again.')
+        for name, changes in {
+            "a short pose": {"camera_path": broken_pose(camera_to_world=[1.0])},
+            "no rotation": {"camera_path": broken_pose(camera_to_world=[0.0] * 16)},
+            "a place that is NaN": {"camera_path": broken_pose(camera_to_world=[*AT_NAN, *[0.0] * 3, 1.0])},
+            "a field of view of zero": {"camera_path": broken_pose(fov=0.0)},
+            "NaN": {"camera_path": broken_pose(fov=float("nan"))},
+            "no field of view": {"camera_path": broken_pose(fov=180.0000001)},
+            "no number": {"camera_path": broken_pose(fov="wide")},
+            "no list": {"camera_path": 3},
+            "no height": {"render_height": 0},
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("case", CAMERA_PATHS)
+def test_camera_paths_that_cannot_be_rendered_are_refused(case: str, tmp_path: Path, monkeypatch) -> None:
+    changes, message = CAMERA_PATHS[case]
+    monkeypatch.chdir(tmp_path)
+    write_camera_path(Path("path.json"), **changes)
+    with pytest.raises(WysError, match=re.escape(message)):
+        read_camera_path(Path("path.json"))
+
+
+def test_files_that_are_no_camera_paths_are_refused(edited_run: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def sentence(*arguments: str) -> str:
+        return sentence_of(lambda: run_wys(monkeypatch, "export", edited_run, "-o", "data", *arguments))
+
+    missing = 'The camera path "path.json" cannot be read (No such file or directory): nerfstudio\'s viewer saves one'
+    assert missing in sentence("--renders", "--camera-path", "path.json")
+    Path("path.json").write_bytes(b"\xff{")
+    text = '"path.json" is not a camera path, because it is not JSON: nerfstudio\'s viewer saves one'
+    assert text in sentence("--renders", "--camera-path", "path.json")
+    assert "The cameras of --camera-path are rendered: add --renders." in sentence("--camera-path", "path.json")
+    assert not Path("data").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

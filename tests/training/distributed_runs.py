@@ -230,7 +230,8 @@ def main() -> None:
 
     apply = ViewerCommand("apply", ON_TOP, "make the bear red")
     endings["applied"] = run("applied", folder / "applied", start, after_step=at(13, queue(apply), only=0))
-    undone = queue(apply, ViewerCommand("undo"))
+    # The last two are carried out by rank 0 alone.
+    undone = queue(apply, ViewerCommand("undo"), ViewerCommand("view", value=(0.0,) * 6), ViewerCommand("export"))
     endings["undone"] = run("undone", folder / "undone", start, after_step=at(14, undone, only=0))
     shutil.rmtree(editor)
     (folder / "endings.json").write_text(json.dumps(endings))

@@ -116,6 +116,10 @@ def test_an_instruction_applied_in_the_viewer_is_broadcast(runs):
     assert equal(first["weights"], second["weights"]) and equal(first["views"], second["views"])
 
 
+def test_a_data_set_is_exported_by_rank_0(runs):
+    assert len(list((runs / "undone").glob("*/*/*/export-14/transforms.json"))) == 1
+
+
 def test_undo_is_broadcast(runs):
     assert [ending["code"] for ending in endings(runs, "undone")] == [0, 0], endings(runs, "undone")
     for whole, undone in zip(records(runs, "two"), records(runs, "undone")):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from jaxtyping import Bool, Float
+from nerfstudio.cameras.cameras import Cameras
 from PIL import Image
 from torch import Tensor
 
@@ -48,6 +49,9 @@ class StubScene:
         colors = resize_images(self.images[view : view + 1], *where.shape)[0]
         values = resize(self.relevance[view : view + 1], *where.shape)[0]
         return colors[where], values[where], torch.full((int(where.sum()),), 2.0)
+
+    def pose_corrected_camera(self, cameras: Cameras, view: int) -> Cameras:
+        return cameras[view : view + 1]
 
     def needs_visual_hull(self) -> bool:
         return not self.hulls

@@ -17,6 +17,7 @@ from wys_nerfstudio.utils.cameras import (
     check_positions,
     fit_cameras,
     is_scaled,
+    nearest_camera,
     resize_cameras,
     rotation_fault,
 )
@@ -52,6 +53,22 @@ def directions(views: Cameras, x: float, y: float) -> torch.Tensor:
     """Return the directions of rays at a position in [0, 1] from corner to corner."""
     coords = torch.stack([y * views.height[:, 0], x * views.width[:, 0]], dim=-1)
     return views.generate_rays(torch.arange(len(views))[:, None], coords=coords).directions
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_the_nearest_camera_has_the_smallest_sum_of_distance_and_turn(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rotations = torch.linalg.qr(torch.randn(6, 3, 3, generator=generator))[0]
+    poses = torch.cat([rotations, torch.randn(6, 3, 1, generator=generator)], dim=-1)
+    place = torch.randn(3, generator=generator)
+    direction = torch.nn.functional.normalize(torch.randn(3, generator=generator), dim=0)
+    sums = []
+    for pose in poses.tolist():
+        backward = [row[2] for row in pose]
+        turn = math.dist([-value for value in backward], direction.tolist())
+        sums.append(math.dist([row[3] for row in pose], place.tolist()) + turn)
+    views = cameras(40, 30, count=6, camera_to_worlds=poses)
+    assert nearest_camera(views, place, direction) == min(range(6), key=lambda i: sums[i])
 
 
 @given(width=st.integers(40, 4000), height=st.integers(40, 4000), scale=st.floats(0.1, 1),

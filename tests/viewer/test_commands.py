@@ -1,6 +1,8 @@
 """Commands of the viewer in a live run: while it trains and after it has finished."""
 
+import errno
 import json
+import os
 import random
 import threading
 import time
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import run_wys
 from flux2_folder import build_flux2_folder
 from nerfstudio.utils.eval_utils import eval_setup
 from test_pipeline import small_config
@@ -260,13 +263,19 @@ def test_a_switch_to_none_and_back_restores_the_mask_outputs(
         pass
 
 
+def write_masks(scene: Path, folder: Path) -> torch.Tensor:
+    """Write masks of the left half of all views and return one."""
+    left_half = torch.zeros(32, 40)
+    left_half[:, :20] = 1
+    for image in (scene / "images").iterdir():
+        write_png(folder / image.name, left_half)
+    return left_half
+
+
 def test_with_a_masks_folder_each_offered_localization_works(
     ring_scene: Path, editor_folder: Path, tmp_path: Path
 ) -> None:
-    left_half = torch.zeros(32, 40)
-    left_half[:, :20] = 1
-    for image in (ring_scene / "images").iterdir():
-        write_png(tmp_path / "masks" / image.name, left_half)
+    left_half = write_masks(ring_scene, tmp_path / "masks")
 
     def then(trainer: WysTrainer) -> None:
         wait(lambda: finished(trainer))
@@ -295,7 +304,7 @@ def test_a_preview_equals_the_next_edit_and_changes_nothing(
     def then(trainer: WysTrainer) -> None:
         wait(lambda: finished(trainer))
         pipeline = trainer.pipeline
-        monkeypatch.setattr(pipeline.panel, "show_preview", lambda *arguments: shown.append(arguments))
+        monkeypatch.setattr(pipeline.panel, "show_images", lambda *arguments: shown.append(arguments))
         before, edits = observe(trainer), pipeline.session.edit_loop.edits
         camera = pipeline.datamanager.train_dataset.cameras.camera_to_worlds[3]
         send(trainer, "set", "mask_threshold", 0.0)
@@ -322,7 +331,7 @@ def test_a_preview_of_another_instruction_uses_that_views_map(
         wait(lambda: finished(trainer))
         pipeline = trainer.pipeline
         data = pipeline.datamanager
-        monkeypatch.setattr(pipeline.panel, "show_preview", lambda *arguments: shown.append(arguments))
+        monkeypatch.setattr(pipeline.panel, "show_images", lambda *arguments: shown.append(arguments))
         before = observe(trainer)
         camera = data.train_dataset.cameras.camera_to_worlds[3]
         where = (*camera[:, 3].tolist(), *(-camera[:, 2]).tolist())
@@ -339,6 +348,92 @@ def test_a_preview_of_another_instruction_uses_that_views_map(
 
     with running(small_config(ring_scene, editor_folder, tmp_path, **OPTIONS), then):
         pass
+
+
+def test_the_nearest_training_view_is_shown_and_the_client_moved_there(
+    ring_scene: Path, editor_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    shown: list = []
+    moved: list = []
+
+    def show(trainer: WysTrainer, view: int) -> tuple[str, list[torch.Tensor]]:
+        camera = trainer.pipeline.datamanager.cameras.camera_to_worlds[view]
+        where = (*camera[:, 3].tolist(), *(-camera[:, 2]).tolist())
+        shown.clear()
+        trainer.pipeline.panel.commands.put(ViewerCommand("view", value=where, client=7))
+        wait(lambda: len(shown) > 0)
+        return shown[0]
+
+    def then(trainer: WysTrainer) -> None:
+        pipeline = trainer.pipeline
+        data, loop = pipeline.datamanager, pipeline.session.edit_loop
+        monkeypatch.setattr(pipeline.panel, "show_images", lambda *arguments: shown.append(arguments))
+        monkeypatch.setattr(pipeline.panel, "move_camera", lambda *arguments: moved.append(arguments))
+        wait(lambda: trainer.step > 0)
+        caption, images = show(trainer, 3)
+        assert caption.startswith(data.view_names[3]) and caption.endswith(": captured (not edited yet)")
+        assert len(images) == 1 and torch.equal(images[0], data.captured_views([3])[0])
+        wait(lambda: finished(trainer))
+        before = observe(trainer)
+        edited = min(data.edited_views)
+        caption, (captured, current, overlay) = show(trainer, edited)
+        assert caption == f"{data.view_names[edited]} at step {trainer.step + 1}: captured, edited, edited pixels"
+        assert torch.equal(captured, data.captured_views([edited])[0])
+        assert torch.equal(current, data.current_views([edited])[0]) and not torch.equal(current, captured)
+        assert torch.equal(overlay[:, 20:], 0.4 * current[:, 20:]), "dimmed outside the mask"
+        assert ((overlay - 0.4 * current)[:, :20] > 0.1).float().mean() > 0.9, "tinted inside"
+        (client, camera) = moved[-1]
+        assert client == 7
+        corrected = pipeline.scene_model.pose_corrected_camera(data.cameras, edited).camera_to_worlds
+        assert torch.equal(camera.camera_to_worlds, corrected)
+        assert not torch.equal(corrected, data.cameras.camera_to_worlds[edited : edited + 1])
+        assert same(observe(trainer), before)
+        loop.paused = True
+        send(trainer, "apply", ON_TOP, "make the bear red")
+        caption, images = show(trainer, edited)
+        assert caption.endswith(": captured, edited (not edited by this instruction yet)") and len(images) == 2
+
+    write_masks(ring_scene, tmp_path / "masks")
+    options = {**OPTIONS, "localization": "masks", "masks_dir": tmp_path / "masks"}
+    with running(small_config(ring_scene, editor_folder, tmp_path / "run", **options), then):
+        pass
+
+
+def test_an_export_equals_that_of_wys_export(
+    ring_scene: Path, editor_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    def then(trainer: WysTrainer) -> None:
+        wait(lambda: trainer.step > 0)
+        assert "There is nothing to export yet: no view is edited." in send(trainer, "export")
+        wait(lambda: finished(trainer))
+        before, folder = observe(trainer), trainer.base_dir / "export-34"
+
+        def fail(*_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patch:
+            patch.setattr("wys_nerfstudio.export.data_set.ply_file", fail)
+            status = send(trainer, "export")
+        assert f'The data set could not be written to "{folder}": No space left on device.' in status
+        assert not folder.exists() and finished(trainer)
+        edited = len(trainer.pipeline.datamanager.edited_views)
+        status = send(trainer, "export")
+        assert f"Wrote 13 views, {edited} of them edited, and " in status and f'to "{folder}".' in status
+        assert f'move or remove "{folder}" to write it again' in send(trainer, "export")
+        assert same(observe(trainer), before)
+
+    with running(small_config(ring_scene, editor_folder, tmp_path / "out", **OPTIONS), then) as trainer:
+        folder = trainer.base_dir / "export-34"
+    run_wys(monkeypatch, "export", trainer.base_dir, "-o", tmp_path / "data")
+    files = {path.relative_to(tmp_path / "data") for path in (tmp_path / "data").rglob("*") if path.is_file()}
+    assert files == {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    for file in files:
+        if file.suffix == ".png":
+            assert (folder / file).read_bytes() == (tmp_path / "data" / file).read_bytes()
+    live, later = (json.loads((path / "transforms.json").read_text()) for path in (folder, tmp_path / "data"))
+    poses = [[frame.pop("transform_matrix") for frame in meta["frames"]] for meta in (live, later)]
+    assert live == later
+    torch.testing.assert_close(*map(torch.tensor, poses))
 
 
 def test_apply_resumes_paused_training(ring_scene: Path, editor_folder: Path, tmp_path: Path) -> None:
@@ -422,7 +517,7 @@ def test_300_random_commands_leave_a_consistent_run(
     draw = random.Random(seed)
 
     def random_command() -> ViewerCommand:
-        action = draw.choice(["set"] * 8 + ["pause", "apply", "undo", "reset", "preview"])
+        action = draw.choice(["set"] * 8 + ["pause", "apply", "undo", "reset", "preview", "view", "export"])
         if action == "set":
             name, values = draw.choice(
                 [("mask_threshold", [0.0, 0.3, 1.0, 2.0]), ("guidance_scale", [0.5, 7.5]), ("edit_every", [0, 1, 3]),
@@ -435,7 +530,9 @@ def test_300_random_commands_leave_a_consistent_run(
                 "apply", draw.choice([ON_TOP, INSTEAD]), draw.choice(["make the bear red", "", "make it red"])
             )
         camera = tuple(draw.uniform(-1, 1) for _ in range(6))
-        return ViewerCommand(action, value={"pause": draw.random() < 0.5, "preview": camera}.get(action))
+        return ViewerCommand(
+            action, value={"pause": draw.random() < 0.5, "preview": camera, "view": camera}.get(action)
+        )
 
     def then(trainer: WysTrainer) -> None:
         panel = trainer.pipeline.panel

@@ -1,5 +1,6 @@
 """The panel in a real browser, on a live run: headless Chromium against `ns-train wys-tiny` on the demo scene."""
 
+import base64
 import io
 import json
 import os
@@ -149,9 +150,9 @@ def edits(run: Path) -> int:
 
 
 def test_the_panel_lists_its_controls_in_order(page: Any) -> None:
-    labels = ["finished", "Instruction", "Apply on top", "Apply instead", "Mask threshold", "Guidance scale",
-              "Image guidance scale", "Localization", "Edit every", "Edit count", "Pause editing", "Preview", "Undo",
-              "Reset"]  # fmt: skip
+    labels = ["finished", "Instruction", "Apply on top", "Apply instead", "Undo", "Reset", "Export data set",
+              "Mask threshold", "Guidance scale", "Image guidance scale", "Localization", "Edit every", "Edit count", "Pause editing",
+              "Preview", "Nearest training view"]  # fmt: skip
 
     def positions() -> list[int]:
         text = panel_text(page)
@@ -193,11 +194,31 @@ def test_the_rendered_mask_shrinks_as_the_threshold_rises(page: Any) -> None:
 def test_a_preview_appears_and_an_invalid_value_is_refused(page: Any) -> None:
     set_threshold(page, 0.0)  # after so few steps nothing may be relevant
     page.get_by_role("button", name="Preview").click()
-    page.locator("img[alt=preview]").wait_for(timeout=60000)
+    page.locator("img[alt='training view']").wait_for(timeout=60000)
     every = page.get_by_text("Edit every", exact=True).locator("xpath=following::input[1]")
     every.fill("0")
     wait(lambda: "Edit every must be at least 1, not 0" in panel_text(page), 60)
     wait(lambda: every.input_value() == "5", 60)
+
+
+def test_the_nearest_training_view_is_rendered_and_shown(page: Any) -> None:
+    choose_output(page, "rgb")
+    if page.get_by_text("Show Train Cams").is_visible():
+        page.get_by_text("Show Train Cams").click()
+    page.get_by_role("button", name="Nearest training view").click()
+    image = page.locator("img[alt='training view']")
+    wait(lambda: image.count() and "at step" in panel_text(page))
+    encoded = image.get_attribute("src").partition("base64,")[2]
+    captured = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
+    captured = captured.crop((0, 0, captured.width, captured.width * 64 // 80)).resize((80, 64))
+    settled_render(page)
+    box = page.locator("canvas").last.bounding_box()
+    shot = Image.open(io.BytesIO(page.screenshot(clip=box))).convert("RGB")
+    assert shot.width < shot.height, "the view fills the width"
+    margin = (shot.height - shot.width * 64 / 80) / 2
+    render = shot.crop((0, round(margin), shot.width, round(shot.height - margin))).resize((80, 64))
+    error = np.asarray(render, dtype=float) - np.asarray(captured, dtype=float)
+    assert np.sqrt((error**2).mean()) < 25
 
 
 def test_two_outputs_are_shown_side_by_side(page: Any) -> None:
@@ -291,12 +312,12 @@ def test_hostile_texts_are_shown_literally_and_run_nothing(browser: Any) -> None
     page.goto(f"http://127.0.0.1:{server.get_port()}")
     for text in HOSTILE:
         panel.show_status("progress", text)
-        panel.show_preview(f'preview of "{text}"', [torch.zeros(2, 2, 3)])
+        panel.show_images(f'preview of "{text}"', [torch.zeros(2, 2, 3)])
         wait(lambda: f'preview of "{text}"' in page.inner_text("body"), 60)
         assert page.locator("em").inner_text() == text
         assert page.evaluate("window.hacked") is None
         assert page.locator("a[href^=javascript]").count() == 0
-        assert [image.get_attribute("alt") for image in page.locator("img[alt]").all()] == ["preview"]
+        assert [image.get_attribute("alt") for image in page.locator("img[alt]").all()] == ["training view"]
     page.close()
     server.stop()
 

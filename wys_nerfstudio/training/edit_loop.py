@@ -152,8 +152,6 @@ class EditLoop:
         """Number of edits skipped because their mask was empty."""
         self.recorded = 0
         """Number of lines in `edits.jsonl`."""
-        self.seconds_per_edit: Optional[float] = None
-        """Running mean of the duration of an edit."""
         self.paused = False
         """Whether editing is paused while training continues."""
 
@@ -185,7 +183,6 @@ class EditLoop:
         for edit in edits:
             if edit.image is not None:
                 views.set_view(edit.view, edit.image)
-                self.seconds_per_edit = 0.8 * (self.seconds_per_edit or edit.seconds) + 0.2 * edit.seconds
             self.skipped += edit.image is None
             name = views.view_names[edit.view]
             record_edit(folder, EditRecord(edit.number, step, name, edit.time, edit.steps, edit.mask, edit.seconds))

@@ -42,6 +42,10 @@ class Scene(Protocol):
         """
         ...
 
+    def pose_corrected_camera(self, cameras: Cameras, view: int) -> Cameras:
+        """Return one of the training cameras with its own pose correction."""
+        ...
+
     def needs_visual_hull(self) -> bool:
         """Return whether free-space relevance of the current instruction is still unknown."""
         ...

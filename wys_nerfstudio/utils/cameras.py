@@ -51,6 +51,20 @@ def resize_cameras(cameras: Cameras, width: int, height: int) -> None:
         setattr(cameras, side, torch.full_like(given, pixels))
 
 
+def nearest_camera(cameras: Cameras, place: Float[Tensor, " 3"], direction: Float[Tensor, " 3"]) -> int:
+    """Return the index of the camera nearest to a place and a viewing direction. A distance of the scene's size counts as much as
+    a rotation by one radian.
+
+    Args:
+        cameras: The cameras.
+        place: The place, in their coordinates.
+        direction: The viewing direction, of length 1.
+    """
+    poses = cameras.camera_to_worlds.cpu()
+    distances = (poses[:, :, 3] - place).norm(dim=-1) + (-poses[:, :, 2] - direction).norm(dim=-1)
+    return int(distances.argmin())
+
+
 def check_one_size(files: Sequence[Path]) -> list[Size]:
     """Return the sizes of image files, which are equal.
 

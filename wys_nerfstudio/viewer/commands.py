@@ -1,28 +1,37 @@
 """Carries out the panel's commands, between two training steps and never within one."""
 
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from threading import Lock
 from typing import Optional, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from nerfstudio.utils.rich_utils import CONSOLE
+from torch import Tensor
 
 from wys_nerfstudio.editing import Editor
 from wys_nerfstudio.training.distributed import broadcast_from_main, rank, world_size
 from wys_nerfstudio.training.history import ApplyMode
 from wys_nerfstudio.training.memory import RunActivity
-from wys_nerfstudio.training.scene import EditableViews
+from wys_nerfstudio.training.scene import EditableViews, Scene
 from wys_nerfstudio.training.schedule import Phase
 from wys_nerfstudio.training.session import EditSession
 from wys_nerfstudio.training.settings import Settings
+from wys_nerfstudio.utils.cameras import nearest_camera
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.memory_errors import MemoryExhaustedError
+from wys_nerfstudio.utils.visualization import overlay
 from wys_nerfstudio.viewer.panel import ON_TOP, ViewerCommand, ViewerPanel
+from wys_nerfstudio.viewer.speed import RecentSteps
 
 STATUS_SECONDS = 0.5
 """Minimum time between two updates of the status line."""
+READ_ONLY = ("preview", "view", "export")
+"""Commands that only the main process carries out and that change nothing in the run."""
 
 
 @runtime_checkable
@@ -45,6 +54,11 @@ class PipelineProtocol(Protocol):
         ...
 
     @property
+    def scene_model(self) -> Scene:
+        """The scene."""
+        ...
+
+    @property
     def datamanager(self) -> EditableViews:
         """The training views."""
         ...
@@ -53,6 +67,10 @@ class PipelineProtocol(Protocol):
 
     def editor(self) -> Editor:
         """Return the editor, loading it on first use."""
+        ...
+
+    def export(self, folder: Path) -> str:
+        """Write the training views as they are now as a data set, and return what was written, in words."""
         ...
 
 
@@ -86,6 +104,10 @@ class TrainerProtocol(Protocol):
         """Make the viewer render the scene again, interrupting the current render."""
         ...
 
+    def hide_cameras(self) -> None:
+        """Hide the training cameras in the viewer."""
+        ...
+
     def set_total_steps(self, steps: int, paused: bool = False) -> None:
         """Move the end of the run."""
         ...
@@ -102,8 +124,8 @@ class CommandHandler:
         self._trainer = trainer
         self._message = ""
         self._shown_at = 0.0
-        self._step_seconds: Optional[float] = None
-        self._latest: Optional[tuple[int, float]] = None
+        self._recent = RecentSteps()
+        self._latest: Optional[tuple[int, float, int]] = None
         self._applied_after: Optional[int] = None
         self.pipeline.report = self._show
 
@@ -129,6 +151,7 @@ class CommandHandler:
             step: The last trained step.
         """
         panel, settings = self.pipeline.panel, self.pipeline.settings
+        self._measure(step)
         while (command := broadcast_from_main(panel.take)) is not None:
             # A large render holds the lock for seconds; interrupting it lets the command in.
             self._trainer.redraw()
@@ -139,7 +162,7 @@ class CommandHandler:
                     with self._trainer.convert_memory_errors("edits"):
                         self._message = self._run(command, step)
                 except MemoryExhaustedError as error:
-                    if command.action == "undo" or (world_size() > 1 and command.action != "preview"):
+                    if command.action == "undo" or (world_size() > 1 and command.action not in READ_ONLY):
                         raise  # the scene, or another process, may be in an unknown state
                     self._refuse(error)
                     if len(self.session.history.entries) > entries:
@@ -149,9 +172,9 @@ class CommandHandler:
             panel.show_settings(settings.current)
             self._trainer.redraw()
             self._shown_at = 0.0
-        self._measure(step)
         if time.monotonic() - self._shown_at > STATUS_SECONDS:
             self._show(self._progress(step))
+        self._latest = (step, time.monotonic(), self._edited)
 
     def _refuse(self, error: WysError) -> None:
         self._message = str(error)
@@ -189,6 +212,10 @@ class CommandHandler:
         if command.action == "pause":
             session.edit_loop.paused = bool(command.value)
             return "No further views are edited until Pause editing is off." if command.value else ""
+        if command.action == "view":
+            return self._show_view(command, step)
+        if command.action == "export":
+            return self._export(step)
         editing = session.schedule.phase(step) is Phase.EDIT
         # An instruction applied by mistake can be undone while it is being localized, but not the run's first one.
         if not (editing or (session.has_captured_scene and command.action != "preview")):
@@ -241,41 +268,95 @@ class CommandHandler:
     def _preview(self, command: ViewerCommand) -> str:
         if rank() > 0:
             return ""
-        views = self.pipeline.datamanager
-        poses = views.cameras.camera_to_worlds.cpu()
-        camera = torch.tensor(command.value)
-        # A distance of the scene's size counts as much as a rotation by one radian.
-        distance = (poses[:, :, 3] - camera[:3]).norm(dim=-1) + (-poses[:, :, 2] - camera[3:]).norm(dim=-1)
-        view = int(distance.argmin())
+        views, view = self.pipeline.datamanager, self._nearest_view(command)
         self._show("editing a view for the preview")
         instruction = command.name.strip() or self.pipeline.settings.current.instruction
         before, mask, edited = self.session.edit_loop.preview(view, instruction)
         images = [before, mask[..., None].expand(-1, -1, 3).float(), edited]
-        self.pipeline.panel.show_preview(f'"{instruction}" in {views.view_names[view]}: before, mask, edited', images)
+        self.pipeline.panel.show_images(f'"{instruction}" in {views.view_names[view]}: before, mask, edited', images)
         return ""
+
+    def _show_view(self, command: ViewerCommand, step: int) -> str:
+        if rank() > 0:
+            return ""
+        pipeline, views, view = self.pipeline, self.pipeline.datamanager, self._nearest_view(command)
+        if command.client is not None:
+            self._trainer.hide_cameras()  # the image of this one would cover the render
+            pipeline.panel.move_camera(command.client, pipeline.scene_model.pose_corrected_camera(views.cameras, view))
+        images = self._images_of(view)
+        missing = {1: " (not edited yet)", 2: " (not edited by this instruction yet)"}.get(len(images), "")
+        caption = f"{views.view_names[view]} at step {step + 1}: {', '.join(images)}{missing}"
+        pipeline.panel.show_images(caption, list(images.values()))
+        return ""
+
+    def _export(self, step: int) -> str:
+        if rank() > 0:
+            return ""
+        if not self.pipeline.datamanager.edited_views:
+            raise WysError("There is nothing to export yet: no view is edited.")
+        folder = self.session.run.folder.parent / f"export-{step}"
+        if folder.exists():
+            raise WysError(f'The data set of this step is there already: move or remove "{folder}" to write it again.')
+        try:
+            return f'Wrote {self.pipeline.export(folder)} to "{folder}".'
+        except OSError as error:
+            raise WysError(f'The data set could not be written to "{folder}": {error.strerror}.') from error
+        finally:
+            if not (folder / "transforms.json").exists():  # it is written last
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _images_of(self, view: int) -> dict[str, Float[Tensor, "h w 3"]]:
+        """Return the images of a view by name: captured, edited if it is, and what the current instruction has edited, tinted."""
+        views = self.pipeline.datamanager
+        captured, reference, current = (
+            images([view])[0].cpu() for images in (views.captured_views, views.reference_views, views.current_views)
+        )
+        images = {"captured": captured}
+        if view in views.edited_views:
+            images["edited"] = current
+        # The reference is what an edit keeps outside its mask.
+        edited_pixels = (current != reference).any(dim=-1, keepdim=True)
+        if edited_pixels.any():
+            images["edited pixels"] = overlay(current, edited_pixels.float())
+        return images
+
+    def _nearest_view(self, command: ViewerCommand) -> int:
+        camera = torch.tensor(command.value)
+        return nearest_camera(self.pipeline.datamanager.cameras, camera[:3], camera[3:])
 
     # ------------------------------------------------------------------------------------------------------- the status
 
+    @property
+    def _edited(self) -> int:
+        """Number of edits so far, without skipped ones."""
+        return self.session.edit_loop.edits - self.session.edit_loop.skipped
+
     def _measure(self, step: int) -> None:
-        now = time.monotonic()
-        if self._latest is not None and step == self._latest[0] + 1:
-            seconds = now - self._latest[1]
-            self._step_seconds = 0.95 * (self._step_seconds or seconds) + 0.05 * seconds
-        self._latest = (step, now)
+        """Record the step that was trained since the last call, if there was one. Commands and pauses do not count."""
+        if self._latest is None or step != self._latest[0] + 1:
+            return
+        schedule = self.session.schedule
+        if schedule.phase(step) is not schedule.phase(step - 1):
+            self._recent.clear()
+        _, began, edited = self._latest
+        self._recent.add(time.monotonic() - began, self._edited - edited, self.pipeline.settings.current.edit_every)
 
     def _progress(self, step: int) -> str:
         loop, last = self.session.edit_loop, self._trainer.last_step
-        phase = self.session.schedule.phase(step).value
+        phase = self.session.schedule.phase(step)
         left = last - step
-        parts = ["finished" if left <= 0 else f"{phase}, step {step + 1} of {last + 1}"]
+        parts = ["finished" if left <= 0 else f"{phase.value}, step {step + 1} of {last + 1}"]
         if self._trainer.training_state == "paused":
             parts[0] += " (paused)"
-        parts.append(f"{loop.edits - loop.skipped} edits, {loop.skipped} skipped")
-        if loop.seconds_per_edit is not None:
-            parts.append(f"{loop.seconds_per_edit:.2f} s per edit")
-        if left > 0 and self._step_seconds is not None:
-            minutes, seconds = divmod(round(left * self._step_seconds), 60)
-            parts.append(f"{minutes}:{seconds:02d} left")
+        parts.append(f"{self._edited} edits" + (f", {loop.skipped} skipped" if loop.skipped else ""))
+        if left > 0:
+            rate = self._recent.edits_per_minute(self.pipeline.settings.current.edit_every)
+            if phase is Phase.EDIT and rate is not None and not loop.paused:
+                parts.append(f"{rate:.1f} edits/min")
+            step_seconds = self._recent.seconds_per_step()
+            if step_seconds is not None:
+                minutes, seconds = divmod(round(left * step_seconds), 60)
+                parts.append(f"{minutes}:{seconds:02d} left")
         return ", ".join(parts)
 
     def _show(self, progress: str) -> None:

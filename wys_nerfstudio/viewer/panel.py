@@ -6,6 +6,7 @@ mask threshold also changes at once, so that the mask in the viewer follows the 
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -15,19 +16,23 @@ import numpy as np
 import viser
 import viser.transforms as vtf
 from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.viewer.viewer import VISER_NERFSTUDIO_SCALE_RATIO
 from nerfstudio.viewer.viewer_elements import ViewerElement
 from PIL import Image
 from torch import Tensor
 
 from wys_nerfstudio.training.settings import RunSettings, Settings, label
-from wys_nerfstudio.utils.visualization import to_uint8
+from wys_nerfstudio.utils.visualization import reduce, to_uint8
 from wys_nerfstudio.viewer.server import require_restricted, restrict_viewer
 
 ON_TOP, INSTEAD = "on top", "instead"
 """What an applied instruction starts from: the scene as it is now, or as captured."""
 
-Action = Literal["set", "pause", "apply", "preview", "undo", "reset"]
+IMAGE_SIDE = 384
+"""Largest longer side in pixels of an image in the panel, which is 250 to 350 pixels wide."""
+
+Action = Literal["set", "pause", "apply", "preview", "view", "undo", "reset", "export"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,10 @@ class ViewerCommand:
     name: str = ""
     """Name of the setting; for "apply" `ON_TOP` or `INSTEAD`; for "preview" the instruction, the run's if empty."""
     value: Any = None
-    """Value of the setting; for "apply" the instruction, for "preview" the camera's position and direction, six numbers."""
+    """Value of the setting; for "apply" the instruction, for "preview" and "view" the camera's position and direction, six
+    numbers."""
+    client: Optional[int] = None
+    """Number of the viewer's client that sent the command. Not its handle: commands are sent to the other processes."""
 
 
 class ViewerPanel(ViewerElement[None]):
@@ -59,13 +67,15 @@ class ViewerPanel(ViewerElement[None]):
         self._live = live
         self._instruction = settings.current.instruction
         self._status: Optional[viser.GuiMarkdownHandle] = None
-        self._preview: Optional[viser.GuiMarkdownHandle] = None
+        self._server: Optional[viser.ViserServer] = None
+        self._images: Optional[viser.GuiMarkdownHandle] = None
         self._handles: dict[str, viser.GuiInputHandle[Any]] = {}
         settings.subscribe(self.show_settings)
 
     def install(self, viser_server: viser.ViserServer) -> None:
         """Build the panel; nerfstudio calls this when the viewer starts."""
         require_restricted(viser_server)
+        self._server = viser_server
         gui, settings = viser_server.gui, self._settings.current
         with gui.add_folder(self.name):
             if not self._live:
@@ -78,6 +88,14 @@ class ViewerPanel(ViewerElement[None]):
             on_top.on_click(lambda event: self._put(event, "apply", ON_TOP, self._value("instruction")))
             instead = gui.add_button("Apply instead", hint="Start again from the captured scene")
             instead.on_click(lambda event: self._put(event, "apply", INSTEAD, self._value("instruction")))
+            undo = gui.add_button("Undo", hint="Return to the moment before the last Apply or Reset")
+            undo.on_click(lambda event: self._put(event, "undo"))
+            reset = gui.add_button("Reset", hint="Return to the captured scene")
+            reset.on_click(lambda event: self._put(event, "reset"))
+            export = gui.add_button(
+                "Export data set", hint="Write the views as they are now into the run's folder, as wys export does"
+            )
+            export.on_click(lambda event: self._put(event, "export"))
             self._add_threshold(gui)
             for name in ("guidance_scale", "image_guidance_scale"):
                 self._add(name, gui.add_number(label(name), getattr(settings, name), min=0.0, step=0.1))
@@ -90,17 +108,12 @@ class ViewerPanel(ViewerElement[None]):
             pause = gui.add_checkbox("Pause editing", False, hint="Train on, but edit no further views")
             pause.on_update(lambda event: self._put(event, "pause", value=pause.value))
             preview = gui.add_button("Preview", hint="Edit the training view nearest to the camera, without using it")
-
-            def preview_clicked(event: viser.GuiEvent) -> None:
-                camera = event.client and camera_of(event.client)
-                self._put(event, "preview", self._value("instruction"), camera)
-
-            preview.on_click(preview_clicked)
-            self._preview = gui.add_markdown("")
-            undo = gui.add_button("Undo", hint="Return to the moment before the last Apply or Reset")
-            undo.on_click(lambda event: self._put(event, "undo"))
-            reset = gui.add_button("Reset", hint="Return to the captured scene")
-            reset.on_click(lambda event: self._put(event, "reset"))
+            preview.on_click(lambda event: self._put_camera(event, "preview", self._value("instruction")))
+            nearest = gui.add_button(
+                "Nearest training view", hint="Move the camera there, and show it as captured and as edited"
+            )
+            nearest.on_click(lambda event: self._put_camera(event, "view"))
+            self._images = gui.add_markdown("")
 
     def _add_threshold(self, gui: viser.GuiApi) -> None:
         slider = gui.add_slider(
@@ -129,7 +142,10 @@ class ViewerPanel(ViewerElement[None]):
     ) -> None:
         # Without a client this program itself has changed the value.
         if event.client is not None and self._live:
-            self.commands.put(ViewerCommand(action, name, value))
+            self.commands.put(ViewerCommand(action, name, value, event.client.client_id))
+
+    def _put_camera(self, event: viser.GuiEvent, action: Action, name: str = "") -> None:
+        self._put(event, action, name, event.client and camera_of(event.client))
 
     def _value(self, name: str) -> Any:
         return self._handles[name].value
@@ -160,16 +176,33 @@ class ViewerPanel(ViewerElement[None]):
             if handle is not None and handle.value != value:
                 handle.value = value
 
-    def show_preview(self, caption: str, images: Sequence[Float[Tensor, "h w 3"]]) -> None:
-        """Show images side by side under the Preview button."""
-        if self._preview is None:
+    def show_images(self, caption: str, images: Sequence[Float[Tensor, "h w 3"]]) -> None:
+        """Show images below each other at the end of the panel: side by side they would be 80 pixels wide."""
+        if self._images is None:
             return
-        strip = np.concatenate([to_uint8(image) for image in images], axis=1)
+        stack = np.concatenate([to_uint8(_fit(image)) for image in images])
         buffer = io.BytesIO()
-        Image.fromarray(strip).save(buffer, format="PNG")
+        Image.fromarray(stack).save(buffer, format="PNG")
         encoded = base64.b64encode(buffer.getvalue()).decode()
         # viser 0.2 has no image element, but its Markdown accepts inline images.
-        self._preview.content = f"{escape_markdown(caption)}\n\n![preview](data:image/png;base64,{encoded})"
+        self._images.content = f"{escape_markdown(caption)}\n\n![training view](data:image/png;base64,{encoded})"
+
+    def move_camera(self, client: int, camera: Cameras) -> None:
+        """Move the camera of a client, unless it has left, to a camera of the scene, and show at least its field of view.
+
+        Args:
+            client: Number of the client.
+            camera: A single camera.
+        """
+        handle = self._server and self._server.get_clients().get(client)
+        if handle is not None:
+            move_client(handle, camera)
+
+
+def _fit(image: Float[Tensor, "h w 3"]) -> Float[Tensor, "some_height some_width 3"]:
+    """Return an image reduced to `IMAGE_SIDE`, or enlarged by the largest whole factor that does not exceed it."""
+    factor = max(1, IMAGE_SIDE // max(image.shape[:2]))
+    return reduce(image, IMAGE_SIDE).repeat_interleave(factor, dim=0).repeat_interleave(factor, dim=1)
 
 
 def escape_markdown(text: str) -> str:
@@ -188,3 +221,21 @@ def camera_of(client: viser.ClientHandle) -> tuple[float, ...]:
     position = np.asarray(client.camera.position) / VISER_NERFSTUDIO_SCALE_RATIO
     direction = vtf.SO3(np.asarray(client.camera.wxyz)).as_matrix()[:, 2]
     return (*map(float, position), *map(float, direction))
+
+
+def move_client(client: viser.ClientHandle, camera: Cameras) -> None:
+    """Move a client's camera to a camera of the scene, as nerfstudio does when a training camera is clicked. The field of view is the
+    smallest one that shows all that the camera shows.
+
+    Args:
+        client: The client.
+        camera: A single camera.
+    """
+    pose = camera.camera_to_worlds[0].cpu().numpy()
+    down, right = (
+        float(side[0] / focal[0] / 2) for side, focal in ((camera.height, camera.fy), (camera.width, camera.fx))
+    )
+    with client.atomic():
+        client.camera.position = pose[:, 3] * VISER_NERFSTUDIO_SCALE_RATIO
+        client.camera.wxyz = (vtf.SO3.from_matrix(pose[:, :3]) @ vtf.SO3.from_x_radians(np.pi)).wxyz
+        client.camera.fov = 2 * math.atan(max(down, right / client.camera.aspect))
