@@ -1,7 +1,6 @@
 """Compiled editors: edits equal those of the plain editor, maps are not compiled, and what cannot be compiled is refused."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from flux2_folder import build_flux2_folder
 from qwen_folder import build_qwen_folder
 from test_sdxl import build_sdxl_folder
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -106,19 +106,18 @@ def test_weights_keep_their_names_and_the_network_its_attributes(untrained: str)
 
 
 @pytest.mark.usefixtures("without_inductor")
-def test_more_shapes_than_torch_compiles_are_reported(editor_folder: Path, caplog, monkeypatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+def test_more_shapes_than_torch_compiles_are_reported(editor_folder: Path, caplog) -> None:
     editor, plain = load_editor(str(editor_folder)), load_editor(str(editor_folder))
     compile_editor(editor, cuda_graphs=False)
-    for views in (1, 2, 3):
-        edited = edit(editor, views)
+    with dynamo_config.patch(recompile_limit=2):
+        edits = [edit(editor, views) for views in (1, 2, 3)]
     assert num_graphs() == 2 and "recompile_limit" in caplog.text
-    torch.testing.assert_close(edited, edit(plain, 3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(edits[-1], edit(plain, views=3), rtol=0, atol=1e-5)
 
 
 def test_four_views_and_three_branches_are_within_torchs_limit() -> None:
     rows = {views * branches for views in range(1, 5) for branches in range(1, 4)}
-    assert len(rows) <= torch._dynamo.config.recompile_limit
+    assert len(rows) <= dynamo_config.recompile_limit
 
 
 def test_predictions_outlive_the_networks_output(untrained: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,10 +143,10 @@ def test_predictions_outlive_the_networks_output(untrained: str, monkeypatch: py
 
 
 @pytest.mark.parametrize(("device", "mode"), [("cpu", None), ("cuda", "reduce-overhead")])
-def test_cuda_graphs_are_used_on_a_gpu(device: str, mode: "str | None") -> None:
-    options: list[dict[str, Any]] = []
-    network = SimpleNamespace(compile=lambda **given: options.append(given))
-    editor: Any = SimpleNamespace(device=torch.device(device), network=network)
+def test_cuda_graphs_are_used_on_a_gpu(editor_folder: Path, monkeypatch, device: str, mode: "str | None") -> None:
+    editor, options = load_editor(str(editor_folder)), []
+    monkeypatch.setattr(type(editor), "device", torch.device(device))
+    monkeypatch.setattr(editor.network, "compile", lambda **given: options.append(given))
     compile_editor(editor, cuda_graphs=True)
     compile_editor(editor, cuda_graphs=False)
     assert [given["mode"] for given in options] == [mode, None]
@@ -169,7 +168,7 @@ class OperationNames(TorchDispatchMode):
 def test_attention_is_one_fused_operation(untrained: str) -> None:
     editor, calls = load_editor(untrained), []
     hook = editor.network.register_forward_pre_hook(lambda _, *given: calls.append(given), with_kwargs=True)
-    edit(editor, steps=1)
+    edit(editor)
     hook.remove()
     args, kwargs = calls[0]
     with torch.no_grad(), OperationNames() as operations:
