@@ -1,5 +1,7 @@
 """Compiled editors: edits equal those of the plain editor, maps are not compiled, and what cannot be compiled is refused."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,17 @@ def test_weights_keep_their_names_and_the_network_its_attributes(untrained: str)
 
 
 @pytest.mark.usefixtures("without_inductor")
+def test_a_compiled_network_is_freed_with_its_editor(editor_folder: Path) -> None:
+    editor = load_editor(str(editor_folder))
+    compile_editor(editor, cuda_graphs=False)
+    edit(editor)
+    network = weakref.ref(editor.network)
+    del editor
+    gc.collect()
+    assert network() is None
+
+
+@pytest.mark.usefixtures("without_inductor")
 def test_more_shapes_than_torch_compiles_are_reported(editor_folder: Path, caplog) -> None:
     editor, plain = load_editor(str(editor_folder)), load_editor(str(editor_folder))
     compile_editor(editor, cuda_graphs=False)
@@ -179,8 +192,7 @@ def test_attention_is_one_fused_operation(untrained: str) -> None:
 
 def test_a_missing_compiler_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(inductor_config.cpp, "cxx", (None, "no-such-compiler"))
-    with pytest.raises(WysError) as error:
+    with pytest.raises(WysError) as error, inductor_config.patch({"cpp.cxx": (None, "no-such-compiler")}):
         check_compiler("cpu")
     sentence = str(error.value)
     assert sentence.startswith("The editor cannot be compiled on this machine (") and "\n" not in sentence
