@@ -10,6 +10,7 @@ from test_pipeline import build_trainer, small_config
 from torch._inductor import config as inductor_config
 
 from wys_nerfstudio import pipeline
+from wys_nerfstudio.utils.visualization import read_png
 
 COMPILED = "--pipeline.compile-editor=True"
 EVERYWHERE = "--mask-threshold=0"
@@ -60,8 +61,14 @@ def test_edits_of_a_compiled_editor_and_exact_resuming(commands: list[TrainComma
     assert plain(EVERYWHERE) is None and "compiles the editor" not in capsys.readouterr().out
     assert compiled(EVERYWHERE, COMPILED) is None
     assert capsys.readouterr().out.count("The first edit compiles the editor, which can take minutes.") == 1
-    edits = [sorted((command.run / "wys" / "edits").glob("*.png")) for command in (plain, compiled)]
-    assert edits[0] and [file.name for file in edits[0]] == [file.name for file in edits[1]]
+    folders = [command.run / "wys" for command in (plain, compiled)]
+    files = [file.name for file in sorted((folders[0] / "edits").glob("*.png"))]
+    assert len(files) == 3
+    for file in files:
+        edited, expected = (read_png(folder / "edits" / file) for folder in folders)
+        torch.testing.assert_close(edited, expected, rtol=0, atol=1.5 / 255)  # of 8 bits
+    maps = [(folder / "relevance" / "maps.safetensors").read_bytes() for folder in folders]
+    assert maps[0] == maps[1]
 
     assert resumed(EVERYWHERE, COMPILED, step=7, action=interrupt) == 130
     torch._dynamo.reset()  # as a new process, which compiles again
