@@ -15,12 +15,14 @@ import tyro
 from jaxtyping import Bool, Float
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
+from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from wys_nerfstudio import relevance
 from wys_nerfstudio.datamanager import WysDataManager, WysDataManagerConfig
 from wys_nerfstudio.editing import EditOptions, Editor, EditSettings, load_editor
+from wys_nerfstudio.editing.compilation import check_compiler, compile_editor
 from wys_nerfstudio.editing.edit import check_supported
 from wys_nerfstudio.editing.editor import EditorProfile
 from wys_nerfstudio.editing.loading import Precision, load_profile, resolve_dtype
@@ -78,6 +80,9 @@ class WysPipelineConfig(VanillaPipelineConfig):
     editor_dtype: Precision = "auto"
     """Precision of the editor's weights and edits; auto is float16 (FLUX.2 and Qwen: bfloat16) on a GPU and float32 on the
     CPU. Relevance maps are computed in float32."""
+    compile_editor: bool = False
+    """Compile the editor's network with torch.compile in the first edits, which takes minutes; needs a C++ compiler (on a GPU,
+    a C compiler and triton). `wys check --compile-editor` measures whether it pays. Relevance maps are not compiled."""
     editor_allow_pickle: bool = False
     """Load .bin files of an editor without safetensors files, with torch's weights-only loader."""
     relevance_batch_size: Optional[int] = None
@@ -357,6 +362,9 @@ class WysPipeline(VanillaPipeline):
         config, data = self.config, self.datamanager
         settings = self.settings.current
         self._check_guidance(settings)
+        if config.compile_editor:
+            check_compiler(self.editor_device)
+            CONSOLE.print("The first edit compiles the editor, which can take minutes.")
         editor = self.editor()
         check_supported(editor, [settings.instruction], config.edit_settings(settings, editor.profile))
         if config.model.lpips_loss_mult > 0:
@@ -384,6 +392,8 @@ class WysPipeline(VanillaPipeline):
             self._editor = load_editor(
                 config.editor, self.editor_device, config.editor_dtype, config.editor_allow_pickle
             )
+            if config.compile_editor:
+                compile_editor(self._editor, cuda_graphs=not self.session.edit_loop.overlap)
         return self._editor
 
     def release_editor(self) -> None:

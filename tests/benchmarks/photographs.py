@@ -101,6 +101,7 @@ class ScriptedEditor:
 
     name = "scripted"
     device = torch.device("cpu")
+    network = torch.nn.Identity()
     profile = PROFILE
 
     def __init__(self, jitter: float) -> None:

@@ -38,6 +38,7 @@ from torch import Tensor
 from wys_nerfstudio import relevance
 from wys_nerfstudio.config import wys, wys_tiny
 from wys_nerfstudio.editing import EMBEDDED, EditSettings, edit_images, load_editor, relevance_maps
+from wys_nerfstudio.editing.compilation import compile_editor
 from wys_nerfstudio.editing.editor import NoiseLevel, resize_images
 from wys_nerfstudio.editing.encoding_cache import EncodingCache
 from wys_nerfstudio.editing.loading import resolve_dtype
@@ -448,7 +449,7 @@ def unet_flops(editor: StableDiffusionEditor, images: Float[Tensor, "b h w 3"]) 
 
 def compile_unet(editor: StableDiffusionEditor, images: Float[Tensor, "b h w 3"], options: Options) -> float:
     """Compile the UNet for the shape of a batch, and return the time of compilation in seconds."""
-    editor.unet = torch.compile(editor.unet)
+    compile_editor(editor, cuda_graphs=True)
     started = time.perf_counter()
     latents = editor.encode(images[: options.batch]).latents.repeat(3, 1, 1, 1)
     editor.predict(

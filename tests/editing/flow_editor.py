@@ -27,6 +27,10 @@ class FlowEditor:
         return self.wrapped.device
 
     @property
+    def network(self) -> torch.nn.Module:
+        return self.wrapped.network
+
+    @property
     def profile(self) -> EditorProfile:
         return self.wrapped.profile
 

@@ -25,6 +25,8 @@ class Check:
     """Device of editor and scene, for example cuda:1; by default the GPU if there is one, else the CPU."""
     editor_dtype: Precision = "auto"
     """Precision of the editor, which is compared with float32; auto is that of ns-train."""
+    compile_editor: bool = False
+    """Also measure an edit with `ns-train --pipeline.compile-editor True`, which takes minutes."""
     views: int = 100
     """Number of views of the run whose time is estimated."""
     json: Path | None = None
@@ -56,6 +58,7 @@ class Check:
     def _tables(self, device: torch.device) -> Iterator[tuple[str, Table]]:
         # Here: the other commands need not wait for these imports.
         from wys_nerfstudio.cli import check_machine
+        from wys_nerfstudio.cli.check_compilation import measure_compiled
         from wys_nerfstudio.cli.check_editor import measure_editor
         from wys_nerfstudio.cli.check_training import estimate_run, measure_training
 
@@ -70,6 +73,9 @@ class Check:
         _report("Measuring training ...")
         table, training = measure_training(config, device)
         yield "Training on random rays", table
+        if self.compile_editor:
+            _report("Compiling the editor ...")
+            yield "Compiled editor", measure_compiled(editor, device, self.editor_dtype, config.pipeline)
         yield f"Estimated minutes of a run on {self.views} views", estimate_run(config, self.views, editing, training)
 
 

@@ -87,7 +87,7 @@ def measure_editor(
     try:
         dtype = resolve_dtype(precision, device, load_profile(name))
         table["precision"] = dtype
-        with _memory_errors(device):
+        with memory_errors(device):
             reset_peak_memory(device)
             editor = load_editor(name, device, precision)
             speed, sample = _measure(editor, options)
@@ -106,7 +106,7 @@ def measure_editor(
         del editor
         reset_peak_memory(device)
         try:
-            with _memory_errors(device):
+            with memory_errors(device):
                 exact = _sample(load_editor(name, device, "float32"), options)
             table |= agreement(sample, exact, options)
         except WysError as error:
@@ -114,7 +114,8 @@ def measure_editor(
     return table, speed
 
 
-def _memory_errors(device: torch.device) -> AbstractContextManager[None]:
+def memory_errors(device: torch.device) -> AbstractContextManager[None]:
+    """Context in which running out of memory is an error of one sentence."""
     elsewhere = "--device cpu or " if device.type == "cuda" else ""
     return convert_memory_errors("while the editor was measured", lambda: f"try {elsewhere}--editor embedded.")
 
@@ -156,18 +157,24 @@ def _measure(editor: Editor, options: WysPipelineConfig) -> tuple[EditorSpeed, S
         )
 
     map_seconds = mean_seconds(make_map, editor.device, REPEATS)
-    _edit(editor, picture, settings)
-    step_seconds, coding_seconds = _time_edit(editor, picture, settings)
-    low, high = options.min_strength, options.max_strength
-    strengths = torch.linspace(low, high, STRENGTHS).tolist()
-    latent_size = editor.latent_size(*size)
-    counts = [len(editor.noise_levels(strength, settings.diffusion_steps, latent_size)) - 1 for strength in strengths]
-    speed = EditorSpeed(size, map_seconds, step_seconds, coding_seconds, sum(counts) / len(counts))
+    time_edit(editor, options)
+    step_seconds, coding_seconds = time_edit(editor, options)
+    speed = EditorSpeed(size, map_seconds, step_seconds, coding_seconds, mean_steps(editor, options))
     return speed, _sample(editor, options)
 
 
-def _time_edit(editor: Editor, picture: Tensor, settings: EditSettings) -> tuple[float, float]:
-    """Return the seconds of a diffusion step, and of encoding and decoding."""
+def mean_steps(editor: Editor, options: WysPipelineConfig) -> float:
+    """Return the mean number of diffusion steps of an edit over all strengths of a run."""
+    settings = options.edit_settings(RunSettings.from_options(options), editor.profile)
+    latent_size = editor.latent_size(*settings.size_for(editor, *_picture().shape[:2]))
+    strengths = torch.linspace(options.min_strength, options.max_strength, STRENGTHS).tolist()
+    counts = [len(editor.noise_levels(strength, settings.diffusion_steps, latent_size)) - 1 for strength in strengths]
+    return sum(counts) / len(counts)
+
+
+def time_edit(editor: Editor, options: WysPipelineConfig) -> tuple[float, float]:
+    """Edit the picture in `STEPS` steps; return the seconds of a diffusion step, and of encoding and decoding."""
+    picture, settings = _picture(), options.edit_settings(RunSettings.from_options(options), editor.profile)
     times: list[float] = []
 
     def step_done(_done: int, _total: int) -> None:

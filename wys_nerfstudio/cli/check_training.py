@@ -21,6 +21,7 @@ from wys_nerfstudio.cli.check_measure import mean_seconds, peak_memory, reset_pe
 from wys_nerfstudio.cli.check_table import Table
 from wys_nerfstudio.evaluation.lpips import lpips_is_cached
 from wys_nerfstudio.model import WysModel, WysModelConfig
+from wys_nerfstudio.pipeline import WysPipelineConfig
 from wys_nerfstudio.trainer import WysTrainerConfig
 from wys_nerfstudio.training.memory import memory_remedies
 from wys_nerfstudio.training.schedule import Phase
@@ -133,6 +134,11 @@ def _random_rays(count: int, device: torch.device) -> RayBundle:
     return RayBundle(0.3 * torch.rand_like(directions), directions, torch.ones_like(directions[:, :1]), cameras)
 
 
+def num_edits(options: WysPipelineConfig) -> int:
+    """Return the number of edits of a run; at most, because views with an empty mask are not edited."""
+    return math.ceil(options.edit_steps / options.edit_every) * options.edit_count
+
+
 def estimate_run(
     config: WysTrainerConfig, views: int, editing: Optional[EditorSpeed], training: Optional[TrainingSpeed]
 ) -> Table:
@@ -146,7 +152,7 @@ def estimate_run(
     """
     options, schedule = config.pipeline, config.pipeline.schedule()
     steps = dict(zip(Phase, (schedule.reconstruct_steps, schedule.localize_steps, schedule.edit_steps)))
-    edits = math.ceil(schedule.edit_steps / options.edit_every) * options.edit_count
+    edits = num_edits(options)
     minutes: dict[str, Optional[float]] = {
         f"{phase.value} ({count} steps)": None if training is None else count * training.step_seconds[phase] / 60
         for phase, count in steps.items()

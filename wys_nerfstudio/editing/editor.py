@@ -141,6 +141,11 @@ class Editor(Protocol):
         """Device of the networks."""
         ...
 
+    @property
+    def network(self) -> torch.nn.Module:
+        """The network of the predictions, in which edits spend most of their time."""
+        ...
+
     def editing_size(self, height: int, width: int, resolution: Optional[int]) -> tuple[int, int]:
         """Height and width at which an image is edited.
 
@@ -158,7 +163,8 @@ class Editor(Protocol):
     def full_precision(self) -> AbstractContextManager[None]:
         """Context in which images are encoded and predictions computed in float32 arithmetic, whatever the editor's dtype.
 
-        For relevance, the small difference of two large predictions, which half precision covers with rounding noise.
+        For relevance, the small difference of two large predictions, which half precision covers with rounding noise. A
+        compiled network is called without its graphs, which are those of the edits' precision and numbers of rows.
         """
         ...
 

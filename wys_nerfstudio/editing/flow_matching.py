@@ -61,6 +61,11 @@ class FlowMatchingEditor:
         return self._weight.device
 
     @property
+    def network(self) -> torch.nn.Module:
+        """The network of the predictions."""
+        return self.transformer
+
+    @property
     def _weight(self) -> Tensor:
         return next(self.transformer.parameters())
 
@@ -95,7 +100,12 @@ class FlowMatchingEditor:
         """Context in which transformer and VAE compute in float32. The transformer's weights are cast layer by layer, because
         all of them would need twice the memory. Text states keep the text encoder's precision."""
         before = self._in_full_precision
-        with without_tf32(), in_float32(self.vae), in_float32_by_layer(self.transformer):
+        with (
+            torch.compiler.set_stance("force_eager"),
+            without_tf32(),
+            in_float32(self.vae),
+            in_float32_by_layer(self.transformer),
+        ):
             self._in_full_precision = True
             try:
                 yield
@@ -177,7 +187,8 @@ class FlowMatchingEditor:
             return_dict=False,
             **positions,
         )[0]
-        return unpack(velocity[:, : latents[0, 0].numel()].float(), *latents.shape[2:])
+        velocity = velocity.to(torch.float32, copy=True)  # the next call of a CUDA graph overwrites its output
+        return unpack(velocity[:, : latents[0, 0].numel()], *latents.shape[2:])
 
     def split(
         self, prediction: Float[Tensor, "b c h w"], latents: Float[Tensor, "b c h w"], level: NoiseLevel

@@ -113,6 +113,11 @@ class StableDiffusionEditor:
         return self._weight.device
 
     @property
+    def network(self) -> torch.nn.Module:
+        """The network of the predictions."""
+        return self.unet
+
+    @property
     def _weight(self) -> Tensor:
         # The first weight has the network's device and dtype; diffusers' own properties iterate over all weights.
         return next(self.unet.parameters())
@@ -156,7 +161,7 @@ class StableDiffusionEditor:
         Text states keep the text encoder's precision: their rounding changes the difference between two texts in
         proportion to that difference.
         """
-        with without_tf32(), in_float32(self.unet, self.vae):
+        with torch.compiler.set_stance("force_eager"), without_tf32(), in_float32(self.unet, self.vae):
             yield
 
     # ------------------------------------------------------------------------------------------------------------- text
@@ -305,7 +310,8 @@ class StableDiffusionEditor:
         inputs = torch.cat([latents, condition], dim=1).to(self._weight.dtype)
         # A tensor, not a number: diffusers would copy a number to the device in every call.
         timestep = torch.full((len(inputs),), int(level.time), device=inputs.device)
-        return self._predict(inputs, timestep, text.to(self._weight.dtype)).float()
+        prediction = self._predict(inputs, timestep, text.to(self._weight.dtype))
+        return prediction.to(torch.float32, copy=True)  # the next call of a CUDA graph overwrites its output
 
     def _predict(self, inputs: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         return self.unet(inputs, timestep, encoder_hidden_states=text).sample

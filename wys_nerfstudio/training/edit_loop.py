@@ -155,6 +155,11 @@ class EditLoop:
         self.paused = False
         """Whether editing is paused while training continues."""
 
+    @property
+    def overlap(self) -> bool:
+        """Whether edits are computed in a thread while training continues."""
+        return self._queue.overlap
+
     # ---------------------------------------------------------------------------------------------------------- edits
 
     def edit(self, step: int, folder: Path) -> None:
