@@ -24,7 +24,6 @@ from nerfstudio.data.utils.dataloaders import FixedIndicesEvalDataloader, RandIn
 from nerfstudio.model_components.ray_generators import RayGenerator
 from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image
-from rich.progress import track
 from torch import Tensor
 
 from wys_nerfstudio import relevance
@@ -45,6 +44,7 @@ from wys_nerfstudio.utils.data_checks import check_image, check_names, parsing
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.image_io import MIN_SIDE
 from wys_nerfstudio.utils.log_filters import ignore_warnings
+from wys_nerfstudio.utils.progress import track
 from wys_nerfstudio.utils.view_masks import check_frame_masks
 from wys_nerfstudio.utils.visualization import SOFTWARE, apply_colormap, save_png, to_uint8, write_png
 
@@ -355,7 +355,7 @@ class WysDataManager(VanillaDataManager[CaptureDataset]):
             mine = shard(range(self.num_views))
             parts = self._raw_maps(editor, mine, request, batch_size)
             batches = -(-len(mine) // batch_size)
-            bar = track(parts, description="Relevance maps", total=batches, console=CONSOLE)
+            bar = track(parts, description="Relevance maps", total=batches)
             computed: list[Tensor] = []
             with editor.full_precision():  # cast once, not for each batch
                 for part in bar:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import tyro
 from jaxtyping import Bool
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from wys_nerfstudio.cli.finished_run import find_config, require_outside
 from wys_nerfstudio.utils.atomic_io import write_json
 from wys_nerfstudio.utils.errors import WysError
 from wys_nerfstudio.utils.image_io import READABLE, image_size
+from wys_nerfstudio.utils.progress import track
 from wys_nerfstudio.utils.visualization import (
     SHEET_SIDE,
     SHEET_VIEWS,
@@ -211,14 +211,13 @@ def run_column(
     title: str, folder: Path, pipeline: "WysPipeline", shown: Sequence[int], masks: Optional[Bool[Tensor, "n h w"]]
 ) -> Column:
     """Return what is shown of a run; arguments as in `picture_column`."""
-    from nerfstudio.utils.rich_utils import CONSOLE
 
     from wys_nerfstudio.evaluation.evaluate import means
 
     metrics = means(pipeline.evaluate_edit(masks=masks))
     data, renders = pipeline.datamanager, []
     size = limited_size(*data.view_size, SHEET_SIDE)
-    for view in track(shown, description="Contact sheet", console=CONSOLE):
+    for view in track(shown, description="Contact sheet"):
         render = pipeline.scene_model.render_view(data.cameras, view, size)
         renders.append({name: render[name].clamp(0, 1).cpu() for name in RENDERS})
     return Column(title, folder, metrics, renders)

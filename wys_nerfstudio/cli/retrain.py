@@ -18,14 +18,13 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataPars
 from nerfstudio.engine.callbacks import TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
-from nerfstudio.utils.rich_utils import CONSOLE
-from rich.progress import track
 
 from wys_nerfstudio.cli.export import edited_state, export_run
 from wys_nerfstudio.evaluation.metrics import psnr
 from wys_nerfstudio.trainer import WysTrainerConfig
 from wys_nerfstudio.training.schedule import Phase
 from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.progress import track
 
 SEED = 0
 MIN_VIEWS = 10
@@ -86,7 +85,7 @@ def train_scene(data: Path, options: WysTrainerConfig, steps: int) -> Any:
     pipeline.train()
     optimizers = Optimizers(deepcopy(options.optimizers), pipeline.get_param_groups())
     callbacks = pipeline.get_training_callbacks(TrainingCallbackAttributes(optimizers, None, pipeline, None))
-    for step in track(range(steps), description="Retraining", console=CONSOLE):
+    for step in track(range(steps), description="Retraining"):
         for callback in callbacks:
             callback.run_callback_at_location(step, TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
         optimizers.zero_grad_all()

@@ -18,7 +18,6 @@ import torch
 from jaxtyping import Float
 from nerfstudio.utils.eval_utils import eval_setup
 from nerfstudio.utils.rich_utils import CONSOLE
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from wys_nerfstudio.training.run_options import read_run_config
 from wys_nerfstudio.training.validation import validate_range
 from wys_nerfstudio.utils.atomic_io import write_json
 from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.progress import track
 from wys_nerfstudio.utils.visualization import SOFTWARE, contact_sheet, evenly_spaced, read_png, save_png, write_png
 
 VARIANTS = {
@@ -247,7 +247,7 @@ def _measure(
         edits = {file.name: read_png(file) for file in sorted((run / "wys" / "edits").glob("*.png"))}
         metrics["view_psnr_outside"] = psnr_outside(ground_truth, edits)
     dataset = pipeline.datamanager.train_dataset
-    for view in track(evenly_spaced(SHOWN_VIEWS, len(dataset)), description="Contact sheet", console=CONSOLE):
+    for view in track(evenly_spaced(SHOWN_VIEWS, len(dataset)), description="Contact sheet"):
         render = pipeline.scene_model.render_view(dataset.cameras, view)["rgb"]
         write_png(
             folder / dataset.image_filenames[view].name,

@@ -21,7 +21,6 @@ from nerfstudio.scripts import train as ns_train
 from nerfstudio.utils.eval_utils import eval_setup
 from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image
-from rich.progress import track
 from torch import Tensor
 
 from wys_nerfstudio.demo.scene import require_empty_folder, write_demo_scene
@@ -30,6 +29,7 @@ from wys_nerfstudio.evaluation.ground_truth import GroundTruth
 from wys_nerfstudio.pipeline import WysPipeline
 from wys_nerfstudio.training.checkpoint import CAPTURED_SCENE
 from wys_nerfstudio.training.interrupts import INTERRUPTED
+from wys_nerfstudio.utils.progress import track
 from wys_nerfstudio.utils.visualization import evenly_spaced, read_png, to_uint8
 
 FRAMES = 18
@@ -112,7 +112,7 @@ def _scored_views(pipeline: WysPipeline) -> list[tuple[InputDataset, int]]:
 
 
 def _render_scored(pipeline: WysPipeline, description: str) -> list[dict[str, Tensor]]:
-    views = track(_scored_views(pipeline), description=description, console=CONSOLE)
+    views = track(_scored_views(pipeline), description=description)
     return [render_views(pipeline, dataset.cameras[i : i + 1])[0] for dataset, i in views]
 
 
@@ -145,7 +145,7 @@ def orbit(cameras: Cameras, count: int) -> Cameras:
 
 def _turntable(pipeline: WysPipeline, description: str) -> list[np.ndarray]:
     cameras = orbit(pipeline.datamanager.train_dataset.cameras, FRAMES)
-    indices = track(range(FRAMES), description=description, console=CONSOLE)
+    indices = track(range(FRAMES), description=description)
     with pipeline.scene_model.colors_only():
         images = [to_uint8(render_views(pipeline, cameras[i : i + 1])[0]["rgb"]) for i in indices]
     return [image.repeat(ENLARGEMENT, axis=0).repeat(ENLARGEMENT, axis=1) for image in images]

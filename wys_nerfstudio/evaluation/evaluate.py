@@ -7,7 +7,6 @@ from typing import Optional
 import torch
 from jaxtyping import Bool, Float
 from nerfstudio.utils.rich_utils import CONSOLE
-from rich.progress import track
 from torch import Tensor
 
 from wys_nerfstudio.evaluation import metrics
@@ -16,6 +15,7 @@ from wys_nerfstudio.evaluation.ground_truth import GroundTruth
 from wys_nerfstudio.evaluation.lpips import Lpips
 from wys_nerfstudio.evaluation.niqe import NiqeParams, niqe
 from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.progress import track
 
 Metrics = dict[str, list[float]]
 """Values per metric: one per view or per pair of neighboring views; NaN where a metric is undefined."""
@@ -50,7 +50,7 @@ def evaluate_edit(
     clip = _load_clip(clip_model)
     by_view: list[dict[str, float]] = []
     embeddings: list[tuple[Tensor, Tensor]] = []
-    bar = track(zip(names, views), description="Metrics of the edited views", total=len(names), console=CONSOLE)
+    bar = track(zip(names, views), description="Metrics of the edited views", total=len(names))
     for i, (name, (captured, edited)) in enumerate(bar):
         values = edit_metrics(captured, edited, perceptual)
         if masks is not None:

@@ -8,9 +8,7 @@ from typing import Any, Literal, Optional
 import torch
 from jaxtyping import Float, UInt8
 from nerfstudio.cameras.cameras import Cameras
-from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image
-from rich.progress import track
 from torch import Tensor
 
 from wys_nerfstudio.datamanager import WysDataManager
@@ -22,6 +20,7 @@ from wys_nerfstudio.training.history import HistoryEntry, in_force
 from wys_nerfstudio.training.settings import RunSettings
 from wys_nerfstudio.utils.atomic_io import atomic_write, write_json
 from wys_nerfstudio.utils.image_io import ImageFile, provenance, write_image
+from wys_nerfstudio.utils.progress import track
 from wys_nerfstudio.utils.visualization import SOFTWARE, save_png, to_uint8
 
 POINTS_FILE = "points.ply"
@@ -60,7 +59,7 @@ def write_data_set(
     """
 
     def each(what: str, count: int) -> Iterator[int]:
-        for number in track(range(count), description=what, console=CONSOLE):
+        for number in track(range(count), description=what):
             report(f"export: {what.lower()}, view {number + 1} of {count}")
             yield number
 

@@ -10,7 +10,6 @@ from typing import Any, Optional
 import torch
 from jaxtyping import Bool, Float
 from nerfstudio.utils.rich_utils import CONSOLE
-from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,6 +25,7 @@ from wys_nerfstudio.training.edit_log import TITLES, EditRecord, image_row, reco
 from wys_nerfstudio.training.scene import EditInput, LoopOptions, Scene, TrainingViews
 from wys_nerfstudio.training.settings import Settings
 from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.progress import track
 from wys_nerfstudio.utils.visualization import (
     SHEET_SIDE,
     SHEET_VIEWS,
@@ -339,7 +339,7 @@ class EditLoop:
         scene, views = self._scene, self._views
         if views.relevance_maps is None or not scene.needs_visual_hull():
             return
-        bar = track(range(views.num_views), description="Free-space relevance", console=CONSOLE)
+        bar = track(range(views.num_views), description="Free-space relevance")
         depths = torch.stack([self._render_per_latent(view)[1] for view in bar])
         assert views.unclamped_maps is not None
         size = depths.shape[1:]
@@ -366,7 +366,7 @@ class EditLoop:
         size = limited_size(*views.view_size, SHEET_SIDE)
         every_pixel = torch.ones(limited_size(*size, max(self._editing_size())), dtype=torch.bool)
         shown = evenly_spaced(SHEET_VIEWS, views.num_views)
-        for view in track(shown, description="Contact sheet", console=CONSOLE):
+        for view in track(shown, description="Contact sheet"):
             if stopped():
                 return False
             colors, values, _ = self._scene.render_pixels(views.cameras, view, every_pixel)

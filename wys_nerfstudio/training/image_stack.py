@@ -8,12 +8,11 @@ import torch
 from jaxtyping import Bool, Int, Shaped, UInt8
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.pixel_samplers import PixelSampler
-from nerfstudio.utils.rich_utils import CONSOLE
-from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
 from wys_nerfstudio.utils.errors import WysError
+from wys_nerfstudio.utils.progress import track
 
 MIN_SHARE = 0.25
 """Share of drawable pixels at which nerfstudio's sampler, in 100 attempts, draws any number of them with repetitions."""
@@ -130,7 +129,7 @@ def read_images(
 
     with ThreadPoolExecutor(READERS) as pool:
         parts = pool.map(read, range(len(dataset)))
-        bar = track(parts, description="Reading images", total=len(dataset), console=CONSOLE, transient=True)
+        bar = track(parts, description="Reading images", total=len(dataset), transient=True)
         most_channels = max(bar)
     # Only some images have an alpha channel, and the first has none.
     return (images, masks) if most_channels <= images.shape[-1] else read_images(dataset, most_channels)
