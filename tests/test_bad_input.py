@@ -282,7 +282,7 @@ SCENES = [
     case("no training views left by the interval", lambda c: ["nerfstudio-data", "--eval-mode=interval", "--eval-interval=1"],
          "is left for training: change its train_filenames, --eval-mode"),
     case("black frame masks", lambda c: (c.write_masks(value=0), c.change_scene(lambda m: [
-         f.update(mask_path=f"../masks/{Path(f['file_path']).name}") for f in m["frames"]]))[1], "leave 0 pixels and a batch has 64"),
+         f.update(mask_path=f"../masks/{Path(f['file_path']).name}") for f in m["frames"]]))[1], "leave 0 pixels and a batch has 512"),
     case("no focal length", lambda c: c.change_scene(lambda m: m.pop("fl_x")), 'neither the top level nor the frame .* has "fl_x"'),
     case("focal length of zero", lambda c: c.change_scene(lambda m: m.update(fl_y=0)), '"fl_y" of .* has the invalid value 0'),
     case("focal length is text", lambda c: c.change_scene(lambda m: m.update(fl_x="50mm")), '"fl_x" of .* has the invalid value "50mm"'),

@@ -65,8 +65,10 @@ def test_the_whole_report_on_a_cpu(tmp_path: Path, monkeypatch, capsys) -> None:
 
     assert training["method"] == "wys-tiny" and training["encodings"] == "torch"
     assert minutes["relevance maps"] == pytest.approx(30 * editor["relevance map, s"] / 60)
-    steps = {phase: training[f"{phase.value} step (1024 rays), s"] for phase in Phase}
+    rays = {Phase.RECONSTRUCT: 1024, Phase.LOCALIZE: 512, Phase.EDIT: 1024}
+    steps = {phase: training[f"{phase.value} step ({count} rays), s"] for phase, count in rays.items()}
     assert minutes["reconstruct (800 steps)"] == pytest.approx(800 * steps[Phase.RECONSTRUCT] / 60)
+    assert minutes["localize (400 steps)"] == pytest.approx(400 * steps[Phase.LOCALIZE] / 60)
     render = 80 * 64 * training["render of a million rays, s"] / 1e6
     assert minutes["edits (at most 120 views)"] == pytest.approx(120 * (render + edit) / 60)
     assert minutes["all"] == pytest.approx(sum(minutes.values()) - minutes["all"])
