@@ -38,7 +38,7 @@ import speed
 import startup
 import views
 
-from wys_nerfstudio.config import wys_tiny
+from wys_nerfstudio.config import wys, wys_tiny
 from wys_nerfstudio.demo.scene import write_demo_scene
 from wys_nerfstudio.editing import EditOptions, Editor, EditSettings, edit_images, load_editor, relevance_maps
 from wys_nerfstudio.editing.flux2 import Flux2Editor
@@ -608,7 +608,9 @@ def test_speed_measures_the_edit_phase(
 ) -> None:
     options = speed.Options(ring_scene, instruction="make the ball blue", batch=1, repeats=1)
     options.output = tmp_path / "speed.json"
-    row = speed.edit_phase_row(options, tiny_base, editor, speed.slow_editor(editor), localized)
+    method: Any = (wys if localized else wys_tiny).config.pipeline
+    row = speed.edit_phase_row(options, tiny_base, method, editor, speed.slow_editor(editor), localized)
+    assert row.work.startswith(f"edit phase, S_T {7.5 if localized else 1:g}, {method.edit_every} steps and an edit")
     assert row.ours[0] > 0 and row.ratio == row.slow[1] / row.ours[1]
 
 

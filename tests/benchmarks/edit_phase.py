@@ -23,6 +23,7 @@ import tyro
 from nerfstudio.engine.callbacks import TrainingCallbackLocation
 from torch.profiler import ProfilerActivity, profile
 
+from wys_nerfstudio.config import wys_tiny
 from wys_nerfstudio.trainer import WysTrainer
 
 
@@ -106,7 +107,7 @@ def period(trainer: WysTrainer, first: int) -> None:
 def measure(options: Options) -> dict[str, Any]:
     """Return parts and operations as plain data."""
     build = speed.Options(options.scene, instruction=options.instruction, batch=1, output=options.output)
-    trainer = speed.build_trainer(build, options.run, localized=True)
+    trainer = speed.build_trainer(build, options.run, wys_tiny.config.pipeline, localized=True)  # type: ignore
     first, every = trainer.pipeline.session.schedule.edit_start, trainer.config.pipeline.edit_every
     stopwatch = Stopwatch()
     watch_parts(trainer, stopwatch)
